@@ -1,0 +1,1 @@
+"""Replay request traces through the paged allocator and measure what becomes of them."""

@@ -1,0 +1,189 @@
+"""How long a step takes: the StepCost contract and the roofline that implements it by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from allocator.model import ModelSpec
+from sim.hardware import GPUSpec
+
+PS_PER_S = 10**12
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one engine step computes, as far as its duration depends on it."""
+
+    decode_sequences: int
+    """Sequences that generate one token each."""
+    decode_context: int
+    """Keys that those sequences attend to, summed over them, this step's included."""
+    prefills: list[tuple[int, int]] = field(default_factory=list)
+    """A pair a prefill chunk: its tokens, and the keys that the last of them attends to (itself included)."""
+
+
+class StepCost(Protocol):
+    """The duration of a step, in integer picoseconds so that sums in closed form are exact."""
+
+    def step(self, batch: StepBatch) -> int:
+        """Return the duration of a step that computes `batch`. Pure: equal batches take equally long."""
+        ...
+
+    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
+        """Return (base, slope) in picoseconds such that, for every context C that `decode_sequences` sequences
+        can have, step(StepBatch(decode_sequences, C)) == base + slope · C, exactly.
+
+        None says that no such pair exists; decode steps are then computed one by one.
+        """
+        ...
+
+
+class RooflineCost:
+    """The default cost of a step: each part of a layer is bound by compute or by memory traffic.
+
+    For n tokens in the step (decoding sequences and prefill chunks together), P parameters, F and BW the compute
+    and bandwidth that kernels reach (peak · mfu, peak · mbu), c the overhead of a layer:
+
+        linear    = Σ over layers of max(2 · P_active · n / F, (bytes of touched weights + activations) / BW) + c
+        attention = Σ over sequences and layers of max(flops / F, KV bytes / BW)
+
+    P is spread evenly over the layers, so that embedding and output projection are part of it. A mixture of
+    experts computes with its active parameters and reads the experts that n tokens touch in expectation (see
+    ModelSpec.touched_parameters). Activations are the inputs and outputs of a layer's matrix multiplications,
+    each read or written once: per token 4 · hidden (in and out of attention and MLP), 2 · heads · head_dim
+    (queries, and attention's result), 2 · kv_heads · head_dim (the new K and V) and 3 · intermediate (gate, up,
+    and their product; times the experts of a token).
+
+    Attention takes 4 · heads · head_dim flops per query and key (2 each for QKᵀ and PV; with latent attention
+    2 · heads · (2 · rank + rope dim)). A prefill chunk is causal: of n new tokens whose last attends to c keys,
+    token i attends to c − n + i, i = 1 … n. It reads the K and V of its c keys once, a decoding sequence those of
+    its context once. Layers with a window attend to at most that many keys; the keys of decoding sequences are
+    known in sum only, so windows bound the sum by decode_sequences · window: exact where the sequences are on the
+    same side of the window, else an upper bound.
+
+    With tensor parallelism every GPU holds an equal share of parameters, heads and intermediate width, and the
+    shares run at the same time; the exchange between GPUs is not modelled.
+
+    The formula is the roofline model (Williams et al., CACM 52(4), 2009) applied to a transformer layer; see
+    sim.hardware for where the constants come from. A step without tokens costs nothing.
+    """
+
+    __slots__ = ("_decode_slope", "_kv_ps", "_linear", "_linear_memo", "_score_ps", "_windows")
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        gpu: GPUSpec,
+        tensor_parallel_size: int = 1,
+        kv_bytes_per_token: int | None = None,
+    ) -> None:
+        """Take the bytes of one token's K and V on one GPU, all layers (default: the model's, unquantised).
+
+        Raises ValueError when the model cannot be divided by `tensor_parallel_size`.
+        """
+        if kv_bytes_per_token is None:
+            kv_bytes_per_token = model.kv_bytes_per_token("auto", tensor_parallel_size)
+        elif kv_bytes_per_token < 1:
+            raise ValueError(f"kv_bytes_per_token ({kv_bytes_per_token}) must be at least 1")
+        self._linear = _Linear(model, gpu, tensor_parallel_size)
+        self._linear_memo: dict[int, int] = {}
+        self._windows = _window_groups(model)
+        if model.kv_lora_rank:
+            flops = 2 * model.num_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim)
+        else:
+            flops = 4 * model.num_heads * model.head_dim
+        self._score_ps = flops / tensor_parallel_size / gpu.flops_per_s * PS_PER_S
+        """Compute time per layer of one query against one key, picoseconds."""
+        self._kv_ps = kv_bytes_per_token / model.num_layers / gpu.bytes_per_s * PS_PER_S
+        """Memory time per layer of one key and its value, picoseconds."""
+        per_layer = max(self._score_ps, self._kv_ps)
+        self._decode_slope = [round(layers * per_layer) for _, layers in self._windows]
+        """Picoseconds a key costs a decoding sequence in each group of layers."""
+
+    def step(self, batch: StepBatch) -> int:
+        """Return the duration of a step, picoseconds."""
+        tokens = batch.decode_sequences
+        total = 0
+        for new_tokens, context in batch.prefills:
+            tokens += new_tokens
+            total += self._prefill(new_tokens, context)
+        for (window, _), slope in zip(self._windows, self._decode_slope, strict=True):
+            keys = batch.decode_context
+            if window is not None:
+                keys = min(keys, window * batch.decode_sequences)
+            total += slope * keys
+        return total + self._linear_ps(tokens)
+
+    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
+        """Return the base and the slope per key of a decode-only step; None for models with windows."""
+        if any(window is not None for window, _ in self._windows):
+            return None
+        return self._linear_ps(decode_sequences), sum(self._decode_slope)
+
+    def _linear_ps(self, tokens: int) -> int:
+        found = self._linear_memo.get(tokens)
+        if found is None:
+            found = self._linear_memo[tokens] = self._linear.duration_ps(tokens)
+        return found
+
+    def _prefill(self, new_tokens: int, context: int) -> int:
+        total = 0.0
+        for window, layers in self._windows:
+            scores, keys = causal_scores(new_tokens, context, window)
+            total += layers * max(scores * self._score_ps, keys * self._kv_ps)
+        return round(total)
+
+
+def causal_scores(new_tokens: int, context: int, window: int | None = None) -> tuple[int, int]:
+    """Return (query-key pairs, distinct keys) of a causal chunk whose last token attends to `context` keys.
+
+    Query i of n sees min(context − n + i, window) keys. Raises ValueError unless 1 <= new_tokens <= context.
+    """
+    if not 1 <= new_tokens <= context:
+        raise ValueError(f"new_tokens ({new_tokens}) must be in 1..context ({context})")
+    first = context - new_tokens + 1
+    if window is None or context <= window:
+        return new_tokens * (first + context) // 2, context
+    keys = min(context, window + new_tokens - 1)
+    if first >= window:
+        return new_tokens * window, keys
+    growing = window - first + 1
+    return growing * (first + window) // 2 + (new_tokens - growing) * window, keys
+
+
+def _window_groups(model: ModelSpec) -> list[tuple[int | None, int]]:
+    """Return (window, layers with it), in the order of first appearance."""
+    groups: dict[int | None, int] = {}
+    for window in model.windows:
+        groups[window] = groups.get(window, 0) + 1
+    return list(groups.items())
+
+
+class _Linear:
+    """The part of a step that does not depend on context: everything but attention."""
+
+    __slots__ = ("_activation_ps", "_flop_ps", "_model", "_overhead_ps", "_weight_ps")
+
+    def __init__(self, model: ModelSpec, gpu: GPUSpec, tensor_parallel_size: int) -> None:
+        kv_heads = model.kv_heads_per_gpu(tensor_parallel_size)
+        bytes_per_parameter = model.weight_bytes / model.num_parameters
+        share = 1 / tensor_parallel_size
+        new_kv = model.kv_lora_rank + model.qk_rope_head_dim or 2 * kv_heads * model.head_dim
+        elements = (
+            4 * model.hidden_size
+            + 2 * model.num_heads * model.head_dim * share
+            + new_kv
+            + 3 * model.intermediate_size * max(1, model.experts_per_token) * share
+        )
+        self._model = model
+        self._flop_ps = 2 * model.active_parameters * share / gpu.flops_per_s * PS_PER_S
+        self._weight_ps = bytes_per_parameter * share / gpu.bytes_per_s * PS_PER_S
+        self._activation_ps = model.num_layers * elements * model.itemsize / gpu.bytes_per_s * PS_PER_S
+        self._overhead_ps = model.num_layers * round(gpu.layer_overhead_us * 1e6)
+
+    def duration_ps(self, tokens: int) -> int:
+        if not tokens:
+            return 0
+        weights = self._model.touched_parameters(tokens) * self._weight_ps
+        return round(max(tokens * self._flop_ps, weights + tokens * self._activation_ps)) + self._overhead_ps
