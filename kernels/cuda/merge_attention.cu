@@ -1,0 +1,57 @@
+// Merge attention outputs over disjoint sets of keys into the output over all of them, by their log-sum-exps.
+//
+//   out = sum_i exp(lse_i - lse) * out_i,   lse = log sum_i exp(lse_i)
+//
+// A part with log-sum-exp -infinity saw no keys: its output is not read. A row without keys in any part gives
+// output 0 and log-sum-exp -infinity. A thread takes 16 bytes of one output row; grid ceil(rows * vectors /
+// THREADS).
+//
+// Versions
+// 1  each thread walks the parts of its row; the log-sum-exps are re-read by the row's threads (from cache).
+//      Not yet timed on a GPU. sm_90: @SM90@
+//
+// Specialised by: T (output), PART (parts: float between the splits of one call, T between calls), HEAD_DIM,
+// THREADS
+
+#include "device.cuh"
+
+constexpr int VEC = Vec16<T>::SIZE;
+constexpr int ROW_VECS = HEAD_DIM / VEC;
+
+extern "C" __global__ void __launch_bounds__(THREADS) merge_attention(
+    // [rows, HEAD_DIM], a row being one head of one token
+    T* out,
+    // [rows]
+    float* lse,
+    // [num_parts, rows, HEAD_DIM]
+    const PART* part_outs,
+    // [num_parts, rows]
+    const float* part_lses,
+    long long rows,
+    int num_parts) {
+    const long long index = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    const long long row = index / ROW_VECS;
+    const int column = static_cast<int>(index % ROW_VECS) * VEC;
+    if (row >= rows) return;
+
+    float maximum = NEGATIVE_INFINITY;
+    for (int part = 0; part < num_parts; ++part) maximum = fmaxf(maximum, part_lses[part * rows + row]);
+
+    float total = 0.0f;
+    float sum[VEC] = {};
+    for (int part = 0; part < num_parts; ++part) {
+        const float part_lse = part_lses[part * rows + row];
+        if (part_lse == NEGATIVE_INFINITY) continue;
+        const float weight = fast_exp(part_lse - maximum);
+        float values[VEC];
+        load_floats(part_outs + (part * rows + row) * HEAD_DIM + column, values);
+        total += weight;
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) sum[e] += weight * values[e];
+    }
+    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) sum[e] *= inverse;
+    store_floats(out + row * HEAD_DIM + column, sum);
+    if (column == 0) lse[row] = total > 0.0f ? maximum + logf(total) : NEGATIVE_INFINITY;
+}
