@@ -1,0 +1,346 @@
+"""Content: what a sequence says, described well enough to tell equal blocks from different ones.
+
+A prefix cache compares blocks, so a content answers one question: which bytes identify block i, given
+everything before it? Three kinds of request traces answer it at three resolutions:
+
+    TokenContent    the token ids themselves
+    ChunkContent    one id for every `granularity` tokens (a trace's content chunks)
+    UniqueContent   nothing: no other sequence says the same
+
+Block size and granularity are independent. Both are cut into units of gcd(granularity, tokens_per_block)
+tokens; a block's key is the row of its units' ids, and the position within a chunk needs no place in the key,
+because keys are only ever compared at the same depth behind the same prefix.
+
+Tokens that nobody named (generated ones, above all) belong to a *stream*: a number that one sequence, from
+one position on, has for itself. A unit with such a token in it carries its stream in place of an id, as a
+negative number; as the stream fixes all the tokens before, that is an exact identity too. No key is a hash.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_STREAM = 2**31 - 1
+_streams = itertools.count(1)
+
+
+def _new_stream() -> int:
+    """Return a number that no other run of unnamed tokens has; it decides equality only, never an order."""
+    stream = next(_streams)
+    if stream > _MAX_STREAM:
+        raise OverflowError(f"stream ({stream}) must be at most {_MAX_STREAM} to fit a token id's 32 bits")
+    return stream
+
+
+class Content(ABC):
+    """What a prompt says. Immutable; one object may be looked up and admitted any number of times."""
+
+    __slots__ = ("num_prompt_tokens",)
+
+    num_prompt_tokens: int
+    """Tokens of the prompt: what admission has to compute or to find in the cache."""
+
+    def __init__(self, num_prompt_tokens: int) -> None:
+        if num_prompt_tokens < 1:
+            raise ValueError(f"num_prompt_tokens ({num_prompt_tokens}) must be at least 1")
+        self.num_prompt_tokens = num_prompt_tokens
+
+    @abstractmethod
+    def family(self) -> Hashable:
+        """Return what must be equal for two contents to be comparable at all."""
+
+    @abstractmethod
+    def history(self, tokens_per_block: int) -> History:
+        """Return the growing history of a sequence that starts with this prompt."""
+
+    def prompt_keys(self, tokens_per_block: int) -> bytes:
+        """Return the keys of the prompt's full blocks, one after the other."""
+        return self.history(tokens_per_block).keys(0, self.num_prompt_tokens // tokens_per_block)
+
+
+class History(ABC):
+    """A sequence's content while it grows: the prompt, then what was generated, sequence by sequence.
+
+    `key_width` is the number of bytes that identify one block.
+    """
+
+    __slots__ = ("key_width", "tokens_per_block")
+
+    key_width: int
+    tokens_per_block: int
+
+    @abstractmethod
+    def keys(self, first: int, last: int) -> bytes:
+        """Return the keys of blocks first … last − 1, `key_width` bytes each."""
+
+    @abstractmethod
+    def record(self, position: int, token_ids: Sequence[int]) -> None:
+        """Name the tokens written from `position` on."""
+
+    @abstractmethod
+    def diverge(self, position: int) -> History:
+        """Return a history equal to this one up to `position` and unlike any other from there on."""
+
+    @abstractmethod
+    def content(self, num_tokens: int) -> Content:
+        """Return the first `num_tokens` tokens as a prompt, for a sequence that is to be computed again."""
+
+
+class TokenContent(Content):
+    """Token ids, int32 and not negative.
+
+    `token_ids` may go on beyond `num_prompt_tokens` (default: all of them): the tokens that will be
+    generated, where a trace names them. Raises ValueError for a negative id or too few ids.
+    """
+
+    __slots__ = ("_ids",)
+
+    def __init__(
+        self, token_ids: Iterable[int] | NDArray[np.integer], num_prompt_tokens: int | None = None
+    ) -> None:
+        if isinstance(token_ids, np.ndarray):
+            ids = array("i", np.ascontiguousarray(token_ids, dtype=np.int32).tobytes())
+        else:
+            ids = array("i", token_ids)
+        super().__init__(len(ids) if num_prompt_tokens is None else num_prompt_tokens)
+        if len(ids) < self.num_prompt_tokens:
+            raise ValueError(
+                f"token_ids ({len(ids)} of them) must cover the prompt ({self.num_prompt_tokens})"
+            )
+        if np.frombuffer(ids, np.int32).min() < 0:
+            raise ValueError(f"token_ids ({min(ids)}) must not be negative")
+        self._ids = ids
+
+    @classmethod
+    def _resumed(cls, ids: array[int]) -> TokenContent:
+        """Wrap ids that may include streams (negative numbers) of the sequence that is being resumed."""
+        content = cls.__new__(cls)
+        Content.__init__(content, len(ids))
+        content._ids = ids
+        return content
+
+    def family(self) -> Hashable:
+        return "tokens"
+
+    def history(self, tokens_per_block: int) -> TokenHistory:
+        return TokenHistory(self._ids[:], tokens_per_block)
+
+    def prompt_keys(self, tokens_per_block: int) -> bytes:
+        full = self.num_prompt_tokens - self.num_prompt_tokens % tokens_per_block
+        return memoryview(self._ids)[:full].tobytes()
+
+
+class TokenHistory(History):
+    """Token ids of a sequence; unnamed tokens hold the negated stream."""
+
+    __slots__ = ("_ids", "_stream")
+
+    def __init__(self, ids: array[int], tokens_per_block: int) -> None:
+        self._ids = ids
+        self._stream = 0  # drawn when the first unnamed token is met
+        self.tokens_per_block = tokens_per_block
+        self.key_width = 4 * tokens_per_block
+
+    def _fill(self, num_tokens: int) -> None:
+        missing = num_tokens - len(self._ids)
+        if missing > 0:
+            if not self._stream:
+                self._stream = _new_stream()
+            self._ids.extend(array("i", (-self._stream,)) * missing)
+
+    def keys(self, first: int, last: int) -> bytes:
+        size = self.tokens_per_block
+        self._fill(last * size)
+        return self._ids[first * size : last * size].tobytes()
+
+    def record(self, position: int, token_ids: Sequence[int]) -> None:
+        self._fill(position)
+        self._ids[position : position + len(token_ids)] = array("i", token_ids)
+
+    def diverge(self, position: int) -> TokenHistory:
+        self._fill(position)
+        return TokenHistory(self._ids[:position], self.tokens_per_block)
+
+    def content(self, num_tokens: int) -> TokenContent:
+        self._fill(num_tokens)
+        return TokenContent._resumed(self._ids[:num_tokens])
+
+
+_Layers = tuple[tuple[int, int], ...]
+
+
+class ChunkContent(Content):
+    """Content ids at a trace's own granularity.
+
+    chunk_ids          int64 [>= ceil(num_named_tokens / granularity)], not negative; two sequences that agree
+                       on the ids of a prefix say the same in it
+    granularity        tokens an id stands for
+    num_prompt_tokens  tokens of the prompt; the last chunk may be cut short
+    num_named_tokens   tokens that the ids name, default the prompt; more where a trace (a session whose next
+                       turn repeats the answer) names generated tokens
+
+    Raises ValueError for a negative id, too few ids, or fewer named tokens than the prompt has.
+    """
+
+    __slots__ = ("_expanded", "chunk_ids", "granularity", "num_named_tokens")
+
+    def __init__(
+        self,
+        chunk_ids: Sequence[int] | NDArray[np.integer],
+        granularity: int,
+        num_prompt_tokens: int,
+        num_named_tokens: int | None = None,
+    ) -> None:
+        super().__init__(num_prompt_tokens)
+        if granularity < 1:
+            raise ValueError(f"granularity ({granularity}) must be at least 1")
+        named = num_prompt_tokens if num_named_tokens is None else num_named_tokens
+        if named < num_prompt_tokens:
+            raise ValueError(f"num_named_tokens ({named}) must cover the prompt ({num_prompt_tokens})")
+        self.chunk_ids: NDArray[np.int64] = np.asarray(chunk_ids, dtype=np.int64)
+        if self.chunk_ids.size * granularity < named:
+            raise ValueError(
+                f"chunk_ids ({self.chunk_ids.size}) must cover {named} tokens in chunks of {granularity}"
+            )
+        if self.chunk_ids.min() < 0:
+            raise ValueError(f"chunk_ids ({self.chunk_ids.min()}) must not be negative")
+        self.granularity = granularity
+        self.num_named_tokens = named
+        self._expanded: tuple[int, bytes] | None = None  # tokens_per_block and the keys it leads to
+
+    def family(self) -> Hashable:
+        return self.granularity
+
+    def history(self, tokens_per_block: int) -> ChunkHistory:
+        history = ChunkHistory(self.chunk_ids, self.granularity, self.num_named_tokens, (), tokens_per_block)
+        if self._expanded is None or self._expanded[0] != tokens_per_block:
+            self._expanded = (tokens_per_block, history.expand())
+        history.named_keys = self._expanded[1]
+        return history
+
+
+class UniqueContent(Content):
+    """A prompt of which nothing is known: it equals itself (when looked up again) and nothing else."""
+
+    __slots__ = ("_layers",)
+
+    def __init__(self, num_prompt_tokens: int) -> None:
+        super().__init__(num_prompt_tokens)
+        self._layers: _Layers = ((0, _new_stream()),)
+
+    def family(self) -> Hashable:
+        return 0
+
+    def history(self, tokens_per_block: int) -> ChunkHistory:
+        layers = (*self._layers, (self.num_prompt_tokens, _new_stream()))
+        return ChunkHistory(_NO_IDS, 0, 0, layers, tokens_per_block)
+
+    def prompt_keys(self, tokens_per_block: int) -> bytes:
+        return _stream_key(self._layers[0][1]) * (self.num_prompt_tokens // tokens_per_block)
+
+
+_NO_IDS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+
+def _stream_key(stream: int) -> bytes:
+    """Return the key of a unit in which `stream` wrote."""
+    return (-stream).to_bytes(8, "little", signed=True)
+
+
+class ChunkHistory(History):
+    """Chunk ids, then layers: (position, stream) pairs, each overriding all before it from there on."""
+
+    __slots__ = ("_granularity", "_ids", "_layers", "_named", "_unit", "named_keys")
+
+    def __init__(
+        self, ids: NDArray[np.int64], granularity: int, named: int, layers: _Layers, tokens_per_block: int
+    ) -> None:
+        self._ids = ids
+        self._granularity = granularity
+        self._layers = layers
+        self.tokens_per_block = tokens_per_block
+        self._unit = gcd(granularity, tokens_per_block)
+        self.key_width = 8 * (tokens_per_block // self._unit)
+        self._named = min(named, layers[0][0]) if layers else named
+        self.named_keys: bytes | None = None
+
+    def keys(self, first: int, last: int) -> bytes:
+        """Return the keys of blocks first … last − 1.
+
+        A unit has the id of its chunk if it ends within the named tokens, else the stream of the last layer
+        that begins before its end.
+        """
+        width = self.key_width
+        if first * self.tokens_per_block >= self._last_layer():  # the common case while decoding
+            return _stream_key(self._layers[-1][1]) * ((last - first) * width // 8)
+        if self.named_keys is None:
+            self.named_keys = self.expand()
+        whole = len(self.named_keys) // width
+        if last <= whole:
+            return self.named_keys[first * width : last * width]
+        return self._tail_keys(first, last)
+
+    def _last_layer(self) -> int:
+        if not self._layers:
+            self._layers = ((self._named, _new_stream()),)
+        return self._layers[-1][0]
+
+    def expand(self) -> bytes:
+        """Return the keys of all units that end within the named tokens."""
+        repeats = self._granularity // self._unit if self._granularity else 1
+        ids = self._ids if repeats == 1 else np.repeat(self._ids, repeats)
+        return ids[: self._named // self._unit].tobytes()
+
+    def _tail_keys(self, first: int, last: int) -> bytes:
+        units = self.tokens_per_block // self._unit
+        begin, end = first * units, last * units
+        out = np.empty(end - begin, dtype=np.int64)
+        named = np.frombuffer(self.named_keys or b"", np.int64)[begin:end]
+        out[: named.size] = named
+        for position, stream in self._layers:
+            # the first unit that ends beyond `position`
+            out[max(position // self._unit - begin, 0) :] = -stream
+        return out.tobytes()
+
+    def record(self, position: int, token_ids: Sequence[int]) -> None:
+        raise ValueError("tokens cannot be named one by one in a content of chunks: pass None for them")
+
+    def diverge(self, position: int) -> ChunkHistory:
+        layers = (*(layer for layer in self._layers if layer[0] < position), (position, _new_stream()))
+        return ChunkHistory(self._ids, self._granularity, self._named, layers, self.tokens_per_block)
+
+    def content(self, num_tokens: int) -> Content:
+        self._last_layer()
+        return _ResumedContent(self, num_tokens)
+
+    def _resume(self, position: int) -> ChunkHistory:
+        """Return a history equal to this one up to `position`, and beyond it as far as tokens are named."""
+        if position >= self._named:
+            return self.diverge(position)
+        return ChunkHistory(self._ids, self._granularity, self._named, (), self.tokens_per_block)
+
+
+class _ResumedContent(Content):
+    """The prompt and the answer so far of a preempted sequence; what follows is unlike anything else."""
+
+    __slots__ = ("_source",)
+
+    def __init__(self, source: ChunkHistory, num_tokens: int) -> None:
+        super().__init__(num_tokens)
+        self._source = source
+
+    def family(self) -> Hashable:
+        return self._source._granularity
+
+    def history(self, tokens_per_block: int) -> ChunkHistory:
+        return self._source._resume(self.num_prompt_tokens)
+
+    def prompt_keys(self, tokens_per_block: int) -> bytes:
+        return self._source.keys(0, self.num_prompt_tokens // tokens_per_block)

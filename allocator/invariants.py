@@ -1,0 +1,126 @@
+"""The manager's invariants, recounted from nothing but its tables and its tree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from allocator.prefix import Extent
+
+if TYPE_CHECKING:
+    from allocator.manager import KVCacheManager
+
+
+def check_invariants(manager: KVCacheManager) -> None:
+    """Raise AssertionError, saying which rule is broken, unless all of these hold:
+
+    - every block is exactly one of free, cached, private to tables, or in transfer;
+    - an extent is referenced by exactly the sequences (and pending copies) whose path leads through it;
+    - a private block has as many holders as tables that name it;
+    - the counters (evictable, referenced, logical) say what a recount says;
+    - a table names the cached block at every anchored position that is not a twin's;
+    - the content of an anchored position is the key under which the index has it;
+    - the block that a sequence writes next is its alone and not cached, or known to need a copy;
+    - extents fit together: starts, keys, widths, live children; ghosts lie below what is live and in bounds.
+    """
+    cached = _check_tree(manager)
+    private = _check_sequences(manager)
+    pool = manager.pool
+
+    free = list(pool.free_ids())
+    owners = Counter(free)
+    owners.update(list(cached))
+    owners.update(list(private))
+    owners.update(pool.limbo)
+    twice = [block for block, count in owners.items() if count > 1]
+    assert not twice, f"blocks {twice} are in two states at once"
+    assert set(owners) == set(range(pool.num_blocks)), f"{pool.num_blocks - len(owners)} blocks are lost"
+    assert len(free) == pool.num_free
+
+    for block, holders in private.items():
+        assert pool.shared.get(block, 1) == holders, f"block {block} has {holders} holders"
+    assert set(pool.shared) <= set(private), "a block without holders is listed as shared"
+
+    evictable = sum(1 for extent in cached.values() if not extent.references)
+    assert pool.num_evictable == evictable, f"{evictable} blocks are evictable, not {pool.num_evictable}"
+    referenced = len(cached) - evictable + len(private)
+    assert pool.num_referenced == referenced, f"{referenced} blocks are referenced, not {pool.num_referenced}"
+    if not manager.sequences and not len(manager.tables.copies):
+        assert pool.num_free + pool.num_evictable == pool.num_blocks, "blocks leaked"
+
+
+def _check_tree(manager: KVCacheManager) -> dict[int, Extent]:
+    """Check the shape of the tree and its references; return the extent of each cached block."""
+    references: Counter[Extent] = Counter()
+    for sequence in manager.sequences:
+        references.update(sequence.anchor.path())
+    for held in manager.tables.copies.held_extents():
+        references.update(held.path())
+
+    cached: dict[int, Extent] = {}
+    ghosts = 0
+    for extent in manager.index.extents():
+        parent = extent.parent
+        assert parent is not None
+        assert extent.start == parent.end, f"{extent} does not continue {parent}"
+        assert extent.keys, f"{extent} is empty"
+        assert len(extent.keys) % extent.width == 0
+        assert extent.width == parent.width
+        assert parent.children is not None
+        assert parent.children.get(extent.first_key) is extent, f"{extent} is not where it is looked up"
+        live = [child for child in (extent.children or {}).values() if child.ids]
+        assert extent.live_children == len(live), f"{extent} has {len(live)} live children"
+        assert extent.references == references[extent], f"{extent} has {references[extent]} references"
+        if extent.ids:
+            assert len(extent.ids) == extent.num_blocks
+            assert extent.references >= sum(child.references for child in live), f"{extent} lost references"
+            assert manager.reuse or extent.references, f"{extent} is kept without reuse"
+            for block in extent.ids:
+                assert block not in cached, f"block {block} is cached twice"
+                cached[block] = extent
+        else:
+            ghosts += extent.num_blocks
+            assert not extent.references
+            assert not live, f"{extent} is a ghost above live blocks"
+    index = manager.index
+    assert index.ghost_blocks == ghosts, f"{ghosts} ghosts, not {index.ghost_blocks}"
+    assert ghosts <= index.ghost_capacity
+    return cached
+
+
+def _check_sequences(manager: KVCacheManager) -> Counter[int]:
+    """Check each table against tree and content; return how many tables hold each private block."""
+    size = manager.tokens_per_block
+    private: Counter[int] = Counter()
+    blocks = tokens = 0
+    for sequence in manager.sequences:
+        table, anchored = sequence.table, sequence.anchored
+        blocks += len(table)
+        tokens += sequence.num_tokens
+        assert not sequence.released
+        assert len(table) == -(-sequence.num_tokens // size), f"{sequence} has the wrong number of blocks"
+        assert anchored <= len(table)
+        full = sequence.num_tokens // size
+        assert anchored >= full, f"{sequence} has full blocks that are not indexed"
+        assert len(set(table)) == len(table), f"{sequence} holds a block twice"
+        ids: list[int] = []
+        keys = b""
+        for extent in reversed(list(sequence.anchor.path())):
+            ids.extend(extent.ids)
+            keys += extent.keys
+        assert len(ids) == anchored, f"{sequence} is anchored at a ghost"
+        assert sequence.history.keys(0, full) == keys[: full * sequence.history.key_width], (
+            f"{sequence} is anchored at other content"
+        )
+        for position, block in enumerate(table):
+            if position >= anchored or position in sequence.twins:
+                private[block] += 1
+            else:
+                assert block == ids[position], f"{sequence} holds {block} where {ids[position]} is cached"
+        assert all(position < anchored for position in sequence.twins)
+        batch = sequence.batch
+        if batch is not None and sequence not in batch.unready:
+            assert manager.tables.shared_tail(sequence) is None, f"{sequence} would write to a shared block"
+    stats = manager.stats()
+    assert (stats.logical_blocks, stats.logical_tokens) == (blocks, tokens), "logical counts are off"
+    return private

@@ -1,0 +1,113 @@
+"""PrefixMatch: what a lookup found, what it did not find, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from allocator.content import Content
+from allocator.prefix import Extent, PrefixIndex, common_blocks
+from allocator.sequence import KVSequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The result of one lookup, good until the cache next changes (then admission looks up again).
+
+    path          (extent, blocks of it) from the root down, blocks that are hit only
+    hit_blocks    blocks found
+    query_blocks  ceil(num_prompt_tokens / tokens_per_block): what hit_blocks and the misses sum up to
+    miss_blocks   cause -> blocks, see allocator.stats.MISS_CAUSES; causes without blocks are left out
+    """
+
+    content: Content
+    salt: Hashable
+    tokens_per_block: int
+    path: tuple[tuple[Extent, int], ...]
+    hit_blocks: int
+    query_blocks: int
+    miss_blocks: dict[str, int]
+    version: int
+
+    @property
+    def hit_tokens(self) -> int:
+        """Return how many tokens of the prompt need not be computed."""
+        return self.hit_blocks * self.tokens_per_block
+
+    @property
+    def evictable_blocks(self) -> int:
+        """Return how many of the hit blocks are evictable now, and would stop being so."""
+        return sum(blocks for extent, blocks in self.path if not extent.references)
+
+
+def find_match(
+    index: PrefixIndex,
+    content: Content,
+    salt: Hashable,
+    tokens_per_block: int,
+    prefilling: Iterable[KVSequence],
+) -> PrefixMatch:
+    """Look a prompt up. Changes nothing.
+
+    `prefilling` are the sequences whose prompts are not computed completely yet.
+    """
+    prompt = content.num_prompt_tokens
+    query_blocks = -(-prompt // tokens_per_block)
+    full = prompt // tokens_per_block
+    usable = (prompt - 1) // tokens_per_block  # the last token is always computed
+    keys = content.prompt_keys(tokens_per_block)
+    salts = index.roots.get(content.family(), {})
+    root = salts.get(salt)
+
+    walked = index.match(root, keys) if root is not None else []
+    live = sum(blocks for extent, blocks in walked if extent.ids)
+    known = sum(blocks for _, blocks in walked)
+
+    path: list[tuple[Extent, int]] = []
+    hit_blocks = 0
+    for extent, blocks in walked:
+        take = min(blocks, usable - hit_blocks) if extent.ids else 0
+        if take <= 0:
+            break
+        path.append((extent, take))
+        hit_blocks += take
+
+    misses: dict[str, int] = {}
+    if live > usable:
+        misses["last_token"] = live - usable
+    if query_blocks > full:
+        misses["short_of_block"] = 1
+    if live < full:
+        elsewhere = [_live_blocks(index, other, keys) for other in salts.values() if other is not root]
+        isolated = max(elsewhere, default=0)
+        in_flight = 0
+        if root is not None:
+            in_flight = max((_blocks_ahead(s, root, walked, live, keys) for s in prefilling), default=0)
+        reached = live
+        for cause, end in (("isolated", isolated), ("in_flight", in_flight), ("evicted", known)):
+            if end > reached:
+                misses[cause] = end - reached
+                reached = end
+        if full > reached:
+            misses["unknown" if index.forgot else "cold"] = full - reached
+    return PrefixMatch(
+        content, salt, tokens_per_block, tuple(path), hit_blocks, query_blocks, misses, index.version
+    )
+
+
+def _live_blocks(index: PrefixIndex, root: Extent, keys: bytes) -> int:
+    return sum(blocks for extent, blocks in index.match(root, keys) if extent.ids)
+
+
+def _blocks_ahead(
+    sequence: KVSequence, root: Extent, walked: list[tuple[Extent, int]], live: int, keys: bytes
+) -> int:
+    """Return up to which block of the prompt `sequence` is going to compute what the prompt needs."""
+    anchor, start = sequence.anchor, sequence.anchored
+    if start > live or start * root.width >= len(keys):
+        return 0
+    if anchor is not root and (anchor, anchor.num_blocks) not in walked:
+        return 0
+    size = sequence.history.tokens_per_block
+    ahead = sequence.history.keys(start, sequence.num_prompt_tokens // size)
+    return start + common_blocks(ahead, keys, start, root.width) if ahead else 0

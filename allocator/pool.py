@@ -1,0 +1,218 @@
+"""BlockPool: which blocks are free, which could be freed, and who refers to the rest.
+
+    free        no content worth keeping; taken first, last freed first
+    evictable   cached content that no table holds; taken when nothing is free, in the policy's order
+    referenced  in a table
+    in transfer freed while a copy still reads or writes it; free once the copy list has been taken
+
+Policies choose; only the pool changes anything.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+
+from allocator.eviction.policy import EvictionPolicy
+from allocator.lifetimes import Lifetimes
+from allocator.prefix import Extent, PrefixIndex
+
+
+class OutOfBlocks(Exception):
+    """The pool cannot give as many blocks as were asked for. The call that raised it has changed nothing."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(f"{needed} blocks needed, {available} free or evictable")
+        self.needed = needed
+        self.available = available
+
+    def __reduce__(self) -> tuple[type[OutOfBlocks], tuple[int, int]]:
+        return type(self), (self.needed, self.available)
+
+
+class BlockPool:
+    """A pool of `num_blocks` blocks, numbered from 0.
+
+    With `keep_cached` False, an extent whose last reference goes is freed at once (block reuse off).
+    """
+
+    def __init__(
+        self, num_blocks: int, policy: EvictionPolicy, index: PrefixIndex, *, keep_cached: bool = True
+    ) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks ({num_blocks}) must be at least 1")
+        self.num_blocks = num_blocks
+        self.policy = policy
+        self.index = index
+        self.keep_cached = keep_cached
+        self.num_evictable = 0
+        self.evicted_blocks = 0
+        self.lifetimes: Lifetimes | None = None
+        self.now = 0
+        self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
+        self.limbo: list[int] = []  # freed, but pinned by a copy that has not been taken yet
+        self._pins: dict[int, int] = {}
+        self._freed = array("i")  # a stack
+        self._fresh = 0  # blocks from here on have never been used
+
+    @property
+    def num_free(self) -> int:
+        """Return the number of blocks without content worth keeping."""
+        return len(self._freed) + self.num_blocks - self._fresh
+
+    @property
+    def available(self) -> int:
+        """Return how many blocks `take` could give."""
+        return len(self._freed) + self.num_blocks - self._fresh + self.num_evictable
+
+    @property
+    def num_referenced(self) -> int:
+        """Return the number of blocks held by tables, or by the twins and pending copies that need them."""
+        return self.num_blocks - self.num_free - self.num_evictable - len(self.limbo)
+
+    def free_ids(self) -> array[int]:
+        """Return all free blocks, the next to be taken last."""
+        return array("i", range(self.num_blocks - 1, self._fresh - 1, -1)) + self._freed
+
+    def take(self, count: int) -> array[int]:
+        """Return `count` blocks, evicting as needed. Raises OutOfBlocks, with nothing changed."""
+        if count > self.available:
+            raise OutOfBlocks(count, self.available)
+        freed = self._freed
+        reused = min(count, len(freed))
+        if reused:
+            taken = freed[-reused:]
+            taken.reverse()
+            del freed[-reused:]
+        else:
+            taken = array("i")
+        count -= reused
+        if count:
+            fresh = min(count, self.num_blocks - self._fresh)
+            if fresh:
+                taken.frombytes(np.arange(self._fresh, self._fresh + fresh, dtype=np.int32).tobytes())
+                self._fresh += fresh
+                count -= fresh
+            while count:
+                evicted = self._evict(count)
+                count -= len(evicted)
+                taken.extend(evicted)
+        return taken
+
+    def _evict(self, wanted: int) -> array[int]:
+        policy = self.policy
+        extent, count = policy.victim(wanted)
+        parent = extent.parent
+        assert parent is not None
+        if self.lifetimes is not None:
+            self.lifetimes.evicted(extent, count, self.now)
+        ids = self.index.trim(extent, count)
+        self.num_evictable -= count
+        self.evicted_blocks += count
+        policy.evicted(extent, count)
+        if not extent.ids and self._is_exposed(parent):
+            policy.exposed(parent)
+        return ids
+
+    @staticmethod
+    def _is_exposed(extent: Extent) -> bool:
+        return not extent.references and not extent.live_children and extent.parent is not None
+
+    def give(self, ids: Iterable[int]) -> None:
+        """Take back uncached blocks that nobody holds any more, the next to be reused last."""
+        if not self._pins:
+            self._freed.extend(array("i", ids) if not isinstance(ids, array) else ids)
+            return
+        for block in ids:
+            (self.limbo if block in self._pins else self._freed).append(block)
+
+    def share(self, block: int, holders: int) -> None:
+        """Add `holders` to the holders of an uncached block."""
+        self.shared[block] = self.shared.get(block, 1) + holders
+
+    def unshare(self, block: int) -> bool:
+        """Drop one holder of an uncached block and return whether others are left."""
+        holders = self.shared.get(block)
+        if holders is None:
+            return False
+        if holders == 2:
+            del self.shared[block]
+        else:
+            self.shared[block] = holders - 1
+        return True
+
+    def cached(self, extent: Extent, num_blocks: int) -> None:
+        """Note that `num_blocks` referenced blocks were appended to `extent` in the index."""
+        if self.lifetimes is not None:
+            self.lifetimes.filled(extent, num_blocks, self.now)
+        self.policy.cached(extent, num_blocks)
+
+    def uncached(self, extent: Extent) -> None:
+        """Note that a referenced extent's last block was taken out of the index by its only holder."""
+        self.policy.evicted(extent, 1)
+
+    def acquire(self, extent: Extent, references: int = 1) -> None:
+        """Add references to an extent; an evictable one becomes referenced."""
+        if not extent.references and extent.ids:
+            self.num_evictable -= len(extent.ids)
+            self.policy.referenced(extent)
+        extent.references += references
+
+    def hit(self, extent: Extent) -> None:
+        """Acquire an extent for a sequence that found all its blocks in the cache."""
+        if self.lifetimes is not None:
+            self.lifetimes.hit(extent, self.now)
+        self.acquire(extent)
+        extent.sealed = True
+        self.policy.hit(extent)
+
+    def drop(self, extent: Extent) -> None:
+        """Remove one reference; without any, the extent becomes evictable, or is freed if nothing is kept."""
+        extent.references -= 1
+        if extent.references:
+            return
+        extent.sealed = True
+        extent.touched = self.now
+        if self.keep_cached:
+            self.num_evictable += len(extent.ids)
+            self.policy.released(extent)
+            if not extent.live_children:
+                self.policy.exposed(extent)
+        else:
+            ids = extent.ids[::-1]
+            self.index.remove(extent)
+            self.policy.evicted(extent, len(ids))
+            self.give(ids)
+
+    def acquire_path(self, extent: Extent, references: int = 1) -> None:
+        """Add references to an extent and all those above it."""
+        for each in extent.path():
+            self.acquire(each, references)
+
+    def drop_path(self, extent: Extent) -> None:
+        """Remove one reference from an extent and all those above it, the deepest first."""
+        for each in list(extent.path()):  # a freed extent forgets its parent's children, so walk first
+            self.drop(each)
+
+    def split(self, extent: Extent, at: int) -> Extent:
+        """Cut an extent after `at` blocks and return the new head."""
+        head = self.index.split(extent, at)
+        if extent.ids:
+            self.policy.split(head, extent)
+        return head
+
+    def pin(self, block: int) -> None:
+        """Keep a block from being reused until `unpin`, whoever frees it."""
+        self._pins[block] = self._pins.get(block, 0) + 1
+
+    def unpin(self, block: int) -> None:
+        """Undo one `pin`; a block freed meanwhile becomes free."""
+        if self._pins[block] > 1:
+            self._pins[block] -= 1
+            return
+        del self._pins[block]
+        if block in self.limbo:
+            self.limbo.remove(block)
+            self._freed.append(block)

@@ -1,0 +1,363 @@
+"""PrefixIndex: which cached block holds which tokens after which prefix.
+
+A radix tree whose node is an *extent*: consecutive blocks of one prefix, as many as are referenced alike. A
+child is found by the key of its first block, the rest is compared in bulk, and an extent is cut only where a
+sequence leaves it halfway. So a lookup, a hit, an insertion and an eviction cost per extent, not per block.
+
+    root ── [b0 b1 b2 b3] ─┬─ [b4 b5]           three extents, two cached prefixes of 6 and 7 blocks
+                           └─ [b6 b7 b8]
+
+When an extent is cut, the *tail* keeps the object (whoever points at the deepest block still does, and its
+place in the eviction order is kept) and the head is new.
+
+An evicted block leaves a *ghost* behind: its key stays in the tree without a block, so that a later miss can
+be told from one on content never seen. Ghosts are bounded; the one evicted first is forgotten first. They
+always lie below everything live, because a block is evicted only when nothing live hangs below it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+
+_MERGED_GHOST_BYTES = 4096
+"""Ghosts evicted in a row share a node up to this size: few nodes, and no long copies to grow one."""
+
+
+class Extent:
+    """Consecutive blocks of one prefix, referenced alike.
+
+    keys            the blocks' keys, `width` bytes each; what makes the extent equal to another
+    ids             the block ids, array of int32; empty for a ghost and for a root
+    start           blocks before this extent on the way from the root
+    references      sequences whose path leads through here (a parent has at least its children's)
+    live_children   children that hold blocks
+    sealed          once hit or released; a sealed extent is not grown in place, so that all its blocks have
+                    been hit and released together
+    born, touched   lifetimes: when each block was filled, when the extent was last used (caller's clock)
+    """
+
+    __slots__ = (
+        "born",
+        "children",
+        "ids",
+        "keys",
+        "live_children",
+        "parent",
+        "references",
+        "sealed",
+        "start",
+        "touched",
+        "width",
+    )
+
+    def __init__(self, parent: Extent | None, keys: bytes | bytearray, ids: array[int], width: int) -> None:
+        self.parent = parent
+        self.children: dict[bytes, Extent] | None = None
+        self.keys = bytearray(keys)
+        self.ids = ids
+        self.start = parent.end if parent is not None else 0
+        self.references = 0
+        self.live_children = 0
+        self.sealed = False
+        self.width = width
+        self.born: array[int] | None = None
+        self.touched = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the blocks it stands for, held or, for a ghost, once held."""
+        return len(self.keys) // self.width
+
+    @property
+    def end(self) -> int:
+        """Return the depth of its last block, counted in blocks from the root."""
+        return self.start + len(self.keys) // self.width
+
+    @property
+    def first_key(self) -> bytes:
+        """Return the key under which the parent finds it."""
+        return bytes(self.keys[: self.width])
+
+    def path(self) -> Iterator[Extent]:
+        """Yield this extent and those above it, the root left out."""
+        extent = self
+        while extent.parent is not None:
+            yield extent
+            extent = extent.parent
+
+    def __repr__(self) -> str:
+        kind = "ghost" if not self.ids else f"ids={self.ids.tolist()}"
+        return f"<Extent [{self.start}, {self.end}) {kind} references={self.references}>"
+
+
+class Root(Extent):
+    """Where the prefixes of one family of contents and one salt begin; `references` counts sequences."""
+
+    __slots__ = ("family", "salt")
+
+    def __init__(self, family: Hashable, salt: Hashable, width: int) -> None:
+        super().__init__(None, b"", array("i"), width)
+        self.family = family
+        self.salt = salt
+
+
+def common_blocks(keys: bytearray | bytes, other: bytes, at: int, width: int) -> int:
+    """Return how many blocks `keys` and `other` from block `at` on have in common."""
+    limit = min(len(keys) // width, len(other) // width - at)
+    base = at * width
+    if keys[: limit * width] == other[base : base + limit * width]:
+        return limit
+    low, high = 0, limit  # equal up to low, not up to high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if keys[low * width : middle * width] == other[base + low * width : base + middle * width]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class PrefixIndex:
+    """The tree, and the ghosts in it. It knows neither references nor policies; the pool does."""
+
+    def __init__(self, ghost_capacity: int) -> None:
+        self.roots: dict[Hashable, dict[Hashable, Root]] = {}  # family -> salt -> root
+        self.version = 0  # changes whenever a match could
+        self.ghost_capacity = ghost_capacity
+        self.ghost_blocks = 0
+        self.forgot = False  # a ghost has been forgotten: what is unknown need not be cold
+        self._ghosts: OrderedDict[Extent, None] = OrderedDict()  # evicted first, first
+        self._last_ghost: Extent | None = None
+
+    def root(self, family: Hashable, salt: Hashable, width: int) -> Root:
+        """Return the root for contents of one family and salt, made on first use."""
+        salts = self.roots.setdefault(family, {})
+        root = salts.get(salt)
+        if root is None:
+            root = salts[salt] = Root(family, salt, width)
+        return root
+
+    def discard_if_unused(self, root: Extent) -> None:
+        """Forget a root that no sequence and no extent needs any more."""
+        if not root.references and not root.children and isinstance(root, Root):
+            salts = self.roots[root.family]
+            del salts[root.salt]
+            if not salts:
+                del self.roots[root.family]
+
+    def match(self, root: Extent, keys: bytes) -> list[tuple[Extent, int]]:
+        """Return the extents that `keys` leads through and how many blocks of each; ghosts come last."""
+        path: list[tuple[Extent, int]] = []
+        width = root.width
+        total = len(keys) // width
+        node, at = root, 0
+        while at < total and node.children:
+            child = node.children.get(keys[at * width : (at + 1) * width])
+            if child is None:
+                break
+            matched = common_blocks(child.keys, keys, at, width)
+            path.append((child, matched))
+            at += matched
+            if matched * width < len(child.keys):
+                break
+            node = child
+        return path
+
+    def split(self, extent: Extent, at: int) -> Extent:
+        """Cut `extent` after its first `at` blocks and return the new head; the object stays the tail."""
+        width, parent = extent.width, extent.parent
+        assert parent is not None
+        assert parent.children is not None
+        cut = at * width
+        head = Extent(parent, extent.keys[:cut], extent.ids[:at], width)
+        head.references = extent.references
+        head.sealed = extent.sealed
+        head.touched = extent.touched
+        if extent.born is not None:
+            head.born = extent.born[:at]
+            del extent.born[:at]
+        parent.children[head.first_key] = head
+        del extent.keys[:cut]
+        del extent.ids[:at]
+        head.children = {extent.first_key: extent}
+        head.live_children = 1 if extent.ids else 0
+        extent.parent = head
+        extent.start += at
+        self.version += 1
+        return head
+
+    def insert(
+        self, anchor: Extent, keys: bytes, ids: array[int], split: Callable[[Extent, int], Extent]
+    ) -> Iterator[tuple[Extent, bool]]:
+        """Put blocks below `anchor`; yield the extents they lead through, and whether each took them in.
+
+        Where the content is there already (False), the index keeps the block it has. Where a ghost is, it is
+        revived. The caller must reference each extent before it asks for the next.
+        """
+        width = anchor.width
+        at, total = 0, len(ids)
+        while at < total:
+            child = (anchor.children or {}).get(keys[at * width : (at + 1) * width])
+            if child is None:
+                yield self.attach(anchor, keys[at * width :], ids[at:]), True
+                return
+            matched = common_blocks(child.keys, keys, at, width)
+            is_ghost = not child.ids
+            if matched * width < len(child.keys):
+                child = split(child, matched)
+            if is_ghost:
+                self.revive(child, ids[at : at + matched])
+            yield child, is_ghost
+            anchor = child
+            at += matched
+
+    def attach(self, parent: Extent, keys: bytes, ids: array[int]) -> Extent:
+        """Hang a new extent below `parent`, which must have no child with that first key."""
+        extent = Extent(parent, keys, ids, parent.width)
+        if parent.children is None:
+            parent.children = {}
+        parent.children[extent.first_key] = extent
+        parent.live_children += 1
+        self.version += 1
+        return extent
+
+    def grow(self, extent: Extent, keys: bytes, ids: array[int]) -> None:
+        """Append blocks to an extent that has no children."""
+        extent.keys += keys
+        extent.ids.extend(ids)
+        self.version += 1
+
+    def shorten(self, extent: Extent) -> None:
+        """Take the last block out of an extent of several without children; leave no ghost."""
+        del extent.keys[-extent.width :]
+        del extent.ids[-1:]
+        if extent.born is not None:
+            del extent.born[-1:]
+        self.version += 1
+
+    def revive(self, ghost: Extent, ids: array[int]) -> None:
+        """Give a ghost blocks again; its parent must be live."""
+        assert ghost.parent is not None
+        self._unlist(ghost)
+        ghost.ids = ids
+        ghost.sealed = False
+        ghost.parent.live_children += 1
+        self.version += 1
+
+    def trim(self, extent: Extent, num_blocks: int) -> array[int]:
+        """Take the last `num_blocks` blocks out of the index, leave ghosts, and return the ids tail first."""
+        keep = len(extent.ids) - num_blocks
+        ids = extent.ids[keep:]
+        ids.reverse()
+        del extent.ids[keep:]
+        if extent.born is not None:
+            del extent.born[keep:]
+        self.version += 1
+        if keep == 0:
+            assert extent.parent is not None
+            extent.parent.live_children -= 1
+            if self.ghost_capacity:
+                self._become_ghost(extent)
+            else:
+                self._detach(extent)
+        else:
+            tail = extent.keys[keep * extent.width :]
+            del extent.keys[keep * extent.width :]
+            if self.ghost_capacity:
+                self._leave_ghost(extent, tail)
+        self.ghost_blocks += num_blocks
+        self._forget()
+        return ids
+
+    def remove(self, extent: Extent) -> None:
+        """Take a childless extent out without leaving a ghost."""
+        if extent.ids:
+            assert extent.parent is not None
+            extent.parent.live_children -= 1
+        self._detach(extent)
+        extent.ids = array("i")
+        self.version += 1
+
+    def _detach(self, extent: Extent) -> None:
+        parent = extent.parent
+        assert parent is not None
+        assert parent.children is not None
+        del parent.children[extent.first_key]
+        if not parent.children:
+            parent.children = None
+            if parent.parent is None:
+                self.discard_if_unused(parent)
+
+    def _recent_child(self, extent: Extent) -> Extent | None:
+        """Return the ghost right below that was evicted just before, if it can take more keys in."""
+        ghost = self._last_ghost
+        if ghost is None or ghost.parent is not extent or not extent.children:
+            return None
+        if len(extent.children) > 1 or len(ghost.keys) >= _MERGED_GHOST_BYTES:
+            return None
+        return ghost
+
+    def _become_ghost(self, extent: Extent) -> None:
+        below = self._recent_child(extent)
+        if below is None:
+            self._list(extent)
+            return
+        parent = extent.parent
+        assert parent is not None
+        assert parent.children is not None
+        below.keys[0:0] = extent.keys
+        below.start = extent.start
+        below.parent = parent
+        parent.children[below.first_key] = below
+
+    def _leave_ghost(self, extent: Extent, keys: bytearray) -> None:
+        below = self._recent_child(extent)
+        if below is not None:
+            below.keys[0:0] = keys
+            below.start = extent.end
+        else:
+            below = Extent(extent, keys, array("i"), extent.width)
+            below.children = extent.children
+            for child in (below.children or {}).values():
+                child.parent = below
+            self._list(below)
+        extent.children = {below.first_key: below}
+
+    def _list(self, ghost: Extent) -> None:
+        self._ghosts[ghost] = None
+        self._last_ghost = ghost
+
+    def _unlist(self, ghost: Extent) -> None:
+        # After a cut only the tail is listed: the head is being revived right now.
+        self._ghosts.pop(ghost, None)
+        if self._last_ghost is ghost:
+            self._last_ghost = None
+        self.ghost_blocks -= ghost.num_blocks
+
+    def _forget(self) -> None:
+        if not self.ghost_capacity:
+            self.forgot = True
+            self.ghost_blocks = 0
+            return
+        while self.ghost_blocks > self.ghost_capacity:
+            self.forgot = True
+            oldest = next(iter(self._ghosts))
+            excess = self.ghost_blocks - self.ghost_capacity
+            if excess >= oldest.num_blocks:
+                self._unlist(oldest)
+                self._detach(oldest)
+            else:
+                del oldest.keys[-excess * oldest.width :]
+                self.ghost_blocks -= excess
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield every extent, ghosts included, parents first."""
+        stack: list[Extent] = [root for salts in self.roots.values() for root in salts.values()]
+        while stack:
+            node = stack.pop()
+            if node.parent is not None:
+                yield node
+            if node.children:
+                stack.extend(node.children.values())

@@ -1,0 +1,101 @@
+"""KVSequence: one sequence's block table and what it knows about its content."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.content import Content, History
+from allocator.prefix import Extent
+
+if TYPE_CHECKING:
+    from allocator.batch import Batch
+
+
+class KVSequence:
+    """The KV cache of one sequence, from admission to release. Only the manager changes it.
+
+        tokens   0 ………………………………………… num_tokens
+        table    [ b7 | b2 | b9 | b4 | b1 ]          ceil(num_tokens / tokens_per_block) blocks
+                   └─ anchored ───┘ └ private ┘
+
+    The *anchor* is the deepest extent whose blocks say what the first `anchored` blocks of this sequence say;
+    the sequence holds a reference on it and on every extent above. Blocks beyond are private: the last one
+    while it fills, and any that a fork shares until somebody writes. A *twin* is an anchored position whose
+    block is private all the same: this sequence computed what was in the cache already, so its own block
+    stays uncached, and the cached one is held only to keep what it will add below within reach.
+    """
+
+    __slots__ = (
+        "_tokens",
+        "anchor",
+        "batch",
+        "history",
+        "hit_blocks",
+        "num_prompt_tokens",
+        "released",
+        "salt",
+        "table",
+        "twins",
+    )
+
+    def __init__(
+        self, history: History, salt: Hashable, num_prompt_tokens: int, anchor: Extent, table: array[int]
+    ) -> None:
+        self.history = history
+        self.salt = salt
+        self.num_prompt_tokens = num_prompt_tokens
+        self.anchor = anchor
+        self.table = table
+        self.twins: set[int] = set()
+        self.hit_blocks = 0
+        self.batch: Batch | None = None
+        self.released = False
+        self._tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens have a slot: written, or to be written by the step being scheduled."""
+        return self._tokens if self.batch is None else self._tokens + self.batch.tick
+
+    @num_tokens.setter
+    def num_tokens(self, tokens: int) -> None:
+        self._tokens = tokens if self.batch is None else tokens - self.batch.tick
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the length of its block table."""
+        return len(self.table)
+
+    @property
+    def anchored(self) -> int:
+        """Return how many of its blocks, from the first on, the prefix index knows."""
+        return self.anchor.end
+
+    @property
+    def hit_tokens(self) -> int:
+        """Return how many tokens its admission found in the cache."""
+        return self.hit_blocks * self.history.tokens_per_block
+
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        """Return its block table, int32 [num_blocks], as a copy."""
+        return np.array(self.table, dtype=np.int32)
+
+    def content(self) -> Content:
+        """Return all its tokens as a prompt, to be computed again after a preemption."""
+        return self.history.content(self.num_tokens)
+
+    def slots(self, first: int, last: int) -> NDArray[np.int64]:
+        """Return the slots of tokens first … last − 1, int64 [last − first]."""
+        size = self.history.tokens_per_block
+        positions = np.arange(first, last, dtype=np.int64)
+        blocks = np.frombuffer(self.table, np.int32).astype(np.int64)
+        return blocks[positions // size] * size + positions % size
+
+    def __repr__(self) -> str:
+        return f"<KVSequence {self.num_tokens} tokens in blocks {self.table.tolist()}>"

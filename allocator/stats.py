@@ -1,0 +1,55 @@
+"""CacheStats: what a manager has counted so far, and how its blocks stand now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MISS_CAUSES = ("last_token", "short_of_block", "isolated", "in_flight", "evicted", "cold", "unknown")
+"""Why a block of a prompt was not found, in the order in which the causes are tried; the first that applies:
+
+last_token      cached, but a prompt's last token is always computed, and blocks are reused whole
+short_of_block  the prompt's last tokens fill no block
+isolated        cached under another salt
+in_flight       another sequence is about to compute it
+evicted         was cached once, and its ghost is still remembered
+cold            never seen
+unknown         not remembered, and older ghosts have been forgotten: evicted or cold
+"""
+
+
+@dataclass
+class Lookups:
+    """Counts over first admissions; `miss_blocks` sums up to query_blocks − hit_blocks."""
+
+    query_tokens: int = 0
+    query_blocks: int = 0
+    hit_tokens: int = 0
+    hit_blocks: int = 0
+    miss_blocks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MISS_CAUSES, 0))
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A snapshot of a manager.
+
+    num_blocks = free + evictable + referenced + in_transfer; logical counts take a shared block once for each
+    table that holds it, kv_tokens counts its written slots once.
+    """
+
+    num_blocks: int
+    tokens_per_block: int
+    free_blocks: int
+    evictable_blocks: int
+    referenced_blocks: int
+    in_transfer_blocks: int
+    logical_blocks: int
+    logical_tokens: int
+    kv_tokens: int
+    query_tokens: int
+    query_blocks: int
+    hit_tokens: int
+    hit_blocks: int
+    miss_blocks: dict[str, int]
+    evicted_blocks: int
+    cow_copies: int
+    cow_tokens: int

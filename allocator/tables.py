@@ -1,0 +1,167 @@
+"""Tables: what happens to a sequence's block table and to its hold on the prefix index.
+
+The manager decides what is done, checks that there is room, and counts; here blocks change hands.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from allocator.copies import PendingCopies
+from allocator.pool import BlockPool
+from allocator.prefix import Extent, PrefixIndex
+from allocator.sequence import KVSequence
+
+
+def root_of(sequence: KVSequence) -> Extent:
+    """Return the root above a sequence's anchor."""
+    extent = sequence.anchor
+    while extent.parent is not None:
+        extent = extent.parent
+    return extent
+
+
+class Tables:
+    """Operations on the tables of sequences; `cow_copies` and `cow_tokens` count copy-on-write."""
+
+    def __init__(self, pool: BlockPool, index: PrefixIndex, tokens_per_block: int) -> None:
+        self.pool = pool
+        self.index = index
+        self.copies = PendingCopies(pool)
+        self.tokens_per_block = tokens_per_block
+        self.cow_copies = 0
+        self.cow_tokens = 0
+
+    # -------------------------------------------------------- caching what is full
+
+    def index_full(self, sequence: KVSequence, full: int) -> None:
+        """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins."""
+        anchor = sequence.anchor
+        first = anchor.end
+        keys = sequence.history.keys(first, full)
+        ids = sequence.table[first:full]
+        if anchor.references == 1 and not anchor.sealed and not anchor.children and anchor.parent is not None:
+            self.index.grow(anchor, keys, ids)
+            self.pool.cached(anchor, full - first)
+            return
+        for extent, is_new in self.index.insert(anchor, keys, ids, self.pool.split):
+            if is_new:
+                extent.references = 1
+                self.pool.cached(extent, len(extent.ids))
+            else:
+                self.pool.acquire(extent)
+                sequence.twins.update(range(extent.start, extent.end))
+            sequence.anchor = extent
+
+    def move_anchor(self, sequence: KVSequence, end: int) -> None:
+        """Let a sequence hold only the first `end` blocks of its path."""
+        extent = sequence.anchor
+        while extent.end > end:
+            parent = extent.parent
+            assert parent is not None
+            if extent.start < end:
+                parent = self.pool.split(extent, end - extent.start)
+            self.pool.drop(extent)
+            extent = parent
+        sequence.anchor = extent
+
+    # -------------------------------------------------------- copy-on-write
+
+    def shared_tail(self, sequence: KVSequence) -> int | None:
+        """Return the block that the next token goes into, if partly written and not this sequence's own."""
+        if sequence.num_tokens % self.tokens_per_block == 0:
+            return None
+        block = sequence.table[-1]
+        if block in self.pool.shared or self.tail_is_cached(sequence):
+            return block
+        return None
+
+    @staticmethod
+    def tail_is_cached(sequence: KVSequence) -> bool:
+        """Return whether the last block of its table is one that the index knows."""
+        last = len(sequence.table) - 1
+        return sequence.anchor.end > last and last not in sequence.twins
+
+    def copies_needed(self, writers: Iterable[KVSequence]) -> int:
+        """Return how many of the writers have to leave their last block before they write to it.
+
+        Of the holders of an uncached block, the last to write keeps it.
+        """
+        copies = 0
+        holders: dict[int, int] = {}
+        for sequence in writers:
+            tail = self.shared_tail(sequence)
+            if tail is None:
+                continue
+            if self.tail_is_cached(sequence):
+                copies += not self._can_take_back(sequence)
+            else:
+                left = holders[tail] = holders.get(tail, self.pool.shared[tail]) - 1
+                copies += left > 0
+        return copies
+
+    @staticmethod
+    def _can_take_back(sequence: KVSequence) -> bool:
+        """Return whether a cached last block is this sequence's alone, so that it can leave the index."""
+        return sequence.anchor.references == 1 and not sequence.anchor.children
+
+    def own_tail(self, sequence: KVSequence) -> None:
+        """Make the block that the next token goes into private: leave it, or take it out of the index."""
+        tail = self.shared_tail(sequence)
+        if tail is None:
+            return
+        extent = sequence.anchor
+        if not self.tail_is_cached(sequence):
+            self._copy_tail(sequence, tail, None)
+            self.pool.unshare(tail)
+        elif self._can_take_back(sequence):
+            assert extent.parent is not None
+            if len(extent.ids) == 1:
+                sequence.anchor = extent.parent
+                self.index.remove(extent)
+            else:
+                self.index.shorten(extent)
+            self.pool.uncached(extent)
+        else:
+            self._copy_tail(sequence, tail, extent)
+            self.move_anchor(sequence, len(sequence.table) - 1)
+
+    def _copy_tail(self, sequence: KVSequence, source: int, extent: Extent | None) -> None:
+        """Give a sequence a fresh last block that starts as a copy of `source`."""
+        valid = sequence.num_tokens % self.tokens_per_block
+        (destination,) = self.pool.take(1)
+        self.copies.add(source, destination, valid, extent)
+        sequence.table[-1] = destination
+        self.cow_copies += 1
+        self.cow_tokens += valid
+
+    # -------------------------------------------------------- sharing and giving back
+
+    def share(self, sequence: KVSequence, holders: int) -> None:
+        """Let `holders` more sequences hold all that `sequence` holds."""
+        self.pool.acquire_path(sequence.anchor, holders)
+        root_of(sequence).references += holders
+        for position in self.private_positions(sequence):
+            self.pool.share(sequence.table[position], holders)
+
+    def private_positions(self, sequence: KVSequence, first: int = 0) -> list[int]:
+        """Return which of the blocks from `first` on are uncached, in order."""
+        twins = sorted(position for position in sequence.twins if position >= first)
+        return twins + list(range(max(sequence.anchor.end, first), len(sequence.table)))
+
+    def free_private(self, sequence: KVSequence, first: int) -> None:
+        """Give back the uncached blocks from position `first` on, the last first."""
+        positions = self.private_positions(sequence, first)
+        positions.reverse()
+        table, pool = sequence.table, self.pool
+        pool.give(array("i", [table[p] for p in positions if not pool.unshare(table[p])]))
+        sequence.twins.difference_update(positions)
+
+    def release(self, sequence: KVSequence) -> None:
+        """Give back all that a sequence holds, the last block first."""
+        self.free_private(sequence, 0)
+        root = root_of(sequence)
+        self.pool.drop_path(sequence.anchor)
+        root.references -= 1
+        self.index.discard_if_unused(root)

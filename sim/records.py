@@ -1,0 +1,71 @@
+"""What a run leaves behind: plain columns, written once by the engine and read by metrics, export and figures.
+
+Times are integer picoseconds since the start of the simulation; -1 stands for "never happened".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.manager import CacheStats
+
+Columns = dict[str, NDArray[np.generic]]
+
+FREE = -1
+CACHED = -2
+SHARED = -3
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Who owned which block of the pool, sampled over time.
+
+    times_ps   int64 [samples]
+    block_ids  int64 [rows]           the blocks that were watched (all of them in a small pool)
+    owners     int64 [samples, rows]  request id of the one holder, or FREE, CACHED, SHARED
+    """
+
+    times_ps: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+    owners: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WeightedTimes:
+    """Durations in picoseconds, each standing for `weights` blocks."""
+
+    values_ps: NDArray[np.int64]
+    weights: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The complete outcome of one simulated run.
+
+    `requests` has one row a request of the trace, in trace order:
+        request_id, arrival_ps, status ("finished" or "rejected"), reject_cause, prompt_tokens, output_tokens,
+        num_samples, admit_ps, first_token_ps, finish_ps, query_blocks, hit_blocks, hit_tokens (all three at
+        first admission), preemptions, recomputed_tokens, blocks (in its tables at the end), cow_copies.
+
+    `timeline` has one row a stretch, a run of engine steps that differ in nothing but context length:
+        start_ps, end_ps, steps, running, waiting, decode_sequences, prefill_sequences, prefill_tokens;
+        first_step_ps, step_increment_ps: step j of the stretch lasts first + j · increment;
+        itl_tokens: tokens a step whose gap to their predecessor is that step's duration;
+        free_blocks, evictable_blocks, referenced_blocks, logical_blocks (sum over tables), kv_tokens (written
+        slots of referenced blocks, shared ones counted once), logical_tokens: at the stretch's last step;
+        referenced_blocks_first, kv_tokens_first: at its first step (they only grow in between);
+        preemptions, out_of_block_steps, evicted_blocks: within the stretch.
+
+    `gaps_ps` are the inter-token gaps that span a preemption, which no `itl_tokens` covers.
+    """
+
+    requests: Columns
+    timeline: Columns
+    gaps_ps: NDArray[np.int64]
+    cache: CacheStats
+    lifetimes: dict[str, WeightedTimes] = field(default_factory=dict)
+    block_map: BlockMap | None = None
+    wall_s: float = 0.0

@@ -1,0 +1,38 @@
+"""EngineConfig: how the engine batches, admits and preempts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Admission = Literal["guaranteed_no_evict", "max_utilization"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Scheduling of one engine replica."""
+
+    admission: Admission = "guaranteed_no_evict"
+    """guaranteed_no_evict admits a request only if it and all running ones can finish;
+    max_utilization admits while blocks last and preempts when they run out."""
+    enable_chunked_prefill: bool = True
+    """Split a prompt over steps when it exceeds what is left of max_num_tokens."""
+    watermark: float = 0.0
+    """Share of the pool that admission leaves free while something is running."""
+    slo_ttft_s: float = 2.0
+    """Service level: time to first token, seconds."""
+    slo_tpot_s: float = 0.1
+    """Service level: mean time per output token after the first, seconds."""
+    event_skipping: bool = True
+    """Take runs of identical decode steps as one. The result is the same either way, only slower without."""
+    block_map_samples: int = 160
+    """How many moments of the pool's state to keep for the block map figure; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.watermark < 1.0:
+            raise ValueError(f"watermark ({self.watermark}) must be in [0, 1)")
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.block_map_samples < 0:
+            raise ValueError(f"block_map_samples ({self.block_map_samples}) must not be negative")
