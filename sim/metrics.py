@@ -1,0 +1,291 @@
+"""What a run is judged by: the figures of summary.json, each defined once, here.
+
+All sums and percentiles are exact: they are taken over the integers the engine recorded (picoseconds, blocks,
+tokens), and only the last division is in floating point, so the same run gives the same digits anywhere.
+Percentiles are nearest-rank. A statistic of nothing is None, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.distributions import Ints, Progressions, exact_dot, exact_sum
+from sim.records import Columns, RunResult
+from sim.scheduler.config import EngineConfig
+
+PS_PER_S = 10**12
+REJECTED, FINISHED = "rejected", "finished"
+
+
+def int_column(columns: Columns, name: str) -> Ints:
+    """Return a column as int64 [rows]."""
+    return np.asarray(columns[name]).astype(np.int64)
+
+
+def finished_mask(result: RunResult) -> NDArray[np.bool_]:
+    """Return which requests finished, bool [requests]."""
+    return np.asarray(result.requests["status"] == FINISHED, dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Latencies of the finished requests, in integer picoseconds, in trace order.
+
+    With t_arrive, t_admit, t_first and t_end the times of arrival, first admission, first and last token:
+    queue = t_admit − t_arrive, ttft = t_first − t_arrive, e2e = t_end − t_arrive,
+    tpot = (t_end − t_first) / (output_tokens − 1) of each request with two output tokens or more. TPOT is
+    kept as its numerator and denominator here, since the quotient is no integer.
+    """
+
+    queue: Ints
+    ttft: Ints
+    e2e: Ints
+    decode: Ints
+    decode_tokens: Ints
+
+    @classmethod
+    def of(cls, result: RunResult) -> Latencies:
+        """Compute them from the records of a run."""
+        done = finished_mask(result)
+        arrive, admit, first, end = (
+            int_column(result.requests, name)[done]
+            for name in ("arrival_ps", "admit_ps", "first_token_ps", "finish_ps")
+        )
+        return cls(
+            queue=admit - arrive,
+            ttft=first - arrive,
+            e2e=end - arrive,
+            decode=end - first,
+            decode_tokens=int_column(result.requests, "output_tokens")[done] - 1,
+        )
+
+    def tpot_s(self) -> NDArray[np.float64]:
+        """Seconds per output token after the first, ascending, float64 [requests with two or more]."""
+        several = self.decode_tokens > 0
+        found: NDArray[np.float64] = np.sort(self.decode[several] / self.decode_tokens[several] / PS_PER_S)
+        return found
+
+
+def inter_token_gaps(result: RunResult) -> Progressions:
+    """Return every gap between consecutive tokens of a sequence, in picoseconds.
+
+    Step j of a stretch lasts first_step_ps + j · step_increment_ps and is the gap of `itl_tokens` tokens;
+    gaps that span a preemption are listed apart.
+    """
+    rows = result.timeline
+    within = Progressions.of(
+        int_column(rows, "first_step_ps"),
+        int_column(rows, "step_increment_ps"),
+        int_column(rows, "steps"),
+        int_column(rows, "itl_tokens"),
+    )
+    return within + Progressions.plain(result.gaps_ps.astype(np.int64))
+
+
+def _float_summary(ascending: NDArray[np.float64]) -> dict[str, float | None]:
+    """Return mean, nearest-rank p50, p90, p99 and max of sorted floats; the mean by exactly rounded sum."""
+    count = ascending.size
+    if not count:
+        return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
+    found = {"mean": math.fsum(ascending.tolist()) / count}
+    for percent in (50, 90, 99):
+        found[f"p{percent}"] = float(ascending[-(-percent * count // 100) - 1])
+    found["max"] = float(ascending[-1])
+    return found  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Stretches:
+    """The timeline's clock: how long each row lasts, and how its time divides between its two ends.
+
+    A quantity that grows linearly over a stretch of n steps from v0 to v1, each step weighted with its own
+    duration d_j = f + j · i, has the integral Σ d_j · (v0 + (v1 − v0) · j / (n − 1)) = w0 · v0 + w1 · v1 with
+    w1 = Σ j · d_j / (n − 1) = n · (3f + (2n − 1) · i) / 6 and w0 = Σ d_j − w1. Kept six-fold, as integers.
+    """
+
+    duration: Ints
+    sixfold_w0: Ints
+    sixfold_w1: Ints
+
+    @classmethod
+    def of(cls, rows: Columns) -> _Stretches:
+        steps = int_column(rows, "steps")
+        duration = int_column(rows, "end_ps") - int_column(rows, "start_ps")
+        first, increment = int_column(rows, "first_step_ps"), int_column(rows, "step_increment_ps")
+        w1 = np.where(steps > 1, steps * (3 * first + (2 * steps - 1) * increment), 0)
+        return cls(duration, 6 * duration - w1, w1)
+
+    def integral(self, at_first: Ints, at_last: Ints) -> float:
+        """Return ∫ value dt in value · picoseconds."""
+        return (exact_dot(self.sixfold_w0, at_first) + exact_dot(self.sixfold_w1, at_last)) / 6
+
+    def mean_ratio(
+        self,
+        top: tuple[Ints, Ints],
+        bottom: tuple[Ints, Ints],
+    ) -> float | None:
+        """Return the time-weighted mean of top / bottom, (first, last) each, over the time bottom > 0."""
+        busy = bottom[1] > 0
+        w0, w1 = self.sixfold_w0[busy] / 6, self.sixfold_w1[busy] / 6
+        time = exact_sum(self.duration[busy])
+        if not time:
+            return None
+        at_first = np.divide(top[0][busy], np.maximum(bottom[0][busy], 1))
+        at_last = np.divide(top[1][busy], bottom[1][busy])
+        return math.fsum((w0 * at_first + w1 * at_last).tolist()) / time
+
+
+def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
+    """Return the figures about the pool over time: utilisation, fragmentation, sharing."""
+    rows, cache = result.timeline, result.cache
+    num_blocks, tokens_per_block = cache.num_blocks, cache.tokens_per_block
+    clock = _Stretches.of(rows)
+    idle = max(0, span_ps - exact_sum(clock.duration))
+    blocks = int_column(rows, "referenced_blocks_first"), int_column(rows, "referenced_blocks")
+    tokens = int_column(rows, "kv_tokens_first"), int_column(rows, "kv_tokens")
+    saved = int_column(rows, "logical_blocks") - blocks[1]
+
+    def over_time(first: Ints, last: Ints, scale: int) -> dict[str, float | None]:
+        times = np.append(clock.duration, idle)
+        peak = Progressions.weighted(np.append(last, 0), times)
+        p99, largest = peak.percentile(99), peak.max()
+        return {
+            "mean": clock.integral(first, last) / span_ps / scale if span_ps else None,
+            "p99": None if p99 is None else p99 / scale,
+            "max": None if largest is None else largest / scale,
+        }
+
+    filled = clock.mean_ratio(tokens, blocks)
+    done = finished_mask(result)
+    samples = int_column(result.requests, "num_samples")[done]
+    held = samples * (
+        int_column(result.requests, "prompt_tokens")[done]
+        + int_column(result.requests, "output_tokens")[done]
+        - 1
+    )
+    slots = exact_sum(int_column(result.requests, "blocks")[done]) * tokens_per_block
+    return {
+        "kv_utilization": {
+            "block": over_time(*blocks, num_blocks),
+            "token": over_time(*tokens, num_blocks * tokens_per_block),
+        },
+        "internal_fragmentation": {
+            "mean": None if filled is None else 1 - filled / tokens_per_block,
+            "final": 1 - exact_sum(held) / slots if slots else None,
+        },
+        "sharing_saved_blocks": {
+            "mean": clock.integral(saved, saved) / span_ps if span_ps else None,
+            "max": int(saved.max()) if saved.size else None,
+        },
+    }
+
+
+def _rejections(result: RunResult) -> dict[str, int]:
+    """Return how many requests were rejected, by cause, causes in alphabetical order."""
+    rejected = np.asarray(result.requests["status"] == REJECTED, dtype=np.bool_)
+    causes, counts = np.unique(result.requests["reject_cause"][rejected], return_counts=True)
+    return {str(cause): int(count) for cause, count in zip(causes, counts, strict=True)}
+
+
+def _goodput(
+    latencies: Latencies, requests: int, span_ps: int, engine: EngineConfig
+) -> dict[str, float | None]:
+    on_time = latencies.ttft <= round(engine.slo_ttft_s * PS_PER_S)
+    on_pace = latencies.decode <= round(engine.slo_tpot_s * PS_PER_S) * np.maximum(latencies.decode_tokens, 0)
+    good = int((on_time & on_pace).sum())
+    return {
+        "share": good / requests if requests else None,
+        "rate": good / (span_ps / PS_PER_S) if span_ps else None,
+    }
+
+
+def summarise(
+    result: RunResult, engine: EngineConfig, *, total_wall_s: float | None = None
+) -> dict[str, Any]:
+    """Return the figures of a run, with the keys of summary.json, in its order.
+
+    Time runs from 0 to the end of the last step, `simulated_s`; time without a step counts as an empty pool.
+
+    requests, finished, rejected   rows of the trace; how many finished; how many were refused, by cause
+    wall_s, total_wall_s           real seconds: of the engine's loop; of everything from the trace's first byte
+    steps                          engine iterations
+    prompt_tokens, output_tokens   of finished requests; each of n samples counts its own output tokens
+    throughput_tokens_per_s        output_tokens / simulated_s
+    ttft_s, tpot_s, e2e_s, queue_s see Latencies; one value a finished request
+    itl_s                          see inter_token_gaps; one value a generated token but the first of a sequence
+    slo, goodput                   a request is good if it finished with TTFT ≤ slo_ttft_s and
+                                   TPOT ≤ slo_tpot_s; share = good / requests, rate = good / simulated_s
+    hit_rate_tokens                hit_tokens / prompt tokens looked up, at first admission
+    hit_rate_blocks                hit blocks / ⌈prompt / tokens_per_block⌉ looked up, at first admission
+    miss_blocks                    the blocks that were looked up and missed, by cause
+    kv_utilization                 by block: referenced blocks / num_blocks; by token: written slots of
+                                   referenced blocks / all slots. Means are integrals over simulated_s; p99 is
+                                   weighted with time and, like max, takes a stretch at its last, fullest step
+    internal_fragmentation         mean: of 1 − written slots / slots of referenced blocks, over the time any
+                                   is referenced; final: 1 − Σ tokens / Σ slots over the block tables of
+                                   finished requests (a table holds prompt + output − 1 tokens)
+    sharing_saved_blocks           Σ over tables of their blocks − referenced blocks, over time
+    recomputed_tokens              tokens computed again after a preemption, net of what was hit again
+    out_of_block_steps             steps that could not take the blocks they wanted
+    block_lifetime_s, block_idle_before_evict_s, block_reuse_gap_s
+                                   of the cache's blocks: from filled to evicted, from last use to evicted,
+                                   from last use to next hit
+    """
+    latencies = Latencies.of(result)
+    requests, cache = result.requests, result.cache
+    done = finished_mask(result)
+    ends = int_column(result.timeline, "end_ps")
+    span_ps = int(ends.max()) if ends.size else 0
+    output = int_column(requests, "output_tokens")[done] * int_column(requests, "num_samples")[done]
+    output_tokens = exact_sum(output)
+
+    def total(columns: Columns, name: str) -> int:
+        return exact_sum(int_column(columns, name))
+
+    def times(name: str) -> dict[str, float | None]:
+        recorded = result.lifetimes.get(name)
+        if recorded is None:
+            return Progressions.plain(np.empty(0, np.int64)).summary(PS_PER_S)
+        return Progressions.weighted(
+            recorded.values_ps.astype(np.int64), recorded.weights.astype(np.int64)
+        ).summary(PS_PER_S)
+
+    return {
+        "requests": int(done.size),
+        "finished": int(done.sum()),
+        "rejected": _rejections(result),
+        "simulated_s": span_ps / PS_PER_S,
+        "wall_s": result.wall_s,
+        "total_wall_s": total_wall_s,
+        "steps": total(result.timeline, "steps"),
+        "prompt_tokens": exact_sum(int_column(requests, "prompt_tokens")[done]),
+        "output_tokens": output_tokens,
+        "throughput_tokens_per_s": output_tokens / (span_ps / PS_PER_S) if span_ps else None,
+        "ttft_s": Progressions.plain(latencies.ttft).summary(PS_PER_S),
+        "tpot_s": _float_summary(latencies.tpot_s()),
+        "itl_s": inter_token_gaps(result).summary(PS_PER_S),
+        "e2e_s": Progressions.plain(latencies.e2e).summary(PS_PER_S),
+        "queue_s": Progressions.plain(latencies.queue).summary(PS_PER_S),
+        "slo": {"ttft_s": engine.slo_ttft_s, "tpot_s": engine.slo_tpot_s},
+        "goodput": _goodput(latencies, int(done.size), span_ps, engine),
+        "hit_tokens": int(cache.hit_tokens),
+        "hit_rate_tokens": cache.hit_tokens / cache.query_tokens if cache.query_tokens else None,
+        "hit_rate_blocks": cache.hit_blocks / cache.query_blocks if cache.query_blocks else None,
+        "miss_blocks": {str(cause): int(blocks) for cause, blocks in sorted(cache.miss_blocks.items())},
+        "evicted_blocks": int(cache.evicted_blocks),
+        "preemptions": total(result.timeline, "preemptions"),
+        "recomputed_tokens": total(requests, "recomputed_tokens"),
+        "swapped_blocks": int(getattr(cache, "swapped_blocks", 0)),
+        "cow_copies": int(cache.cow_copies),
+        "cow_tokens": int(cache.cow_tokens),
+        **_occupancy(result, span_ps),
+        "out_of_block_steps": total(result.timeline, "out_of_block_steps"),
+        "block_lifetime_s": times("lifetime"),
+        "block_idle_before_evict_s": times("idle_before_evict"),
+        "block_reuse_gap_s": times("reuse_gap"),
+    }
