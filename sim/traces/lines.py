@@ -1,0 +1,89 @@
+"""Walk through a text trace line by line, CSV or JSON Lines, without ever losing the line number."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from .fields import FieldError, shown
+from .trace import TraceError
+
+LONGEST_LINE = 2**26
+"""Bytes of the longest line that is read, 64 MiB: what exceeds it is no trace."""
+
+
+def open_error(path: Path, error: OSError) -> TraceError:
+    """Return the error for a file that the operating system does not let be read."""
+    return TraceError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line) of a UTF-8 file. Raises TraceError for what is not text."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while raw := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(raw) > LONGEST_LINE:
+                    raise TraceError(f"{path}:{number}: line must be at most {LONGEST_LINE} bytes long")
+                try:
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise TraceError(f"{path}:{number}: byte {error.start + 1} must be UTF-8 text") from None
+                if "\0" in text:
+                    raise TraceError(f"{path}:{number}: must be text, but holds a NUL byte")
+                yield number, text
+    except OSError as error:
+        raise open_error(path, error) from None
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields) of each row that is not blank, the header included."""
+    current = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal current
+        for number, line in text_lines(path):
+            current = number
+            yield line
+
+    try:
+        for fields in csv.reader(lines(), strict=True):
+            if fields:
+                yield current, fields
+    except csv.Error as error:
+        raise TraceError(f"{path}:{current}: must be CSV: {error}") from None
+
+
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]]:
+    """Yield (line number, object) of each line that is not blank; numbers with a fraction are Decimal.
+
+    A line that is not one JSON object yields an error in its place.
+    """
+    decode = json.JSONDecoder(parse_float=Decimal).decode
+    for number, line in text_lines(path):
+        if line.isspace():
+            continue
+        try:
+            record = decode(line)
+        except (ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
+            yield number, LineError(f"must be one JSON object, but: {reason}")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            yield number, LineError(f"({shown(line)}) must be one JSON object")
+
+
+class LineError(FieldError):
+    """A line of which no field can be told."""
+
+    def __init__(self, problem: str) -> None:
+        ValueError.__init__(self, f"line {problem}")
