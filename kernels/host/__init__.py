@@ -1,0 +1,1 @@
+"""The CPU runner: CUDA kernels compiled as C++ and run by fibers, with CUDA's rules checked."""

@@ -1,0 +1,159 @@
+"""Compile C++ for the CPU runner: find a compiler, build shared libraries, keep them on disk.
+
+A library is named by the hash of everything that decides its content (source, headers, flags, compiler and
+processor), written under a temporary name and renamed, so that processes that build the same one do not disturb each
+other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from kernels.toolkit import cuda_include_dirs
+
+HOST_DIR = Path(__file__).parent
+
+
+class CompileError(ValueError):
+    """A CUDA source that the host compiler rejects; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++17 compiler: the words that call it, what it is, and whether it brings the sanitizers."""
+
+    command: tuple[str, ...]
+    version: str
+    family: str
+    """"gcc", "clang" or "zig"."""
+
+
+def _probe(command: Sequence[str]) -> Compiler | None:
+    try:
+        shown = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=120, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    version = shown.stdout.splitlines()[0] if shown.stdout else ""
+    family = "zig" if "ziglang" in command else "clang" if "clang" in version.lower() else "gcc"
+    return Compiler(tuple(command), version, family)
+
+
+@cache
+def find_compiler() -> Compiler:
+    """Return the compiler to use: $CXX, g++, clang++, else the ziglang wheel.
+
+    Raises RuntimeError where there is none.
+    """
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        found = _probe(command)
+        if found is None:
+            raise RuntimeError(f"CXX ({os.environ['CXX']}) is not a C++ compiler that runs")
+        return found
+    candidates = [[name] for name in ("g++", "clang++") if shutil.which(name)]
+    if find_spec("ziglang") is not None:
+        candidates.append([sys.executable, "-m", "ziglang", "c++"])
+    for command in candidates:
+        found = _probe(command)
+        if found is not None:
+            return found
+    raise RuntimeError("no C++17 compiler for the CPU runner: install g++ or clang++, or pip install ziglang")
+
+
+def cache_dir() -> Path:
+    """Return the folder of compiled libraries, creating it: $XDG_CACHE_HOME (or ~/.cache)/paged-kv-lab."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "paged-kv-lab"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@cache
+def _processor() -> str:
+    """Return what -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
+
+
+@cache
+def _host_headers() -> str:
+    """Return the digest of the runner's own headers."""
+    digest = hashlib.sha256()
+    for path in sorted([*HOST_DIR.glob("*.h"), *HOST_DIR.glob("*.cpp"), *HOST_DIR.glob("crt/*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def include_flags(include_dirs: Sequence[str | Path] = ()) -> list[str]:
+    """Return the flags for a kernel's own headers, the runner's, and NVIDIA's, searched in that order."""
+    flags = [f"-I{folder}" for folder in include_dirs]
+    flags.append(f"-I{HOST_DIR}")
+    for folder in cuda_include_dirs():
+        flags += ["-isystem", str(folder)]
+    return flags
+
+
+BASE_FLAGS = (
+    "-std=c++17",
+    "-march=native",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+)
+
+
+def build_library(
+    source: str,
+    *,
+    stem: str,
+    flags: Sequence[str],
+    inputs: Sequence[Path] = (),
+    libraries: Sequence[Path] = (),
+    suffix: str = ".so",
+) -> Path:
+    """Return the shared library made of the C++ `source`, from the disk cache where it is already there.
+
+    `inputs` are files that the source includes besides the runner's and NVIDIA's headers; they count in the key.
+    Raises CompileError with the compiler's own words.
+    """
+    compiler = find_compiler()
+    digest = hashlib.sha256()
+    for text in (source, _host_headers(), repr(tuple(flags)), repr(compiler), _processor(), repr(libraries)):
+        digest.update(text.encode() + b"\0")
+    for folder in cuda_include_dirs():
+        digest.update(str(folder).encode() + b"\0")
+    for path in inputs:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    target = cache_dir() / f"{stem}-{digest.hexdigest()[:32]}{suffix}"
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="build-") as scratch:
+        unit = Path(scratch) / f"{stem}.cpp"
+        unit.write_text(source)
+        output = Path(scratch) / target.name
+        command = [*compiler.command, *flags, str(unit), "-o", str(output), *map(str, libraries)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+        if done.returncode != 0:
+            raise CompileError(f"{stem} does not compile for the CPU:\n{done.stderr.strip()}")
+        os.replace(output, target)
+    return target
