@@ -1,0 +1,135 @@
+"""The block map: every block of the pool over time, and who held it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from sim import style as look
+from sim.distributions import Ints
+from sim.metrics import PS_PER_S, int_column
+from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
+
+_ROWS = 240
+_COLUMNS = 960
+
+
+def _on_a_grid(found: BlockMap, end_ps: int) -> tuple[Ints, Ints]:
+    """Return (block ids [rows], owners [rows, columns]): few enough rows to see, and evenly spaced moments.
+
+    A moment shows the last sample before it. Rows are every n-th watched block, so shares stay what they are.
+    """
+    every = -(-found.block_ids.size // _ROWS)
+    rows = np.arange(0, found.block_ids.size, every)
+    start = int(found.times_ps[0])
+    moments = np.linspace(start, max(end_ps, start + 1), _COLUMNS, endpoint=False)
+    sample = np.maximum(np.searchsorted(found.times_ps, moments, side="right") - 1, 0)
+    owners: Ints = found.owners[np.ix_(sample, rows)].T
+    return found.block_ids[rows], owners
+
+
+def _colours(owners: Ints, admit_ps: Ints) -> NDArray[np.float64]:
+    """Return an RGB image of owners: requests take the palette's colours in turn, in order of admission."""
+    order = np.empty(admit_ps.size, np.int64)
+    order[np.argsort(admit_ps, kind="stable")] = np.arange(admit_ps.size)
+    palette = np.array([to_rgb(colour) for colour in look.OWNERS])
+    image = np.empty((*owners.shape, 3))
+    held = owners >= 0
+    image[held] = palette[order[owners[held]] % len(palette)]
+    for state, colour in (
+        (FREE, look.FREE_WHITE),
+        (CACHED, look.CACHED_GREY),
+        (SHARED, look.SHARED_INK),
+    ):
+        image[owners == state] = to_rgb(colour)
+    return image
+
+
+def _shares(found: BlockMap) -> dict[str, NDArray[np.float64]]:
+    """Return the share of watched blocks in each state, a value a sample."""
+    states = {"held": found.owners >= 0, "shared": found.owners == SHARED, "cached": found.owners == CACHED}
+    return {name: state.mean(axis=1) for name, state in states.items()}
+
+
+def block_map(result: RunResult) -> Figure:
+    """Draw who holds which block of the pool over time.
+
+    Needs `result.block_map`. Raises ValueError if the run kept none.
+    """
+    found = result.block_map
+    if found is None or not found.times_ps.size:
+        raise ValueError("block_map (None) must be kept by the run: block_map_samples must be positive")
+    ends = int_column(result.timeline, "end_ps")
+    end_ps = max(int(ends.max()) if ends.size else 0, int(found.times_ps[-1]))
+    block_ids, owners = _on_a_grid(found, end_ps)
+    extent = (found.times_ps[0] / PS_PER_S, end_ps / PS_PER_S)
+
+    figure = look.slide(_title(found, end_ps), _subtitle(result, block_ids))
+    board = figure.subplots()
+    board.imshow(
+        _colours(owners, int_column(result.requests, "admit_ps")),
+        aspect="auto",
+        interpolation="nearest",
+        origin="lower",
+        extent=(*extent, -0.5, block_ids.size - 0.5),
+    )
+    board.grid(False)
+    ticks = np.unique(np.linspace(0, block_ids.size - 1, 6).round().astype(int))
+    board.set_yticks(ticks, [f"{block_ids[tick]:,}" for tick in ticks])
+    board.set_ylabel("block id")
+    board.set_xlabel("simulated time (s)")
+    board.set_xlim(*extent)
+    for side in ("top", "right"):
+        board.spines[side].set_visible(True)
+    _legend(board)
+    return figure
+
+
+def _legend(axes: Axes) -> None:
+    requests = tuple(Patch(facecolor=colour) for colour in look.OWNERS[:6])
+    handles: list[Any] = [
+        requests,
+        Patch(facecolor=look.SHARED_INK),
+        Patch(facecolor=look.CACHED_GREY),
+        Patch(facecolor="white", edgecolor=look.MUTED, linewidth=0.8),
+    ]
+    axes.legend(
+        handles,
+        ["held by one request, a colour each", "shared by several", "cached, evictable", "free"],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=4,
+        borderaxespad=0.2,
+        handlelength=2.2,
+        columnspacing=1.4,
+    )
+
+
+def _title(found: BlockMap, end_ps: int) -> str:
+    weights = np.diff(np.append(found.times_ps, end_ps)).astype(np.float64)
+    weights = weights if weights.sum() else np.ones(weights.size)
+    mean = {name: float(np.average(values, weights=weights)) for name, values in _shares(found).items()}
+    parts = [f"Requests hold {look.percent_text(mean['held'] + mean['shared'])} of the pool"]
+    if mean["shared"] >= 0.0005:
+        parts.append(f"{look.percent_text(mean['shared'])} is shared")
+    if mean["cached"] >= 0.0005:
+        parts.append(f"{look.percent_text(mean['cached'])} waits as cache")
+    return ", ".join(parts)
+
+
+def _subtitle(result: RunResult, block_ids: Ints) -> str:
+    cache = result.cache
+    drawn = (
+        f"all {cache.num_blocks:,}"
+        if block_ids.size == cache.num_blocks
+        else f"{block_ids.size:,} of {cache.num_blocks:,}"
+    )
+    return f"Each line is a block of {cache.tokens_per_block} tokens ({drawn} blocks); shares are means over time"

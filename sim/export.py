@@ -1,0 +1,137 @@
+"""Write what a run leaves: a folder that is either whole or visibly not.
+
+A result folder is whole if and only if it has a summary.json. Everything is first written into a staging folder
+inside it; publishing removes the summary of an earlier result, moves the files over one by one, and puts the new
+summary last. Whatever interrupts a run therefore leaves the earlier result untouched, or no summary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import polars as pl
+
+from sim.records import Columns, RunResult
+
+MANIFEST, SUMMARY = "manifest.json", "summary.json"
+REQUESTS, TIMELINE = "requests.parquet", "timeline.parquet"
+FIGURES = "figures"
+
+_STAGING_PREFIX = ".unfinished-"
+_ROW_GROUP = 1 << 18
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Write JSON as text that diffs well. Raises ValueError for NaN or infinity: absent figures are null."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_columns(columns: Columns, path: Path) -> None:
+    """Write columns of equal length as Parquet, rows in order.
+
+    The bytes depend on nothing but the columns and the version of polars: no time, no name, one thread's order.
+    """
+    frame = pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()})
+    frame.write_parquet(path, compression="zstd", compression_level=3, row_group_size=_ROW_GROUP)
+
+
+class ResultFolder:
+    """The folder a run's files go to, as a context: enter before the run, `publish` after it.
+
+    Entering creates the folder and a staging folder within, so that a place that cannot be written is found out
+    before anything is computed; it raises ValueError, naming the folder and the reason. Leaving without having
+    published removes the staging folder, and the folders that entering made.
+
+    A folder that already holds a result is overwritten: its own files are replaced, figures and tables that the
+    new run does not write are removed, and files of any other name are left alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[Path] = []
+        self._staging: Path | None = None
+
+    @property
+    def staging(self) -> Path:
+        """Where to write; raises ValueError outside the context."""
+        if self._staging is None:
+            raise ValueError(f"out ({self.path}) is not open")
+        return self._staging
+
+    def __enter__(self) -> ResultFolder:
+        try:
+            for folder in (*reversed(self.path.parents), self.path):
+                if not folder.exists():
+                    folder.mkdir()
+                    self._made.append(folder)
+            self._staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=self.path))
+        except OSError as error:
+            self._remove_made()
+            raise ValueError(f"out ({self.path}) cannot be written: {error.strerror}") from None
+        except BaseException:
+            self._remove_made()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        while self._made:
+            try:
+                self._made.pop().rmdir()  # refuses a folder with anything in it
+            except OSError:
+                return
+
+    def write_tables(self, result: RunResult) -> None:
+        """Stage requests.parquet and timeline.parquet."""
+        write_columns(result.requests, self.staging / REQUESTS)
+        write_columns(result.timeline, self.staging / TIMELINE)
+
+    def write_manifest(self, document: dict[str, Any]) -> None:
+        """Stage manifest.json."""
+        write_json(document, self.staging / MANIFEST)
+
+    def write_summary(self, document: dict[str, Any]) -> None:
+        """Stage summary.json."""
+        write_json(document, self.staging / SUMMARY)
+
+    def publish(self) -> list[Path]:
+        """Move what was staged into place and return the paths, summary.json last."""
+        names = sorted(
+            (found.relative_to(self.staging) for found in self.staging.rglob("*") if found.is_file()),
+            key=lambda name: (name == Path(SUMMARY), name == Path(MANIFEST), name),
+        )
+        try:
+            (self.path / SUMMARY).unlink(missing_ok=True)
+            for stale in self._earlier_files():
+                if stale.relative_to(self.path) not in names:
+                    stale.unlink()
+            for name in names:
+                (self.path / name).parent.mkdir(exist_ok=True)
+                os.replace(self.staging / name, self.path / name)
+        except OSError as error:
+            raise ValueError(f"out ({self.path}) cannot be written: {error}") from None
+        return [self.path / name for name in names]
+
+    def _earlier_files(self) -> list[Path]:
+        """Files that only a result has, left here by an earlier run."""
+        figures = self.path / FIGURES
+        found = [self.path / name for name in (MANIFEST, REQUESTS, TIMELINE)]
+        found += [figures / f"{name}.{ending}" for name in _FIGURE_NAMES for ending in ("png", "svg")]
+        return [path for path in found if path.is_file()]
+
+
+_FIGURE_NAMES = ("utilization", "latency", "block_map")

@@ -1,0 +1,265 @@
+"""Figures of a run: the pool and the queue over time, and the distributions of latency.
+
+Titles state what the run showed; the line below says what is drawn. The block map has a module of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+from numpy.typing import NDArray
+
+from sim import style as look
+from sim.block_map import block_map
+from sim.distributions import Ints
+from sim.metrics import PS_PER_S, Latencies, int_column, summarise
+from sim.records import RunResult
+from sim.scheduler.config import EngineConfig
+
+Floats = NDArray[np.float64]
+
+_BINS = 600
+_CURVE_POINTS = 2000
+_ITL_POINTS = 1_000_000
+
+
+def write_figures(result: RunResult, engine: EngineConfig, folder: Path) -> list[Path]:
+    """Draw every figure that the run has data for, as PNG and SVG in `folder`, and return the paths."""
+    drawn: dict[str, Figure] = {}
+    with look.styled():
+        if result.timeline["steps"].size:
+            drawn["utilization"] = utilization(result)
+        if (result.requests["status"] == "finished").any():
+            drawn["latency"] = latency(result, engine)
+        if result.block_map is not None and result.block_map.times_ps.size:
+            drawn["block_map"] = block_map(result)
+    return [path for name, figure in drawn.items() for path in look.save(figure, folder / name)]
+
+
+# ---------------------------------------------------------------------------- the pool and the queue over time
+
+
+def _binned(result: RunResult, values: Floats, idle: Floats | float, edges: Floats) -> Floats:
+    """Return the time-weighted mean of a row-wise constant quantity in each bin between `edges` (ps).
+
+    `idle` is its value in the gap before each row: one number, or one a row.
+    """
+    starts, ends = (int_column(result.timeline, name).astype(np.float64) for name in ("start_ps", "end_ps"))
+    before = np.concatenate(([0.0], ends[:-1]))
+    area = np.empty(2 * values.size + 1)
+    area[0] = 0.0
+    area[1::2] = (starts - before) * idle
+    area[2::2] = (ends - starts) * values
+    moments = np.empty_like(area)
+    moments[0], moments[1::2], moments[2::2] = 0.0, starts, ends
+    means: Floats = np.diff(np.interp(edges, moments, np.cumsum(area))) / np.diff(edges)
+    return means
+
+
+def utilization(result: RunResult) -> Figure:
+    """Draw how the pool divides over time, and below it the running and the waiting requests."""
+    rows, num_blocks = result.timeline, result.cache.num_blocks
+    end = float(int_column(rows, "end_ps").max())
+    edges = np.linspace(0.0, end, _BINS + 1)
+    middle = (edges[1:] + edges[:-1]) / 2 / PS_PER_S
+    first, last, evictable = (
+        int_column(rows, name).astype(np.float64)
+        for name in ("referenced_blocks_first", "referenced_blocks", "evictable_blocks")
+    )
+    # Between rows nothing runs, so nothing is referenced. How much is cached then is not recorded; it is at
+    # least what the rows beside the gap have.
+    beside = np.maximum(evictable, np.concatenate(([0.0], evictable[:-1])))
+    referenced = _binned(result, (first + last) / 2, 0.0, edges) / num_blocks
+    cached = _binned(result, evictable, beside, edges) / num_blocks
+    running, waiting = (
+        _binned(result, int_column(rows, name).astype(np.float64), 0.0, edges)
+        for name in ("running", "waiting")
+    )
+
+    figure = look.slide(_utilization_title(result), _utilization_subtitle(result))
+    pool, queue = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    pool.fill_between(middle, 0, referenced, color=look.BLUE, linewidth=0, label="referenced by a sequence")
+    pool.fill_between(
+        middle,
+        referenced,
+        referenced + cached,
+        color=look.SKY,
+        alpha=0.45,
+        linewidth=0,
+        label="cached, evictable",
+    )
+    pool.axhline(1.0, color=look.MUTED, linewidth=0.8)
+    pool.fill_between([], [], [], facecolor="white", edgecolor=look.MUTED, linewidth=0.8, label="free")
+    pool.set_ylim(0, 1)
+    pool.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    pool.set_ylabel("share of the pool's blocks")
+    _mark_preemptions(pool, result)
+    _legend_above(pool)
+
+    queue.plot(middle, running, color=look.GREEN, label="running")
+    queue.plot(middle, waiting, color=look.ORANGE, label="waiting")
+    queue.set_ylim(bottom=0)
+    queue.set_ylabel("requests")
+    queue.set_xlabel("simulated time (s)")
+    queue.set_xlim(0, end / PS_PER_S)
+    _legend_above(queue)
+    return figure
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.4)
+
+
+def _mark_preemptions(axes: Axes, result: RunResult) -> None:
+    """Tick the top edge where a sequence lost its blocks."""
+    rows = result.timeline
+    hit = int_column(rows, "preemptions") > 0
+    moments = int_column(rows, "start_ps")[hit] / PS_PER_S
+    if moments.size:
+        axes.plot(
+            np.unique(np.round(moments, 3)),
+            np.full(np.unique(np.round(moments, 3)).size, 0.985),
+            linestyle="none",
+            marker="v",
+            markersize=6,
+            color=look.VERMILLION,
+            label="preemption",
+        )
+
+
+def _utilization_title(result: RunResult) -> str:
+    peak = int(int_column(result.timeline, "referenced_blocks").max()) / result.cache.num_blocks
+    preemptions = int(int_column(result.timeline, "preemptions").sum())
+    queue = int(int_column(result.timeline, "waiting").max())
+    full = f"Sequences take up to {look.percent_text(peak)} of the pool"
+    if preemptions:
+        return f"{full}, at the price of {preemptions:,} preemption{'s' if preemptions > 1 else ''}"
+    if queue:
+        return f"{full}, and up to {queue:,} request{'s wait' if queue > 1 else ' waits'}"
+    return f"{full}, and no request waits"
+
+
+def _utilization_subtitle(result: RunResult) -> str:
+    cache = result.cache
+    hit = (
+        f", {look.percent_text(cache.hit_tokens / cache.query_tokens)} of prompt tokens hit"
+        if cache.hit_tokens
+        else ""
+    )
+    return (
+        f"{cache.num_blocks:,} blocks of {cache.tokens_per_block} tokens"
+        f"{hit}, {cache.evicted_blocks:,} blocks evicted"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- latency
+
+
+def _share_curve(values: Floats, weights: Floats | None = None) -> tuple[Floats, Floats] | None:
+    """Return x and the share of values ≤ x, thinned to what a screen can show; None without values."""
+    if not values.size:
+        return None
+    order = np.argsort(values, kind="stable")
+    x = values[order]
+    share = np.cumsum(np.ones(x.size) if weights is None else weights[order])
+    share /= share[-1]
+    if x.size > _CURVE_POINTS:
+        wanted = np.searchsorted(share, np.linspace(0, 1, _CURVE_POINTS))
+        keep = np.unique(np.concatenate(([0], np.minimum(wanted, x.size - 1), [x.size - 1])))
+        x, share = x[keep], share[keep]
+    return np.concatenate((x[:1], x)), np.concatenate(([0.0], share))
+
+
+def _gap_points(result: RunResult) -> tuple[Floats, Floats]:
+    """Return inter-token gaps (s) and weights: stretches by a few points each, since each spans little."""
+    rows = result.timeline
+    first, increment, steps, tokens = (
+        int_column(rows, name) for name in ("first_step_ps", "step_increment_ps", "steps", "itl_tokens")
+    )
+    points = max(1, min(16, _ITL_POINTS // max(1, steps.size)))
+    at = (np.arange(points) + 0.5) / points * (steps[:, None] - 1)
+    values = (first[:, None] + at * increment[:, None]) / PS_PER_S
+    weights = np.repeat((tokens * steps / points)[:, None], points, axis=1)
+    gaps: Ints = result.gaps_ps
+    all_values: Floats = np.concatenate((values.ravel(), gaps / PS_PER_S))
+    all_weights: Floats = np.concatenate((weights.ravel(), np.ones(gaps.size)))
+    kept = all_weights > 0
+    return all_values[kept], all_weights[kept]
+
+
+def latency(result: RunResult, engine: EngineConfig) -> Figure:
+    """Draw the cumulative distributions of TTFT, TPOT, ITL and end-to-end latency, percentiles marked.
+
+    The percentiles are the exact ones of the summary; only the curves are thinned.
+    """
+    times, figures = Latencies.of(result), summarise(result, engine)
+    gaps, weights = _gap_points(result)
+    tpot = times.tpot_s()
+    curves = [
+        ("ITL", "inter-token latency", look.ORANGE, _share_curve(gaps, weights)),
+        ("TPOT", "time per output token", look.GREEN, _share_curve(tpot)),
+        ("TTFT", "time to first token", look.BLUE, _share_curve(times.ttft / PS_PER_S)),
+        ("E2E", "arrival to last token", look.PURPLE, _share_curve(times.e2e / PS_PER_S)),
+    ]
+    first = figures["ttft_s"]
+    figure = look.slide(
+        f"Half of the requests have their first token within {look.seconds_text(first['p50'])}, "
+        f"99% within {look.seconds_text(first['p99'])}",
+        f"{times.ttft.size:,} finished requests; circles mark p50, p90 and p99, dotted lines the service level",
+    )
+    axes, table = figure.subplots(1, 2, width_ratios=(2.9, 1))
+    table.set_axis_off()
+    table.set(xlim=(0, 1), ylim=(0, 1))
+    columns = (0.46, 0.76, 1.06)
+    for right, head in zip(columns, ("p50", "p90", "p99"), strict=True):
+        table.text(right, 0.98, head, ha="right", va="top", color=look.MUTED)
+    lowest = min(float(curve[0][0]) for *_, curve in curves if curve is not None)
+    highest = max(float(curve[0][-1]) for *_, curve in curves if curve is not None)
+    for number, (short, long, colour, curve) in enumerate(curves):
+        top = 0.9 - 0.14 * number
+        table.text(-0.04, top, short, color=colour, fontweight="bold", fontsize=13, va="top")
+        table.text(-0.04, top - 0.05, long, color=look.MUTED, fontsize=11, va="top")
+        if curve is None:
+            table.text(columns[-1], top, "none", ha="right", va="top")
+            continue
+        x, share = curve
+        axes.step(x, share, where="post", color=colour)
+        levels = [figures[f"{short.lower()}_s"][name] for name in ("p50", "p90", "p99")]
+        axes.plot(
+            levels,
+            (0.5, 0.9, 0.99),
+            linestyle="none",
+            marker="o",
+            markersize=7,
+            markerfacecolor="white",
+            markeredgecolor=colour,
+            markeredgewidth=2,
+        )
+        for right, level in zip(columns, levels, strict=True):
+            table.text(right, top, look.seconds_text(level), ha="right", va="top")
+    for limit, colour, name in (
+        (engine.slo_ttft_s, look.BLUE, "TTFT"),
+        (engine.slo_tpot_s, look.GREEN, "TPOT"),
+    ):
+        if lowest / 4 <= limit <= highest * 4:
+            axes.axvline(limit, color=colour, linestyle=":", linewidth=1.6)
+            axes.annotate(
+                f"{name}\n{look.seconds_text(limit)}",
+                (limit, 1.0),
+                xytext=(5, -12),
+                textcoords="offset points",
+                color=colour,
+                fontsize=10,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: look.seconds_text(value)))
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("latency (log scale)")
+    axes.set_ylabel("share that took at most this long")
+    return figure
