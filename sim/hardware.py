@@ -56,7 +56,8 @@ class GPUSpec:
         """Return the preset called `name`, e.g. "a100-80gb". Raises ValueError for an unknown name."""
         found = GPU_PRESETS.get(name.lower())
         if found is None:
-            close = difflib.get_close_matches(name.lower(), GPU_PRESETS, n=1)
+            begun = [known for known in GPU_PRESETS if name and known.startswith(name.lower())]
+            close = begun or difflib.get_close_matches(name.lower(), GPU_PRESETS, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ValueError(f"unknown GPU {name!r}{hint}: must be one of {', '.join(GPU_PRESETS)}")
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +78,7 @@ class Generate:
 
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File to write."""
-    workload: tyro.conf.OmitArgPrefixes[WorkloadConfig] = WorkloadConfig()  # noqa: RUF009 (frozen)
+    workload: tyro.conf.OmitArgPrefixes[WorkloadConfig] = field(default_factory=WorkloadConfig)
 
     def run(self) -> None:
         _write(generate(self.workload), self.out)
