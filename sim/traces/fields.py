@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,10 @@ _TIMESTAMP = re.compile(
     r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:\.(\d{1,12}))?\s*(?:(Z|UTC)|([+-])(\d\d):?(\d\d))?"
 )
 _EPOCH = datetime(1970, 1, 1)
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9})?")
+_NOT_FINITE = re.compile(r"[+-]?(?:s?nan|inf|infinity)", re.IGNORECASE)
 _MAX_DIGITS = 30
+_BEYOND = 10**_MAX_DIGITS
 
 
 class FieldError(ValueError):
@@ -74,11 +77,11 @@ def whole(field: str, value: object) -> int:
             raise FieldError(field, "is missing")
         if not _INTEGER.fullmatch(text):
             raise FieldError(field, f"({shown(value)}) must be an integer")
-        if len(text) > _MAX_DIGITS:
-            raise FieldError(field, f"({shown(value)}) must have at most {_MAX_DIGITS} digits")
-        return int(text)
+        value = int(text) if len(text) <= _MAX_DIGITS else _BEYOND
     if isinstance(value, bool) or not isinstance(value, int):
         raise FieldError(field, f"({shown(value)}) must be an integer")
+    if abs(value) >= _BEYOND:
+        raise FieldError(field, f"must have at most {_MAX_DIGITS} digits")
     return value
 
 
@@ -94,26 +97,30 @@ def tokens(field: str, value: object) -> int:
 
 def number_ps(field: str, value: object, unit_ps: int) -> int:
     """Return a time given as a decimal number (text or JSON) of units of `unit_ps` picoseconds, to the nearest."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value * unit_ps
     if isinstance(value, str):
         text = value.strip()
-        if not text:
-            raise FieldError(field, "is missing")
-        if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS:
-            return int(text) * unit_ps
-        try:
-            value = Decimal(text)
-        except InvalidOperation:
-            raise FieldError(field, f"({shown(text)}) must be a number") from None
+        if text.isascii() and text.isdigit():
+            return whole(field, text) * unit_ps
+        value = _decimal(field, text)
+    if isinstance(value, int):
+        return whole(field, value) * unit_ps
     if not isinstance(value, Decimal):
         raise FieldError(field, f"({shown(value)}) must be a finite number")
-    if not value.is_finite():
-        raise FieldError(field, f"({value}) must be a finite number")
     if value.adjusted() >= _MAX_DIGITS or len(value.as_tuple().digits) > _MAX_DIGITS:
         raise FieldError(field, f"({shown(value)}) must have at most {_MAX_DIGITS} digits")
+    if value.adjusted() < -_MAX_DIGITS:  # nothing, but its exact ratio would fill the memory
+        return 0
     top, bottom = value.as_integer_ratio()
     return (2 * top * unit_ps + bottom) // (2 * bottom)
+
+
+def _decimal(field: str, text: str) -> Decimal:
+    if _NUMBER.fullmatch(text):
+        return Decimal(text)
+    if not text:
+        raise FieldError(field, "is missing")
+    kind = "a finite number" if _NOT_FINITE.fullmatch(text) else "a number"
+    raise FieldError(field, f"({shown(text)}) must be {kind}")
 
 
 def timestamp_ps(field: str, value: str) -> int:
