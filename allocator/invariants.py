@@ -27,7 +27,7 @@ def check_invariants(manager: KVCacheManager) -> None:
     private = _check_sequences(manager)
     pool = manager.pool
 
-    free = list(pool.free_ids())
+    free = pool.free_ids().tolist()
     owners = Counter(free)
     owners.update(list(cached))
     owners.update(list(private))

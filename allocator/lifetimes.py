@@ -40,6 +40,9 @@ class Lifetimes:
         self.idle_before_evict.append((now - extent.touched, num_blocks))
         assert extent.born is not None
         run_start, run = extent.born[-num_blocks], 0
+        if run_start == extent.born[-1]:  # filled at once, as a prefill chunk is
+            self.lifetime.append((now - run_start, num_blocks))
+            return
         for moment in extent.born[-num_blocks:]:
             if moment != run_start:
                 self.lifetime.append((now - run_start, run))

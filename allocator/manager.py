@@ -31,7 +31,7 @@ class KVCacheManager:
     tokens_per_block  a power of two
     config            block reuse on or off, eviction policy; default CacheConfig()
     policy            an EvictionPolicy of your own, in place of the one that `config` names
-    ghost_blocks      how many evicted blocks to remember, so that misses can be explained; default 4 a block
+    ghost_blocks      how many evicted blocks to remember, to explain misses; default 16 for each block
     lifetimes         collect how long blocks live, in units of `now`
 
     A life: `lookup` → `admit` (first prefill chunk) → `extend` (further chunks) → `append` (decode steps) →
@@ -55,7 +55,7 @@ class KVCacheManager:
             raise ValueError(f"tokens_per_block ({tokens_per_block}) must be a power of two")
         _refuse_unserved(config)
         if ghost_blocks is None:
-            ghost_blocks = 4 * num_blocks
+            ghost_blocks = 16 * num_blocks
         if ghost_blocks < 0:
             raise ValueError(f"ghost_blocks ({ghost_blocks}) must not be negative")
         self.tokens_per_block = tokens_per_block
@@ -75,6 +75,16 @@ class KVCacheManager:
         self._logical_tokens = 0
         self._truncated = False  # a table may end in a cached block of which it uses only a part
 
+    @classmethod
+    def contiguous(cls, num_sequences: int, max_seq_len: int) -> KVCacheManager:
+        """Return the cache of an engine without paging: every sequence reserves max_seq_len tokens in one piece.
+
+        That is a pool whose blocks are whole sequences, and in which nothing is reused.
+        """
+        manager = cls(num_sequences, 1, CacheConfig(enable_block_reuse=False))
+        manager.tokens_per_block = manager.tables.tokens_per_block = max_seq_len
+        return manager
+
     @property
     def num_blocks(self) -> int:
         """Return the pool's size."""
@@ -84,6 +94,16 @@ class KVCacheManager:
     def available_blocks(self) -> int:
         """Return how many blocks could be taken: free and evictable ones."""
         return self.pool.available
+
+    @property
+    def logical_blocks(self) -> int:
+        """Return the blocks of all tables, a shared one counted for each table."""
+        return self._logical_blocks
+
+    @property
+    def logical_tokens(self) -> int:
+        """Return the tokens of all sequences."""
+        return self._logical_tokens
 
     @property
     def now(self) -> int:
@@ -107,7 +127,9 @@ class KVCacheManager:
             misses = {"cold": full} if full else {}
             if rest:
                 misses["short_of_block"] = 1
-            return PrefixMatch(content, salt, size, (), 0, full + (rest > 0), misses, self.index.version)
+            return PrefixMatch(
+                content, salt, size, (), None, 0, full + (rest > 0), misses, self.index.version
+            )
         return find_match(self.index, content, salt, self.tokens_per_block, self._prefilling)
 
     def is_current(self, match: PrefixMatch) -> bool:
@@ -185,12 +207,16 @@ class KVCacheManager:
         Raises OutOfBlocks, or ValueError for more tokens than the prompt has left.
         """
         first = sequence.num_tokens
-        left = sequence.num_prompt_tokens - first
+        self.prefill(sequence, num_tokens)
+        return sequence.slots(first, first + num_tokens)
+
+    def prefill(self, sequence: KVSequence, num_tokens: int) -> None:
+        """Do what `extend` does without computing the slots."""
+        left = sequence.num_prompt_tokens - sequence.num_tokens
         if not 1 <= num_tokens <= left:
             raise ValueError(f"num_tokens ({num_tokens}) must be between 1 and the prompt's remaining {left}")
         self._write([sequence], num_tokens)
         self._after_prefill(sequence)
-        return sequence.slots(first, first + num_tokens)
 
     def prefill_slots(self, sequence: KVSequence) -> NDArray[np.int64]:
         """Return the slots of the first chunk, int64 [n]: what admission did not find in the cache."""
@@ -463,7 +489,7 @@ class KVCacheManager:
             in_transfer_blocks=len(pool.limbo),
             logical_blocks=self._logical_blocks,
             logical_tokens=self._logical_tokens,
-            kv_tokens=self._kv_tokens(),
+            kv_tokens=self.kv_tokens,
             query_tokens=counts.query_tokens,
             query_blocks=counts.query_blocks,
             hit_tokens=counts.hit_tokens,
@@ -474,7 +500,8 @@ class KVCacheManager:
             cow_tokens=self.tables.cow_tokens,
         )
 
-    def _kv_tokens(self) -> int:
+    @property
+    def kv_tokens(self) -> int:
         """Return the written slots of referenced blocks, each counted once.
 
         Only last blocks are partly written. Where tables share them, a block is written as far as its

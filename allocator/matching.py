@@ -15,6 +15,8 @@ class PrefixMatch:
     """The result of one lookup, good until the cache next changes (then admission looks up again).
 
     path          (extent, blocks of it) from the root down, blocks that are hit only
+    repeated      the extent with the one cached block that has to be computed again for the last token's sake,
+                  if there is one: the sequence will hold it beside its own
     hit_blocks    blocks found
     query_blocks  ceil(num_prompt_tokens / tokens_per_block): what hit_blocks and the misses sum up to
     miss_blocks   cause -> blocks, see allocator.stats.MISS_CAUSES; causes without blocks are left out
@@ -24,6 +26,7 @@ class PrefixMatch:
     salt: Hashable
     tokens_per_block: int
     path: tuple[tuple[Extent, int], ...]
+    repeated: Extent | None
     hit_blocks: int
     query_blocks: int
     miss_blocks: dict[str, int]
@@ -38,6 +41,11 @@ class PrefixMatch:
     def evictable_blocks(self) -> int:
         """Return how many of the hit blocks are evictable now, and would stop being so."""
         return sum(blocks for extent, blocks in self.path if not extent.references)
+
+    @property
+    def repeated_blocks(self) -> int:
+        """Return 1 if the block to be computed again is evictable now, and would stop being so; else 0."""
+        return int(self.repeated is not None and not self.repeated.references)
 
 
 def find_match(
@@ -73,8 +81,10 @@ def find_match(
         hit_blocks += take
 
     misses: dict[str, int] = {}
+    repeated = None
     if live > usable:
         misses["last_token"] = live - usable
+        repeated = next(extent for extent, _ in reversed(walked) if extent.ids)
     if query_blocks > full:
         misses["short_of_block"] = 1
     if live < full:
@@ -91,7 +101,15 @@ def find_match(
         if full > reached:
             misses["unknown" if index.forgot else "cold"] = full - reached
     return PrefixMatch(
-        content, salt, tokens_per_block, tuple(path), hit_blocks, query_blocks, misses, index.version
+        content,
+        salt,
+        tokens_per_block,
+        tuple(path),
+        repeated,
+        hit_blocks,
+        query_blocks,
+        misses,
+        index.version,
     )
 
 
@@ -109,5 +127,7 @@ def _blocks_ahead(
     if anchor is not root and (anchor, anchor.num_blocks) not in walked:
         return 0
     size = sequence.history.tokens_per_block
-    ahead = sequence.history.keys(start, sequence.num_prompt_tokens // size)
-    return start + common_blocks(ahead, keys, start, root.width) if ahead else 0
+    end = sequence.num_prompt_tokens // size
+    if start >= end:
+        return 0
+    return start + common_blocks(sequence.history.keys(start, end), keys, start, root.width)

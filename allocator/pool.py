@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocator.eviction.policy import EvictionPolicy
 from allocator.lifetimes import Lifetimes
@@ -72,9 +73,10 @@ class BlockPool:
         """Return the number of blocks held by tables, or by the twins and pending copies that need them."""
         return self.num_blocks - self.num_free - self.num_evictable - len(self.limbo)
 
-    def free_ids(self) -> array[int]:
-        """Return all free blocks, the next to be taken last."""
-        return array("i", range(self.num_blocks - 1, self._fresh - 1, -1)) + self._freed
+    def free_ids(self) -> NDArray[np.int32]:
+        """Return all free blocks, int32 [num_free], the next to be taken last."""
+        never_used = np.arange(self.num_blocks - 1, self._fresh - 1, -1, dtype=np.int32)
+        return np.concatenate([never_used, np.array(self._freed, dtype=np.int32)])
 
     def take(self, count: int) -> array[int]:
         """Return `count` blocks, evicting as needed. Raises OutOfBlocks, with nothing changed."""

@@ -34,6 +34,7 @@ class KVSequence:
         "_tokens",
         "anchor",
         "batch",
+        "cow_copies",
         "history",
         "hit_blocks",
         "num_prompt_tokens",
@@ -53,6 +54,7 @@ class KVSequence:
         self.table = table
         self.twins: set[int] = set()
         self.hit_blocks = 0
+        self.cow_copies = 0
         self.batch: Batch | None = None
         self.released = False
         self._tokens = 0
@@ -86,9 +88,12 @@ class KVSequence:
         """Return its block table, int32 [num_blocks], as a copy."""
         return np.array(self.table, dtype=np.int32)
 
-    def content(self) -> Content:
-        """Return all its tokens as a prompt, to be computed again after a preemption."""
-        return self.history.content(self.num_tokens)
+    def content(self, num_tokens: int | None = None) -> Content:
+        """Return its first `num_tokens` tokens as a prompt, to be computed again after a preemption.
+
+        The default is all that have a slot; one more includes the token sampled last.
+        """
+        return self.history.content(self.num_tokens if num_tokens is None else num_tokens)
 
     def slots(self, first: int, last: int) -> NDArray[np.int64]:
         """Return the slots of tokens first … last − 1, int64 [last − first]."""

@@ -133,6 +133,7 @@ class Tables:
         (destination,) = self.pool.take(1)
         self.copies.add(source, destination, valid, extent)
         sequence.table[-1] = destination
+        sequence.cow_copies += 1
         self.cow_copies += 1
         self.cow_tokens += valid
 

@@ -1,0 +1,76 @@
+"""Admission: whether a waiting job may start, by how much room the running ones will still need.
+
+Both rules are TensorRT-LLM's capacity scheduler policies (GUARANTEED_NO_EVICT and MAX_UTILIZATION).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from allocator.manager import KVCacheManager, PrefixMatch
+from sim.scheduler.config import EngineConfig
+from sim.scheduler.job import Job
+
+
+class AdmissionRule(ABC):
+    """Decide on one job, given what the running ones have been promised."""
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self._manager = manager
+
+    @abstractmethod
+    def least_blocks(self, job: Job) -> int:
+        """Return the smallest pool in which the job, alone, would finish."""
+
+    @abstractmethod
+    def blocks_for(self, job: Job, match: PrefixMatch) -> int:
+        """Return by how many blocks starting this job lessens what others can be promised."""
+
+    @abstractmethod
+    def blocks_promised(self, outstanding: int, prompts: int) -> int:
+        """Return the blocks that are available now but promised to running jobs.
+
+        outstanding  what they will take until they finish;  prompts  until their prompts are computed
+        """
+
+
+class GuaranteedNoEvict(AdmissionRule):
+    """Admit only what can finish together with everything that runs, so that nobody need be preempted.
+
+    One thing can still upset the count, and then somebody is: a sequence that generates, block for block, what
+    the cache holds already keeps those cached blocks from being evicted beside its own.
+    """
+
+    def least_blocks(self, job: Job) -> int:
+        return job.final_blocks(self._manager.tokens_per_block)
+
+    def blocks_for(self, job: Job, match: PrefixMatch) -> int:
+        end = job.final_blocks(self._manager.tokens_per_block)
+        return end - match.hit_blocks + match.evictable_blocks + match.repeated_blocks
+
+    def blocks_promised(self, outstanding: int, prompts: int) -> int:
+        return outstanding
+
+
+class MaxUtilization(AdmissionRule):
+    """Admit whatever prompt fits now; when decoding runs out of blocks, somebody is preempted."""
+
+    def least_blocks(self, job: Job) -> int:
+        return -(-job.final_tokens // self._manager.tokens_per_block)
+
+    def blocks_for(self, job: Job, match: PrefixMatch) -> int:
+        return self._manager.blocks_needed(match, job.target - match.hit_tokens)
+
+    def blocks_promised(self, outstanding: int, prompts: int) -> int:
+        return prompts
+
+
+_RULES: dict[str, type[AdmissionRule]] = {
+    "guaranteed_no_evict": GuaranteedNoEvict,
+    "max_utilization": MaxUtilization,
+}
+
+
+def make_admission(config: EngineConfig, manager: KVCacheManager) -> AdmissionRule:
+    """Return the rule that `config.admission` names."""
+    return _RULES[config.admission](manager)
