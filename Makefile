@@ -1,0 +1,31 @@
+# make install   a virtual environment in .venv with everything the project needs
+# make demo      replay a synthetic workload; tables on the terminal, figures in results/demo
+# make test      lint, types, tests; TRACES=DIR adds the tests that replay public traces
+# make bench     time the simulator and the allocator on this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TRACES ?=
+
+.PHONY: install demo test bench
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda12,test]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m experiments.demo
+
+test: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto $(if $(TRACES),--traces $(TRACES))
+
+bench: install
+	$(BIN)/python -m experiments.bench.simulator
