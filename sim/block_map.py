@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from sim import style as look
 from sim.distributions import Ints
-from sim.metrics import PS_PER_S, int_column
+from sim.metrics import int_column
 from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
+from sim.request import PS_PER_S
 
 _ROWS = 240
 _COLUMNS = 960

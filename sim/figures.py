@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from sim import style as look
 from sim.block_map import block_map
 from sim.distributions import Ints
-from sim.metrics import PS_PER_S, Latencies, int_column, summarise
+from sim.metrics import Latencies, int_column, summarise
 from sim.records import RunResult
+from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
 
 Floats = NDArray[np.float64]
@@ -135,7 +136,11 @@ def _utilization_title(result: RunResult) -> str:
     peak = int(int_column(result.timeline, "referenced_blocks").max()) / result.cache.num_blocks
     preemptions = int(int_column(result.timeline, "preemptions").sum())
     queue = int(int_column(result.timeline, "waiting").max())
-    full = f"Sequences take up to {look.percent_text(peak)} of the pool"
+    full = (
+        "Sequences fill the pool"
+        if peak > 0.995
+        else f"Sequences take up to {look.percent_text(peak)} of the pool"
+    )
     if preemptions:
         return f"{full}, at the price of {preemptions:,} preemption{'s' if preemptions > 1 else ''}"
     if queue:
@@ -211,7 +216,7 @@ def latency(result: RunResult, engine: EngineConfig) -> Figure:
         f"99% within {look.seconds_text(first['p99'])}",
         f"{times.ttft.size:,} finished requests; circles mark p50, p90 and p99, dotted lines the service level",
     )
-    axes, table = figure.subplots(1, 2, width_ratios=(2.9, 1))
+    axes, table = figure.subplots(1, 2, width_ratios=(2.9, 1), gridspec_kw={"wspace": 0.06})
     table.set_axis_off()
     table.set(xlim=(0, 1), ylim=(0, 1))
     columns = (0.46, 0.76, 1.06)
@@ -247,14 +252,14 @@ def latency(result: RunResult, engine: EngineConfig) -> Figure:
     ):
         if lowest / 4 <= limit <= highest * 4:
             axes.axvline(limit, color=colour, linestyle=":", linewidth=1.6)
-            axes.annotate(
-                f"{name}\n{look.seconds_text(limit)}",
-                (limit, 1.0),
-                xytext=(5, -12),
-                textcoords="offset points",
+            axes.text(
+                limit,
+                1.01,
+                f"{name} ≤ {look.seconds_text(limit)}",
+                transform=axes.get_xaxis_transform(),
                 color=colour,
-                fontsize=10,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
+                fontsize=11,
+                ha="center",
             )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: look.seconds_text(value)))

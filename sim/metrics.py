@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from sim.distributions import Ints, Progressions, exact_dot, exact_sum
 from sim.records import Columns, RunResult
+from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
 
-PS_PER_S = 10**12
 REJECTED, FINISHED = "rejected", "finished"
 
 

@@ -73,17 +73,17 @@ def styled() -> Iterator[None]:
 
 def slide(title: str, subtitle: str, size: tuple[float, float] = SLIDE) -> Figure:
     """Return an empty slide-sized figure with a headline, the finding, and a line that says what is drawn."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     width, height = size
     margin = 0.35 / width
     size_in_points = min(18.0, 18.0 * 76 / max(1, len(title)))  # long findings shrink to the slide's width
     figure.text(margin, 1 - 0.32 / height, title, fontsize=size_in_points, fontweight="bold", va="top")
     figure.text(margin, 1 - 0.74 / height, subtitle, fontsize=12, color=MUTED, va="top")
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(  # type: ignore[call-arg]
-        rect=(margin, 0.2 / height, 1 - 2 * margin, 1 - 1.3 / height), hspace=0.02, h_pad=0.05, w_pad=0.05
+    # Margins are set by hand: matplotlib's layout engines solve for them in an order that differs from run to
+    # run, and the last digits with it.
+    figure.subplots_adjust(
+        left=1.05 / width, right=1 - 0.4 / width, bottom=0.75 / height, top=1 - 1.45 / height, hspace=0.3
     )
     return figure
 

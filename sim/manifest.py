@@ -1,0 +1,147 @@
+"""RunSpec: everything that decides the outcome of a run, and how it is written down and read back."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from allocator.config import BuildConfig, CacheConfig, ModelSpec
+from sim.hardware import GPUSpec
+from sim.scheduler.config import EngineConfig
+from sim.workload import WorkloadConfig
+
+SYNTHETIC = "synthetic"
+_PACKAGES = ("paged-kv-lab", "numpy", "simpy", "polars", "matplotlib")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """Which requests are replayed: a trace file, or a synthetic workload when `path` is "synthetic"."""
+
+    path: str
+    format: str | None = None
+    columns: str | None = None
+    limit: int | None = None
+    time_scale: float = 1.0
+    skip_bad: bool = False
+    workload: WorkloadConfig | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that made the requests; None for a trace file."""
+        return None if self.workload is None else self.workload.workload_seed
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run, entirely: the same RunSpec and the same trace bytes give the same result bytes."""
+
+    trace: TraceSource
+    model: ModelSpec
+    gpu: GPUSpec
+    build: BuildConfig
+    cache: CacheConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A RunSpec and the SHA-256 of the trace that it was run on."""
+
+    spec: RunSpec
+    trace_sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.json. Raises ValueError naming the file and what is wrong with it."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(_build(RunSpec, found["config"], "config"), str(found["trace"]["sha256"]))
+        except OSError as error:
+            raise ValueError(f"manifest ({path}) cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"manifest ({path}) is not one that a replay wrote: {what}") from None
+
+    def document(self, *, num_requests: int, skipped_rows: int, budget: dict[str, Any]) -> dict[str, Any]:
+        """Return what manifest.json says: the config, and what came of it on this machine."""
+        return {
+            "config": asdict(self.spec),
+            "seed": self.spec.trace.seed,
+            "trace": {
+                "path": self.spec.trace.path,
+                "sha256": self.trace_sha256,
+                "requests": num_requests,
+                "skipped_rows": skipped_rows,
+            },
+            "memory_budget": budget,
+            "git_revision": git_revision(),
+            "versions": versions(),
+        }
+
+
+def _build(kind: type[T], data: Any, where: str) -> T:
+    """Build a dataclass from parsed JSON, its nested dataclasses and tuples included."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object")
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for name in data:
+        if name not in known:
+            raise ValueError(f"{where}.{name} is unknown to this version")
+    values = {name: _value(hints[name], data[name], f"{where}.{name}") for name in known if name in data}
+    missing = [name for name in known if name not in data]
+    if missing:
+        raise ValueError(f"{where}.{missing[0]} is missing")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if is_dataclass(option) and value is not None:
+            return _build(typing.cast(type[Any], option), value, where)
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def git_revision() -> str | None:
+    """Return the commit that this code is at, "-dirty" appended if it was changed; None outside a checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside somebody else's checkout (a .venv, say): that revision is not ours.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that shape a result."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,142 @@
+"""What a replay shows on the terminal: progress while it runs, and the figures one looks for first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sim.runner import Run
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
+    """Show a bar on stderr while the requests get done; None, and no bar, where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("replaying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("replaying", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def seconds(value: float | None) -> str:
+    """Write a duration in the unit that suits it, three significant digits."""
+    if value is None:
+        return "–"
+    if value < 0.9995:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
+
+
+def percent(share: float | None) -> str:
+    """Write a share in percent, two decimals below ten percent and one above."""
+    if share is None:
+        return "–"
+    return f"{share:.1%}" if share >= 0.1 or not share else f"{share:.2%}"
+
+
+def _spread(figures: dict[str, float | None]) -> str:
+    """Write the median and the tails of a distribution of seconds."""
+    return "  ".join(f"{name} {seconds(figures[name])}" for name in ("p50", "p90", "p99", "max"))
+
+
+def _pool(run: Run) -> str:
+    budget, cache = run.budget, run.spec.cache
+    size = f"{budget.num_blocks:,} blocks of {budget.tokens_per_block} tokens = {budget.num_tokens:,} tokens"
+    gib = 2**30
+    if cache.num_blocks is not None:
+        return f"{size}, as --num-blocks says ({budget.pool_bytes / gib:.2f} GiB)"
+    memory = 0 if budget.gpu_memory_bytes is None else budget.gpu_memory_bytes
+    fraction = run.spec.build.kv_cache_free_gpu_mem_fraction
+    origin = (
+        f"{budget.pool_bytes / gib:.2f} GiB = {fraction:g} × ({memory / gib:.2f} memory "
+        f"− {budget.weights_bytes / gib:.2f} weights − {budget.reserve_bytes / gib:.2f} reserve)"
+    )
+    capped = cache.max_tokens is not None and budget.num_blocks * budget.block_bytes < budget.pool_bytes
+    return f"{size}\n{origin}" + (f", capped by max_tokens {cache.max_tokens:,}" if capped else "")
+
+
+def _requests(summary: dict[str, Any]) -> str:
+    text = f"{summary['finished']:,} of {summary['requests']:,} finished"
+    for cause, count in summary["rejected"].items():
+        text += f"\n{count:,} rejected: {cause}"
+    return text
+
+
+def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the summary as (label, value) pairs, what a serving engineer asks first on top."""
+    use, waste = summary["kv_utilization"], summary["internal_fragmentation"]
+    slo, goodput = summary["slo"], summary["goodput"]
+    rate = summary["throughput_tokens_per_s"]
+    skipped = f", {run.trace.skipped:,} malformed rows skipped" if run.trace.skipped else ""
+    return [
+        ("trace", f"{run.trace.name} ({run.trace.format}{skipped})"),
+        ("model, GPU", f"{run.spec.model.name}, {run.spec.gpu.gpu_name}"),
+        ("KV pool", _pool(run)),
+        ("requests", _requests(summary)),
+        ("simulated time", f"{seconds(summary['simulated_s'])} in {summary['steps']:,} steps"),
+        ("throughput", "–" if rate is None else f"{rate:,.1f} output tokens/s"),
+        ("TTFT", _spread(summary["ttft_s"])),
+        ("TPOT", _spread(summary["tpot_s"])),
+        ("ITL", _spread(summary["itl_s"])),
+        ("end to end", _spread(summary["e2e_s"])),
+        (
+            "goodput",
+            f"{percent(goodput['share'])} meet TTFT ≤ {slo['ttft_s']:g} s and TPOT ≤ {slo['tpot_s']:g} s",
+        ),
+        (
+            "hit rate",
+            f"{percent(summary['hit_rate_tokens'])} of prompt tokens, "
+            f"{percent(summary['hit_rate_blocks'])} of blocks",
+        ),
+        (
+            "KV utilization",
+            f"mean {percent(use['block']['mean'])}, max {percent(use['block']['max'])} of blocks; "
+            f"mean {percent(use['token']['mean'])} of token slots",
+        ),
+        (
+            "internal fragmentation",
+            f"mean {percent(waste['mean'])}, {percent(waste['final'])} at final lengths",
+        ),
+        (
+            "preemptions",
+            f"{summary['preemptions']:,}, {summary['recomputed_tokens']:,} tokens recomputed",
+        ),
+        ("evicted blocks", f"{summary['evicted_blocks']:,}"),
+        (
+            "wall time",
+            f"{summary['wall_s']:.2f} s simulating, {summary['total_wall_s']:.2f} s in all",
+        ),
+    ]
+
+
+def print_report(run: Run, summary: dict[str, Any], paths: list[Path]) -> None:
+    """Print the summary table, and where the results are, on stdout."""
+    console = Console(file=sys.stdout, highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in report_rows(run, summary):
+        table.add_row(label, value)
+    console.print(table)
+    folder = paths[-1].parent
+    names = ", ".join(sorted({str(path.relative_to(folder)) for path in paths}))
+    console.print(f"\nwritten to {folder}: {names}", soft_wrap=True, markup=False)

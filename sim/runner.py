@@ -1,0 +1,68 @@
+"""Run a RunSpec: read or make the trace, size the pool, simulate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from allocator.config import MemoryBudget
+from sim.cost import RooflineCost
+from sim.engine import simulate
+from sim.manifest import RunSpec, TraceSource
+from sim.records import RunResult
+from sim.traces import Trace, read_trace
+from sim.workload import generate
+
+
+def load_trace(source: TraceSource) -> Trace:
+    """Read the trace file, or generate the workload. Raises ValueError (TraceError for a malformed file)."""
+    if source.workload is not None:
+        return generate(source.workload)
+    return read_trace(
+        source.path,
+        format=source.format,
+        columns=source.columns,
+        limit=source.limit,
+        time_scale=source.time_scale,
+        skip_bad=source.skip_bad,
+    )
+
+
+def memory_budget(spec: RunSpec) -> MemoryBudget:
+    """Size the pool. Raises ValueError, with the numbers, when it cannot hold one sequence of max_seq_len."""
+    return MemoryBudget.compute(spec.model, spec.build, spec.cache, gpu_memory_bytes=spec.gpu.memory_bytes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with what it was made from."""
+
+    spec: RunSpec
+    trace: Trace
+    budget: MemoryBudget
+    result: RunResult
+
+
+def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], None] | None = None) -> Run:
+    """Simulate `spec` on its trace, or on `trace` where it is loaded already, with the roofline cost.
+
+    `progress` is called now and then with the number of requests that are done.
+    """
+    budget = memory_budget(spec)
+    loaded = load_trace(spec.trace) if trace is None else trace
+    cost = RooflineCost(
+        spec.model,
+        spec.gpu,
+        spec.cache.tensor_parallel_size,
+        kv_bytes_per_token=budget.bytes_per_token,
+    )
+    result = simulate(
+        loaded.requests,
+        spec.build,
+        spec.cache,
+        spec.engine,
+        num_blocks=budget.num_blocks,
+        cost=cost,
+        progress=progress,
+    )
+    return Run(spec, loaded, budget, result)

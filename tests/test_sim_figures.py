@@ -1,0 +1,175 @@
+"""Figures: same bytes for the same run, nothing global touched, and pictures that show what is in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from matplotlib.colors import to_rgb
+from result_cases import NaiveEngine, results
+
+from sim import block_map, figures, style
+from sim.metrics import summarise
+from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
+from sim.request import PS_PER_S
+from sim.scheduler.config import EngineConfig
+
+
+@pytest.fixture(scope="module")
+def run() -> RunResult:
+    return NaiveEngine(1, 60).run()
+
+
+def test_every_figure_is_written_and_again_with_the_same_bytes(run: RunResult, tmp_path: Path) -> None:
+    names = {
+        f"{name}.{ending}" for name in ("utilization", "latency", "block_map") for ending in ("png", "svg")
+    }
+    written = [figures.write_figures(run, EngineConfig(), tmp_path / name) for name in ("a", "b")]
+    assert {path.name for path in written[0]} == names
+    for first, second in zip(*written, strict=True):
+        assert first.read_bytes() == second.read_bytes(), first.name
+        assert first.stat().st_size > 5000
+    svg = (tmp_path / "a" / "latency.svg").read_text()
+    assert "<dc:date>" not in svg
+
+
+def test_no_global_state_is_left_behind(run: RunResult, tmp_path: Path) -> None:
+    with matplotlib.rc_context({"font.size": 31.0, "axes.grid": False}):
+        before = dict(matplotlib.rcParams)
+        figures.write_figures(run, EngineConfig(), tmp_path / "a")
+        assert dict(matplotlib.rcParams) == before
+    figures.write_figures(run, EngineConfig(), tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        assert (
+            path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        )  # the user's settings do not show
+
+
+@given(results())
+@settings(max_examples=8)
+def test_any_result_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, result: RunResult) -> None:
+    folder = tmp_path_factory.mktemp("figures")
+    written = figures.write_figures(result, EngineConfig(), folder)
+    assert bool(result.timeline["steps"].size) == ((folder / "utilization.png") in written)
+    assert all(path.stat().st_size for path in written)
+
+
+def test_the_latency_table_shows_the_summarys_percentiles(run: RunResult) -> None:
+    summary = summarise(run, EngineConfig())
+    with style.styled():
+        drawn = figures.latency(run, EngineConfig())
+    texts = {text.get_text() for axes in drawn.axes for text in axes.texts}
+    for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+        for percentile in ("p50", "p90", "p99"):
+            assert style.seconds_text(summary[name][percentile]) in texts
+    assert style.seconds_text(summary["ttft_s"]["p99"]) in drawn.texts[0].get_text()
+
+
+def test_curves_rise_from_zero_to_one_at_the_extremes() -> None:
+    values = np.array([3.0, 1.0, 2.0, 2.0])
+    x, share = figures._share_curve(values)  # type: ignore[misc]
+    assert x.tolist() == [1.0, 1.0, 2.0, 2.0, 3.0]
+    assert share.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    many = np.random.default_rng(0).exponential(size=100_000)
+    x, share = figures._share_curve(many)  # type: ignore[misc]
+    assert x.size <= figures._CURVE_POINTS + 3
+    assert (x[0], x[-1], share[-1]) == (many.min(), many.max(), 1.0)
+    middle = x[np.searchsorted(share, 0.5)]
+    assert middle == pytest.approx(np.median(many), rel=0.01)
+
+
+def test_bins_keep_the_time_weighted_mean(run: RunResult) -> None:
+    """Thinning to bins loses no area: the mean over all bins is the summary's mean."""
+    rows = run.timeline
+    end = float(rows["end_ps"].max())
+    edges = np.linspace(0, end, 38)
+    used = rows["referenced_blocks"].astype(np.float64)
+    durations = rows["end_ps"] - rows["start_ps"]
+    found = figures._binned(run, used, 0.0, edges)
+    assert found.mean() == pytest.approx((used * durations).sum() / end)
+    assert found.max() <= used.max() + 1e-9
+
+
+# ------------------------------------------------------------------ the block map
+
+
+def small_map(owners: list[list[int]], times: list[int]) -> BlockMap:
+    array = np.array(owners, np.int64)
+    return BlockMap(np.array(times, np.int64) * PS_PER_S, np.arange(array.shape[1]), array)
+
+
+def test_a_moment_shows_the_last_sample_before_it() -> None:
+    found = small_map([[0, FREE], [CACHED, 1]], [0, 3])
+    ids, owners = block_map._on_a_grid(found, 4 * PS_PER_S)
+    assert ids.tolist() == [0, 1]
+    quarter = block_map._COLUMNS // 4
+    assert (owners[0, : 3 * quarter] == 0).all()
+    assert (owners[0, 3 * quarter :] == CACHED).all()
+    assert (owners[1, : 3 * quarter] == FREE).all()
+    assert (owners[1, 3 * quarter :] == 1).all()
+
+
+def test_large_pools_are_thinned_evenly() -> None:
+    watched = 100_000
+    found = BlockMap(
+        np.array([0, PS_PER_S], np.int64),
+        np.arange(watched),
+        np.stack([np.where(np.arange(watched) % 4 < 3, CACHED, FREE)] * 2).astype(np.int64),
+    )
+    ids, owners = block_map._on_a_grid(found, 2 * PS_PER_S)
+    assert ids.size <= block_map._ROWS
+    assert np.ptp(np.diff(ids)) == 0
+    assert owners.shape == (ids.size, block_map._COLUMNS)
+
+
+def test_each_state_has_its_colour_and_neighbours_in_admission_differ() -> None:
+    owners = np.array([[0, 1, 2, FREE, CACHED, SHARED]], np.int64)
+    image = block_map._colours(owners, np.array([5, 3, 4], np.int64))
+    assert tuple(image[0, 3]) == to_rgb(style.FREE_WHITE)
+    assert tuple(image[0, 4]) == to_rgb(style.CACHED_GREY)
+    assert tuple(image[0, 5]) == to_rgb(style.SHARED_INK)
+    # Request 1 came first, then 2, then 0: they take the palette in that order.
+    assert [tuple(image[0, column]) for column in (1, 2, 0)] == [to_rgb(c) for c in style.OWNERS[:3]]
+
+
+def test_the_headline_states_the_time_weighted_shares() -> None:
+    found = small_map([[0, FREE, FREE, FREE], [SHARED, 1, CACHED, FREE]], [0, 1])
+    assert (
+        block_map._title(found, 4 * PS_PER_S)
+        == "Requests hold 44% of the pool, 19% is shared, 19% waits as cache"
+    )
+
+
+def test_a_run_without_samples_cannot_be_mapped(run: RunResult) -> None:
+    with pytest.raises(ValueError, match=r"block_map \(None\) must be kept"):
+        block_map.block_map(dataclasses.replace(run, block_map=None))
+
+
+# ------------------------------------------------------------------ texts
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 µs"),
+        (2.5e-5, "25 µs"),
+        (0.0471, "47.1 ms"),
+        (0.99949, "999 ms"),
+        (1.119, "1.12 s"),
+        (1234.5, "1,234 s"),
+    ],
+)
+def test_durations_are_written_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
+    assert style.seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0%"), (0.0001, "<0.1%"), (0.0346, "3.5%"), (0.099, "9.9%"), (0.75, "75%"), (1.0, "100%")],
+)
+def test_shares_are_written_with_a_digit_more_when_small(share: float, text: str) -> None:
+    assert style.percent_text(share) == text
