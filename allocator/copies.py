@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
 
+_NO_COPIES = np.zeros((0, 3), dtype=np.int32)
+_NO_COPIES.flags.writeable = False
+
 
 class PendingCopies:
     """Copies in order of their making, with both ends kept from reuse until the list is taken.
@@ -47,6 +50,8 @@ class PendingCopies:
 
     def take(self) -> NDArray[np.int32]:
         """Return the copies, int32 [n, 3] of source, destination, valid tokens, and let go of their blocks."""
+        if not self._copies:
+            return _NO_COPIES
         copies = np.array(self._copies, dtype=np.int32).reshape(-1, 3)
         for block in self._pinned:
             self._pool.unpin(block)

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from allocator.model import ModelSpec
 from sim.hardware import GPUSpec
 
+if TYPE_CHECKING:
+    from sim.scheduler.job import Job
+
 PS_PER_S = 10**12
+
+
+@dataclass(slots=True)
+class StepWork:
+    """What one engine step computes, sequence by sequence: for a cost that finds the duration by doing the work."""
+
+    decoding: Collection[Job]
+    """Jobs whose sequences were given one slot each, for the token they sampled last."""
+    prefilling: list[Job]
+    """Jobs of the prefill chunks, in the order of StepBatch.prefills; a chunk ends its sequence's tokens."""
+    copies: NDArray[np.int32]
+    """Block copies to execute before the step's writes, int32 [n, 3]: source, destination, valid tokens."""
 
 
 @dataclass(slots=True)
@@ -21,6 +40,8 @@ class StepBatch:
     """Keys that those sequences attend to, summed over them, this step's included."""
     prefills: list[tuple[int, int]] = field(default_factory=list)
     """A pair a prefill chunk: its tokens, and the keys that the last of them attends to (itself included)."""
+    work: StepWork | None = None
+    """The same step in full, from the engine; models of time do without."""
 
 
 class StepCost(Protocol):

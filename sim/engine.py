@@ -16,7 +16,7 @@ import simpy
 
 from allocator.config import BuildConfig, CacheConfig
 from allocator.manager import KVCacheManager
-from sim.cost import StepBatch, StepCost
+from sim.cost import StepBatch, StepCost, StepWork
 from sim.recorder import Recorder
 from sim.records import RunResult
 from sim.request import Request
@@ -254,8 +254,12 @@ class _Stretch:
 
     def _duration(self) -> int:
         """Return how long the scheduled step takes; its tokens are in the lengths already."""
-        batch = StepBatch(self._sequences, self._scheduler.context)
-        for job, tokens in self._plan.prefills:
+        scheduler, prefills = self._scheduler, self._plan.prefills
+        work = StepWork(
+            scheduler.decoding(), [job for job, _ in prefills], self._replica.manager.pending_copies()
+        )
+        batch = StepBatch(self._sequences, scheduler.context, [], work)
+        for job, tokens in prefills:
             assert job.sequence is not None
             batch.prefills.append((tokens, job.sequence.num_tokens))
         return self._replica.cost.step(batch)

@@ -16,6 +16,7 @@ class Job:
     target      tokens to be computed before the next token can be sampled: the prompt, and after a
                 preemption what had been generated as well
     generated   tokens sampled so far
+    sample      which of the request's samples it is, from 0; the first one goes on where the prompt's job was
     samples     sequences this job still stands for: all samples before the fork, 1 after
     written     tokens that had KV when the job was preempted: what it computes again is net of new hits
     """
@@ -28,14 +29,16 @@ class Job:
         "preemptions",
         "recomputed_tokens",
         "request",
+        "sample",
         "samples",
         "sequence",
         "target",
         "written",
     )
 
-    def __init__(self, request: Request, samples: int) -> None:
+    def __init__(self, request: Request, samples: int, sample: int = 0) -> None:
         self.request = request
+        self.sample = sample
         self.samples = samples
         self.target = request.prompt_tokens
         self.generated = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import KeysView
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -158,6 +159,10 @@ class Scheduler:
         """Return whether only blocks are lacking for the first waiting job."""
         return bool(self.waiting) and self._sequences + self.waiting[0].samples <= self._build.max_batch_size
 
+    def decoding(self) -> KeysView[Job]:
+        """Return the decoding jobs, in the order in which they joined the batch."""
+        return self._decoding.keys()
+
     def accepts_arrivals(self) -> bool:
         """Return whether a job that arrives now could be admitted: none waits before it, and the batch has room."""
         return not self.waiting and self._sequences < self._build.max_batch_size
@@ -255,8 +260,8 @@ class Scheduler:
         branches = [job]
         if job.samples > 1:
             assert job.sequence is not None
-            for sequence in self.manager.fork(job.sequence, job.samples - 1):
-                branch = Job(job.request, 1)
+            for sample, sequence in enumerate(self.manager.fork(job.sequence, job.samples - 1), start=1):
+                branch = Job(job.request, 1, sample)
                 branch.generated = job.generated
                 branch.sequence = sequence
                 self.running[branch] = None
