@@ -119,10 +119,10 @@ class TokenContent(Content):
         self._ids = ids
 
     @classmethod
-    def _resumed(cls, ids: array[int]) -> TokenContent:
+    def _resumed(cls, ids: array[int], num_prompt_tokens: int) -> TokenContent:
         """Wrap ids that may include streams (negative numbers) of the sequence that is being resumed."""
         content = cls.__new__(cls)
-        Content.__init__(content, len(ids))
+        Content.__init__(content, num_prompt_tokens)
         content._ids = ids
         return content
 
@@ -170,7 +170,7 @@ class TokenHistory(History):
 
     def content(self, num_tokens: int) -> TokenContent:
         self._fill(num_tokens)
-        return TokenContent._resumed(self._ids[:num_tokens])
+        return TokenContent._resumed(self._ids[:], num_tokens)
 
 
 _Layers = tuple[tuple[int, int], ...]
@@ -313,6 +313,8 @@ class ChunkHistory(History):
         raise ValueError("tokens cannot be named one by one in a content of chunks: pass None for them")
 
     def diverge(self, position: int) -> ChunkHistory:
+        if position > self._named:
+            self._last_layer()
         layers = (*(layer for layer in self._layers if layer[0] < position), (position, _new_stream()))
         return ChunkHistory(self._ids, self._granularity, self._named, layers, self.tokens_per_block)
 

@@ -306,8 +306,10 @@ class KVCacheManager:
         self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)
         self._record(sequences, rows)
         size = self.tokens_per_block
+        # All leave their shared blocks first: what one puts into the index can hang on another's last block.
         for sequence in sequences:
             self.tables.own_tail(sequence)
+        for sequence in sequences:
             tokens = sequence.num_tokens + num_tokens
             growth = -(-tokens // size) - len(sequence.table)
             if growth:
@@ -359,7 +361,7 @@ class KVCacheManager:
         children = []
         for _ in range(n):
             child = KVSequence(
-                sequence.history.diverge(tokens),
+                sequence.history.diverge(max(tokens, sequence.num_prompt_tokens)),
                 sequence.salt,
                 sequence.num_prompt_tokens,
                 sequence.anchor,
@@ -416,7 +418,7 @@ class KVCacheManager:
         self.tables.release(sequence)
         self._logical_blocks -= len(sequence.table)
         self._logical_tokens -= sequence.num_tokens
-        self._prefilling.pop(sequence, None)
+        self._note_prefilling(sequence, False)
         del self.sequences[sequence]
         sequence.released = True
 
@@ -453,10 +455,16 @@ class KVCacheManager:
         full = sequence.num_tokens // self.tokens_per_block
         if full > sequence.anchor.end:
             self.tables.index_full(sequence, full)
-        if sequence.num_tokens < sequence.num_prompt_tokens:
+        self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
+
+    def _note_prefilling(self, sequence: KVSequence, is_prefilling: bool) -> None:
+        if is_prefilling == (sequence in self._prefilling):
+            return
+        self.index.version += 1  # what others miss is now in flight, or no longer
+        if is_prefilling:
             self._prefilling[sequence] = None
         else:
-            self._prefilling.pop(sequence, None)
+            del self._prefilling[sequence]
 
     def _count(self, match: PrefixMatch) -> None:
         counts = self._lookups
