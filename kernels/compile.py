@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from kernels.gpu import GpuModule
+from kernels.host.address import AddressModule
 from kernels.host.errors import KernelError
 from kernels.host.runner import CpuModule
 from kernels.signature import Param, Signature, parse_signatures
@@ -161,9 +162,11 @@ def compile_source(
         if sanitize is not None:
             raise ValueError(f"sanitize ({sanitize}) needs the cpu backend")
         return GpuModule(prelude, source, name=name, include_dirs=folders)
-    if sanitize is not None:
-        raise ValueError(f"sanitize ({sanitize}) must be None")
-    return CpuModule(prelude, source, name=name, include_dirs=folders)
+    if sanitize == "address":
+        return AddressModule(prelude, source, name=name, include_dirs=folders)
+    if sanitize in (None, "memory"):
+        return CpuModule(prelude, source, name=name, include_dirs=folders, watched=sanitize == "memory")
+    raise ValueError(f"sanitize ({sanitize}) must be address, memory or None")
 
 
 @cache

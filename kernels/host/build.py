@@ -109,7 +109,9 @@ def include_flags(include_dirs: Sequence[str | Path] = ()) -> list[str]:
     return flags
 
 
-BASE_FLAGS = (
+# What kernels and runtime are compiled with. CUDA lets pointers of different types alias, and its multiply-adds are
+# only those that a kernel asks for or the GPU's compiler chooses: on the CPU, products round.
+KERNEL_FLAGS = (
     "-std=c++17",
     "-march=native",
     "-fPIC",
@@ -118,11 +120,12 @@ BASE_FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
+    "-fno-strict-aliasing",
     "-Wno-unknown-pragmas",
 )
 
 
-def build_library(
+def build(
     source: str,
     *,
     stem: str,
@@ -131,7 +134,7 @@ def build_library(
     libraries: Sequence[Path] = (),
     suffix: str = ".so",
 ) -> Path:
-    """Return the shared library made of the C++ `source`, from the disk cache where it is already there.
+    """Return what the compiler makes of the C++ `source` with `flags`, from the disk cache where it is there.
 
     `inputs` are files that the source includes besides the runner's and NVIDIA's headers; they count in the key.
     Raises CompileError with the compiler's own words.

@@ -6,7 +6,8 @@ from __future__ import annotations
 class KernelError(RuntimeError):
     """A kernel broke a rule of CUDA while it ran.
 
-    The message names kernel, block, thread and source line, and the rule; the attributes hold the same.
+    The message is one line that names kernel, block, thread, source line and the rule; the attributes hold the same.
+    `block` and `thread` are None, `file` empty and `line` 0 where they are not known.
     """
 
     def __init__(
@@ -14,11 +15,10 @@ class KernelError(RuntimeError):
         kernel: str,
         rule: str,
         *,
-        block: tuple[int, int, int] | None = None,
-        thread: tuple[int, int, int] | None = None,
+        block: tuple[int, ...] | None = None,
+        thread: tuple[int, ...] | None = None,
         file: str = "",
         line: int = 0,
-        details: str = "",
     ) -> None:
         self.kernel = kernel
         self.rule = rule
@@ -26,7 +26,6 @@ class KernelError(RuntimeError):
         self.thread = thread
         self.file = file
         self.line = line
-        self.details = details
         where = [f"kernel {kernel}"]
         if block is not None:
             where.append(f"block {block}")
@@ -34,5 +33,10 @@ class KernelError(RuntimeError):
             where.append(f"thread {thread}")
         if file and line:
             where.append(f"{file}:{line}")
-        message = ", ".join(where) + ": " + rule
-        super().__init__(message + ("\n" + details if details else ""))
+        super().__init__(", ".join(where) + ": " + rule)
+
+    def but(self, rule: str) -> KernelError:
+        """Return the same error with another wording of the rule."""
+        return KernelError(
+            self.kernel, rule, block=self.block, thread=self.thread, file=self.file, line=self.line
+        )

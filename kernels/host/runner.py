@@ -1,134 +1,34 @@
-"""Run CUDA kernels on the CPU: translate a source into a shared library and launch what is in it."""
+"""Run CUDA kernels on the CPU: a source becomes a shared library, whose kernels are launched in this process."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from kernels.host.build import BASE_FLAGS, HOST_DIR, build_library, include_flags
+from kernels.host.build import HOST_DIR, KERNEL_FLAGS, build, find_compiler, include_flags
 from kernels.host.errors import KernelError
+from kernels.host.records import FailureRecord, LaunchRecord
+from kernels.host.symbols import shared_variables, source_line
+from kernels.host.translate import translation_unit
 from kernels.signature import (
     C_TYPES,
+    Param,
     Signature,
-    blank_comments,
     check_count,
     check_dimensions,
     convert_scalar,
     parse_signatures,
 )
 
-
-class _Launch(ctypes.Structure):
-    """CudaHostLaunch in runtime.cpp."""
-
-    _fields_ = (
-        ("entry", ctypes.c_void_p),
-        ("arguments", ctypes.c_void_p),
-        ("shared_anchor", ctypes.c_void_p),
-        ("shared_begin", ctypes.c_void_p),
-        ("shared_bytes_static", ctypes.c_uint64),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        ("shared_bytes", ctypes.c_uint64),
-        ("seed", ctypes.c_uint64),
-        ("shuffled", ctypes.c_uint32),
-        ("workers", ctypes.c_uint32),
-        ("spin_seconds", ctypes.c_double),
-    )
-
-
-class _Failure(ctypes.Structure):
-    """CudaHostFailure in runtime.cpp."""
-
-    _fields_ = (
-        ("failed", ctypes.c_uint32),
-        ("line", ctypes.c_int32),
-        ("address", ctypes.c_uint64),
-        ("block_number", ctypes.c_uint64),
-        ("block", ctypes.c_uint32 * 3),
-        ("thread", ctypes.c_uint32 * 3),
-        ("file", ctypes.c_char * 512),
-        ("message", ctypes.c_char * 1024),
-    )
-
-
-_EXTERN_SHARED = re.compile(
-    r"\bextern\s+(?:(?:__align__|alignas)\s*\([^)]*\)\s*)*__shared__\s+(?:(?:__align__|alignas)\s*\([^)]*\)\s*)*"
-    r"(?P<type>[A-Za-z_][\w:<>,\s]*?)\s*\b(?P<name>[A-Za-z_]\w*)\s*\[\s*\]\s*;"
-)
-
-
-def dynamic_shared_as_pointer(source: str) -> str:
-    """Return `source` with each `extern __shared__ T name[];` made a pointer, which C++ can express.
-
-    This is the one change made to a CUDA source; lines stay where they are. Raises ValueError for such a declaration
-    outside a function.
-    """
-    text = blank_comments(source)
-    pieces, position = [], 0
-    for match in _EXTERN_SHARED.finditer(text):
-        before = text[: match.start()]
-        if before.count("{") == before.count("}"):
-            raise ValueError(
-                f"extern __shared__ {match['name']}[] must be declared inside the kernel that uses it"
-            )
-        kind = " ".join(match["type"].split())
-        lines = "\n" * match.group().count("\n")
-        pieces += [
-            source[position : match.start()],
-            f"{kind}* const {match['name']} = ::cuda_host::dynamic_shared<{kind}>();{lines}",
-        ]
-        position = match.end()
-    return "".join([*pieces, source[position:]])
-
-
-def _entry(name: str, signature: Signature) -> str:
-    """Return the C++ function that calls kernel `name` with arguments by address, checked against the table."""
-    count = len(signature)
-    types = ", ".join(f"class A{i}" for i in range(count))
-    names = ", ".join(f"A{i}" for i in range(count))
-    values = ", ".join(f"*static_cast<A{i}*>(arguments[{i}])" for i in range(count))
-    checks = []
-    for i, param in enumerate(signature):
-        size = 8 if param.kind == "pointer" else np.dtype(param.kind).itemsize
-        checks.append(f'static_assert(sizeof(A{i}) == {size}, "{name}: {param.name} is not {param.kind}");')
-    template = f"template <{types}>\n" if count else ""
-    return (
-        f"{template}static void cuda_host_call_{name}(void (*kernel)({names}), void* const* arguments) {{\n"
-        f"    {' '.join(checks)}\n    (void)arguments;\n    kernel({values});\n}}\n"
-        f'extern "C" __attribute__((visibility("default"))) void cuda_host_entry_{name}(void* const* arguments) {{\n'
-        f"    cuda_host_call_{name}({name}, arguments);\n}}\n"
-    )
-
-
-def translation_unit(prelude: str, source: str, name: str, signatures: dict[str, Signature]) -> str:
-    """Return the C++ that the host compiler sees for a CUDA source called `name`."""
-    entries = "".join(_entry(kernel, signature) for kernel, signature in signatures.items())
-    return (
-        f'#include "cuda_host.h"\n{prelude}#line 1 "{name}"\n{dynamic_shared_as_pointer(source)}\n'
-        f'#line 1 "entries"\n{entries}'
-    )
-
-
-@cache
-def _runtime_path(mode_flags: tuple[str, ...] = ()) -> Path:
-    source = (HOST_DIR / "runtime.cpp").read_text()
-    flags = [*BASE_FLAGS, "-O2", "-g1", "-shared", "-pthread", *mode_flags, *include_flags()]
-    return build_library(source, stem="runtime", flags=flags)
-
-
-@cache
-def _runtime() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_runtime_path()), mode=ctypes.RTLD_GLOBAL)
-    library.cuda_host_launch.restype = None
-    library.cuda_host_launch.argtypes = [ctypes.POINTER(_Launch), ctypes.POINTER(_Failure)]
-    return library
+# Compiling with -fsanitize=thread makes the compiler call a function at each memory access. Those functions are in
+# watch.cpp, so the sanitizer's own library must not be linked.
+WATCH_FLAGS = ("-fsanitize=thread", "-DCUDA_HOST_WATCH")
 
 
 def available_cores() -> int:
@@ -136,7 +36,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-class CpuModule:
+def array_address(kernel: str, param: Param, value: object) -> int | None:
+    """Return the address to pass for a pointer parameter: that of an array's first element, or None for null.
+
+    Raises TypeError for another kind of object, ValueError for a read-only array that the kernel may write to.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{kernel}: {param.name} must be a NumPy array or None, not {type(value).__name__}")
+    if not param.read_only and not value.flags.writeable:
+        raise ValueError(f"{kernel}: {param.name} points to non-const, but the array is read-only")
+    return int(value.ctypes.data)
+
+
+class HostModule(ABC):
     """The kernels of one CUDA source, compiled for the CPU; the face that a GPU module has too."""
 
     backend = "cpu"
@@ -148,14 +62,9 @@ class CpuModule:
         """Processor time without any progress of a block after which a launch is an error, in seconds."""
         self.workers = available_cores()
         """How many blocks run at the same time."""
-        unit = translation_unit(prelude, source, name, self.signatures)
-        headers = [path for folder in include_dirs for path in sorted(Path(folder).glob("*.cuh"))]
-        flags = [*BASE_FLAGS, "-O2", "-g1", "-shared", *include_flags(include_dirs)]
-        _runtime()
-        path = build_library(
-            unit, stem=Path(name).stem, flags=flags, inputs=headers, libraries=[_runtime_path()]
-        )
-        self._library = ctypes.CDLL(str(path))
+        self._unit = translation_unit(prelude, source, name, self.signatures)
+        self._include_dirs = include_dirs
+        self._headers = [path for folder in include_dirs for path in sorted(folder.glob("*.cuh"))]
 
     def launch(
         self,
@@ -169,26 +78,26 @@ class CpuModule:
     ) -> None:
         """Run `kernel` over `grid` blocks of `block` threads, and return when all have finished.
 
-        Arguments are NumPy arrays (passed by their base address; None is a null pointer) and numbers, converted by
-        the kernel's signature. `shared_bytes` is the size of `extern __shared__` memory. With `seed`, blocks and
-        threads run in an order drawn from it.
+        Arguments are NumPy arrays (passed by the address of their first element; None is a null pointer) and numbers,
+        converted by the kernel's signature. `shared_bytes` is the size of `extern __shared__` memory. Blocks and
+        threads start in the order of their indices or, with `seed`, in one drawn from it.
 
         Raises TypeError or ValueError for arguments that do not fit, KernelError for a kernel that breaks a rule.
         """
-        signature = self._signature(kernel)
+        if kernel not in self.signatures:
+            raise ValueError(
+                f"{self.name} has no kernel {kernel}: it has {', '.join(self.signatures) or 'none'}"
+            )
+        signature = self.signatures[kernel]
         check_count(kernel, signature, args)
         check_dimensions(kernel, grid, block, shared_bytes)
-        storage: list[object] = []
-        for param, value in zip(signature, args, strict=True):
-            if param.kind == "pointer":
-                storage.append(ctypes.c_void_p(array_address(kernel, param.name, param.read_only, value)))
-            else:
-                storage.append(C_TYPES[param.kind](convert_scalar(kernel, param, value).item()))
-        pointers = (ctypes.c_void_p * max(1, len(storage)))(*[ctypes.addressof(item) for item in storage])  # type: ignore[arg-type]
-        launch = _Launch(
-            entry=ctypes.cast(self._library[f"cuda_host_entry_{kernel}"], ctypes.c_void_p),
-            arguments=ctypes.addressof(pointers),
-            shared_anchor=ctypes.cast(self._library["cuda_host_shared_anchor"], ctypes.c_void_p),
+        values = [
+            array_address(kernel, param, value)
+            if param.kind == "pointer"
+            else C_TYPES[param.kind](convert_scalar(kernel, param, value).item())
+            for param, value in zip(signature, args, strict=True)
+        ]
+        record = LaunchRecord(
             grid=(ctypes.c_uint32 * 3)(*grid),
             block=(ctypes.c_uint32 * 3)(*block),
             shared_bytes=shared_bytes,
@@ -197,37 +106,107 @@ class CpuModule:
             workers=self.workers,
             spin_seconds=self.spin_seconds,
         )
-        failure = _Failure()
-        _runtime().cuda_host_launch(ctypes.byref(launch), ctypes.byref(failure))
+        self._run(kernel, signature, record, values, args)
+
+    @abstractmethod
+    def _run(
+        self,
+        kernel: str,
+        signature: Signature,
+        record: LaunchRecord,
+        values: Sequence[object],
+        args: Sequence[object],
+    ) -> None:
+        """Run a checked launch: `values` are addresses, None and ctypes scalars; `args` what the caller gave."""
+
+
+@cache
+def _runtime_path(watched: bool) -> Path:
+    flags = [*KERNEL_FLAGS, "-O2", "-g1", "-shared", "-pthread", *include_flags()]
+    if watched:
+        flags.append("-DCUDA_HOST_WATCH")
+    return build((HOST_DIR / "runtime.cpp").read_text(), stem="runtime", flags=flags)
+
+
+@cache
+def _runtime(watched: bool) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_runtime_path(watched)))
+    library.cuda_host_launch.restype = None
+    library.cuda_host_launch.argtypes = [ctypes.POINTER(LaunchRecord), ctypes.POINTER(FailureRecord)]
+    return library
+
+
+class CpuModule(HostModule):
+    """Kernels that run in this process; with `watched`, each access to shared memory is checked.
+
+    A watched read of a shared byte that no thread of the block has written is a KernelError.
+    """
+
+    def __init__(
+        self,
+        prelude: str,
+        source: str,
+        *,
+        name: str,
+        include_dirs: Sequence[Path] = (),
+        watched: bool = False,
+    ) -> None:
+        super().__init__(prelude, source, name=name, include_dirs=include_dirs)
+        if watched and find_compiler().family == "zig":
+            raise RuntimeError(
+                "sanitize (memory) needs g++ or clang++: the ziglang wheel serves the plain mode only"
+            )
+        flags = [*KERNEL_FLAGS, "-g1", *include_flags(include_dirs)]
+        runtime = _runtime_path(watched)
+        stem = Path(name).stem
+        if watched:
+            # -O1: from -O2 on, equal code of two lines is merged, and an access may be reported at the wrong one.
+            flags += ["-O1", "-c", *WATCH_FLAGS]
+            objects = build(self._unit, stem=stem, flags=flags, inputs=self._headers, suffix=".o")
+            self._path = build("", stem=stem, flags=["-shared", "-fPIC"], libraries=[objects, runtime])
+        else:
+            self._path = build(
+                self._unit,
+                stem=stem,
+                flags=[*flags, "-O2", "-shared"],
+                inputs=self._headers,
+                libraries=[runtime],
+            )
+        self._launch = _runtime(watched).cuda_host_launch
+        self._library = ctypes.CDLL(str(self._path))
+
+    def _run(
+        self,
+        kernel: str,
+        signature: Signature,
+        record: LaunchRecord,
+        values: Sequence[object],
+        args: Sequence[object],
+    ) -> None:
+        storage = [
+            value if isinstance(value, ctypes._SimpleCData) else ctypes.c_void_p(value)  # type: ignore[arg-type]
+            for value in values
+        ]
+        pointers = (ctypes.c_void_p * max(1, len(storage)))(*[ctypes.addressof(item) for item in storage])
+        record.entry = ctypes.cast(self._library[f"cuda_host_entry_{kernel}"], ctypes.c_void_p).value
+        record.arguments = ctypes.addressof(pointers)
+        anchor = self._library["cuda_host_shared_anchor"]
+        record.shared_anchor = ctypes.cast(anchor, ctypes.c_void_p).value
+        failure = FailureRecord()
+        self._launch(ctypes.byref(record), ctypes.byref(failure))
         if failure.failed:
             raise self._error(kernel, failure)
 
-    def _signature(self, kernel: str) -> Signature:
-        if kernel not in self.signatures:
-            raise ValueError(
-                f"{self.name} has no kernel {kernel}: it has {', '.join(self.signatures) or 'none'}"
-            )
-        return self.signatures[kernel]
-
-    def _error(self, kernel: str, failure: _Failure) -> KernelError:
-        x, y, z = failure.block
-        i, j, k = failure.thread
-        return KernelError(
-            kernel,
-            failure.message.decode(),
-            block=(x, y, z),
-            thread=(i, j, k),
-            file=os.path.basename(failure.file.decode()),
-            line=failure.line,
-        )
-
-
-def array_address(kernel: str, name: str, read_only: bool, value: object) -> int | None:
-    """Return the address to pass for a pointer parameter: that of an array's first element, or None for null."""
-    if value is None:
-        return None
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{kernel}: {name} must be a NumPy array or None, not {type(value).__name__}")
-    if not read_only and not value.flags.writeable:
-        raise ValueError(f"{kernel}: {name} is written through, but the array is read-only")
-    return int(value.ctypes.data)
+    def _error(self, kernel: str, failure: FailureRecord) -> KernelError:
+        if failure.line == 0 and failure.address:
+            file, failure.line = source_line(self._path, failure.address)
+            failure.file = file.encode()
+        error = failure.error(kernel)
+        if failure.space == 0:
+            return error
+        where = f"byte {failure.offset} of dynamic shared memory"
+        if failure.space == 1:
+            for variable in shared_variables(self._path):
+                if variable.offset <= failure.offset < variable.offset + variable.size:
+                    where = f"byte {failure.offset - variable.offset} of {variable.name}"
+        return error.but(f"{error.rule} ({where})")

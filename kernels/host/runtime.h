@@ -79,7 +79,12 @@ struct Block {
     dim3 threads; // blockDim
     dim3 grid;    // gridDim
     void* dynamic_shared;
-    size_t dynamic_bytes;
+};
+
+// A kernel as the runner calls it: arguments by address.
+struct Entry {
+    const char* kernel;
+    void (*call)(void* const* arguments);
 };
 
 #pragma GCC visibility push(default)
@@ -95,13 +100,34 @@ void named_barrier(int id, int count, Site site);
 // Called by atomics, fences and sleeps, whose callers may be waiting for another thread.
 void spin_point_slow(const char* name, Site site);
 [[noreturn]] void trap(const char* what, Site site);
+// An atomic on `address`, where memory is watched.
+void watch_atomic(const void* address, size_t bytes, Site site);
 #pragma GCC visibility pop
+
+// What the code around an atomic is compiled with, so that the atomic itself is left to watch_atomic.
+#ifdef CUDA_HOST_WATCH
+#define CUDA_HOST_UNWATCHED __attribute__((no_sanitize("thread")))
+#else
+#define CUDA_HOST_UNWATCHED
+#endif
 
 constexpr unsigned SPINS_PER_SWITCH = 32;
 
-inline __attribute__((always_inline)) void spin_point(const char* name, Site site, unsigned weight = 1) {
+inline __attribute__((always_inline)) CUDA_HOST_UNWATCHED void spin_point(const char* name, Site site, unsigned weight = 1) {
     Lane* lane = current;
     if ((lane->spins += weight) >= SPINS_PER_SWITCH) spin_point_slow(name, site);
+}
+
+// Before each atomic.
+template <class T>
+inline __attribute__((always_inline)) CUDA_HOST_UNWATCHED void before_atomic(const T* address, const char* name,
+                                                                             Site site) {
+    spin_point(name, site);
+#ifdef CUDA_HOST_WATCH
+    watch_atomic(address, sizeof(T), site);
+#else
+    (void)address;
+#endif
 }
 
 template <class T>
@@ -110,7 +136,7 @@ inline T* dynamic_shared() {
 }
 
 template <class T>
-inline __attribute__((always_inline)) uint64_t to_bits(T value) {
+inline __attribute__((always_inline)) CUDA_HOST_UNWATCHED uint64_t to_bits(T value) {
     static_assert(sizeof(T) <= 8, "a warp operation moves at most 8 bytes a lane");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(T));
@@ -118,7 +144,7 @@ inline __attribute__((always_inline)) uint64_t to_bits(T value) {
 }
 
 template <class T>
-inline __attribute__((always_inline)) T from_bits(uint64_t bits) {
+inline __attribute__((always_inline)) CUDA_HOST_UNWATCHED T from_bits(uint64_t bits) {
     T value;
     memcpy(static_cast<void*>(&value), &bits, sizeof(T));
     return value;

@@ -1,0 +1,98 @@
+// What interrupts a lane: a loop that waits, which must let others run and must not last for ever; a processor fault.
+#include <pthread.h>
+#include <signal.h>
+#include <ucontext.h>
+
+#include "schedule.h"
+
+namespace cuda_host {
+
+static struct sigaction faults_before[NSIG];
+constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE};
+
+void spin_point_slow(const char* name, Site site) {
+    Lane* const me = current;
+    RunningBlock& block = *running();
+    me->name = name;
+    me->site = site;
+    if (block.worker->stuck_seconds >= block.worker->launch->spec->spin_seconds)
+        fail(*me, site, "%s: no thread of the block has got any further for %g s: a loop that never ends", name,
+             block.worker->stuck_seconds);
+    make_ready(block, me->warp, 1u << me->index);
+    wait(block, me, true);
+}
+
+void trap(const char* what, Site site) { fail(*current, site, "%s", what); }
+
+constexpr double TICK_SECONDS = 0.02;
+static int tick_signal() { return SIGRTMAX - 2; }
+
+// A worker's processor-time timer: find a block that makes no progress, and let others run where a lane neither
+// waits nor calls anything (a loop on a volatile word).
+static void tick(int, siginfo_t*, void* context) {
+    Worker* worker = this_worker;
+    if (!worker || !worker->in_lanes || !current) return;
+    const uint64_t progress = worker->progress;
+    const double limit = worker->launch->spec->spin_seconds;
+    if (progress != worker->progress_seen) {
+        worker->progress_seen = progress;
+        worker->stuck_seconds = 0;
+        worker->switches_seen = worker->switches;
+        return;
+    }
+    worker->stuck_seconds += TICK_SECONDS;
+    const bool switching = worker->switches != worker->switches_seen;
+    worker->switches_seen = worker->switches;
+    // Only inside the kernel's own code is it safe to leave: no lock of the C library, nothing of this file half done.
+    const auto address = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    if (address < worker->code_low || address >= worker->code_high || switching) return;
+    Lane* const me = current;
+    RunningBlock& block = *running();
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, tick_signal());
+    if (worker->stuck_seconds >= limit) {
+        pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+        worker->in_lanes = false;
+        char message[256];
+        snprintf(message, sizeof message, "no thread of the block has got any further for %g s: a loop that never ends",
+                 worker->stuck_seconds);
+        record(*worker->launch, block, me->thread, Place{Site{nullptr, 0}, address, 0, 0}, message);
+        switch_to_worker(me);
+    }
+    if (!block.ready_warps) return;
+    pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+    make_ready(block, me->warp, 1u << me->index);
+    wait(block, me, true);
+}
+
+// A fault of the processor while a lane runs is an error of the kernel, unless a sanitizer is there to say more.
+static void fault(int number, siginfo_t* info, void* context) {
+    Worker* worker = this_worker;
+    if (!worker || !worker->in_lanes || !current) {
+        // Not a kernel's: as it was before the launch, where the instruction then faults again.
+        sigaction(number, &faults_before[number], nullptr);
+        return;
+    }
+    Lane* const me = current;
+    char message[128];
+    if (number == SIGFPE)
+        snprintf(message, sizeof message, "divides an integer by zero");
+    else if (info->si_code == SI_KERNEL)
+        snprintf(message, sizeof message, "accesses a misaligned address");
+    else if (reinterpret_cast<uintptr_t>(info->si_addr) - reinterpret_cast<uintptr_t>(me->stack_low) + GUARD_BYTES < GUARD_BYTES)
+        snprintf(message, sizeof message, "overflows its stack of %zu KiB", me->stack_bytes >> 10);
+    else
+        snprintf(message, sizeof message, "accesses address %p, where there is no memory", info->si_addr);
+    const auto address = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    const bool inside = address >= worker->code_low && address < worker->code_high;
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, number);
+    pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+    worker->in_lanes = false;
+    record(*worker->launch, *running(), me->thread, Place{Site{nullptr, 0}, inside ? address : 0, 0, 0}, message);
+    switch_to_worker(me);
+}
+
+}  // namespace cuda_host
