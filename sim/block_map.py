@@ -18,22 +18,31 @@ from sim.metrics import int_column
 from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
 from sim.request import PS_PER_S
 
-_ROWS = 240
+_ROWS = 300
 _COLUMNS = 960
 
 
-def _on_a_grid(found: BlockMap, end_ps: int) -> tuple[Ints, Ints]:
-    """Return (block ids [rows], owners [rows, columns]): few enough rows to see, and evenly spaced moments.
+def _on_a_grid(result: RunResult, found: BlockMap) -> tuple[Ints, Ints, tuple[float, float]]:
+    """Return (block ids [rows], owners [rows, columns], (start, end) in seconds) at evenly spaced moments.
 
-    A moment shows the last sample before it. Rows are every n-th watched block, so shares stay what they are.
+    A moment shows the last sample before it; but between steps, when nothing runs, nobody holds a block. Rows are
+    every n-th watched block: few enough to see, with shares as they are in the whole.
     """
     every = -(-found.block_ids.size // _ROWS)
     rows = np.arange(0, found.block_ids.size, every)
-    start = int(found.times_ps[0])
-    moments = np.linspace(start, max(end_ps, start + 1), _COLUMNS, endpoint=False)
+    starts, ends = (int_column(result.timeline, name) for name in ("start_ps", "end_ps"))
+    begin = int(found.times_ps[0])
+    end = max(int(found.times_ps[-1]), int(ends[-1]) if ends.size else 0, begin + 1)
+    moments = np.linspace(begin, end, _COLUMNS, endpoint=False)
     sample = np.maximum(np.searchsorted(found.times_ps, moments, side="right") - 1, 0)
-    owners: Ints = found.owners[np.ix_(sample, rows)].T
-    return found.block_ids[rows], owners
+    owners: Ints = found.owners[np.ix_(sample, rows)].T.copy()
+    if starts.size:
+        stretch = np.searchsorted(starts, moments, side="right") - 1
+        idle = (stretch < 0) | (moments >= ends[np.maximum(stretch, 0)])
+        released = idle & ((owners >= 0) | (owners == SHARED))
+        # No sample was taken then. With reuse, all but a sequence's last block stays behind as cache.
+        owners[released] = CACHED if int_column(result.timeline, "evictable_blocks").any() else FREE
+    return found.block_ids[rows], owners, (begin / PS_PER_S, end / PS_PER_S)
 
 
 def _colours(owners: Ints, admit_ps: Ints) -> NDArray[np.float64]:
@@ -53,12 +62,6 @@ def _colours(owners: Ints, admit_ps: Ints) -> NDArray[np.float64]:
     return image
 
 
-def _shares(found: BlockMap) -> dict[str, NDArray[np.float64]]:
-    """Return the share of watched blocks in each state, a value a sample."""
-    states = {"held": found.owners >= 0, "shared": found.owners == SHARED, "cached": found.owners == CACHED}
-    return {name: state.mean(axis=1) for name, state in states.items()}
-
-
 def block_map(result: RunResult) -> Figure:
     """Draw who holds which block of the pool over time.
 
@@ -67,12 +70,8 @@ def block_map(result: RunResult) -> Figure:
     found = result.block_map
     if found is None or not found.times_ps.size:
         raise ValueError("block_map (None) must be kept by the run: block_map_samples must be positive")
-    ends = int_column(result.timeline, "end_ps")
-    end_ps = max(int(ends.max()) if ends.size else 0, int(found.times_ps[-1]))
-    block_ids, owners = _on_a_grid(found, end_ps)
-    extent = (found.times_ps[0] / PS_PER_S, end_ps / PS_PER_S)
-
-    figure = look.slide(_title(found, end_ps), _subtitle(result, block_ids))
+    block_ids, owners, extent = _on_a_grid(result, found)
+    figure = look.slide(_title(owners), _subtitle(result, block_ids))
     board = figure.subplots()
     board.imshow(
         _colours(owners, int_column(result.requests, "admit_ps")),
@@ -114,15 +113,14 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _title(found: BlockMap, end_ps: int) -> str:
-    weights = np.diff(np.append(found.times_ps, end_ps)).astype(np.float64)
-    weights = weights if weights.sum() else np.ones(weights.size)
-    mean = {name: float(np.average(values, weights=weights)) for name, values in _shares(found).items()}
-    parts = [f"Requests hold {look.percent_text(mean['held'] + mean['shared'])} of the pool"]
-    if mean["shared"] >= 0.0005:
-        parts.append(f"{look.percent_text(mean['shared'])} is shared")
-    if mean["cached"] >= 0.0005:
-        parts.append(f"{look.percent_text(mean['cached'])} waits as cache")
+def _title(owners: Ints) -> str:
+    shared, cached = (float((owners == state).mean()) for state in (SHARED, CACHED))
+    held = float((owners >= 0).mean()) + shared
+    parts = [f"Requests hold {look.percent_text(held)} of the pool"]
+    if shared >= 0.0005:
+        parts.append(f"{look.percent_text(shared)} is shared")
+    if cached >= 0.0005:
+        parts.append(f"{look.percent_text(cached)} waits as cache")
     return ", ".join(parts)
 
 

@@ -6,6 +6,7 @@ Only what the command line needs is imported here; the engine, Parquet and figur
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ class Replay:
             return TraceSource(SYNTHETIC, workload=self.workload)
         if given := _changed(self.workload):
             raise ValueError(f"{given} describes a synthetic workload, but TRACE is {self.trace}")
-        return TraceSource(str(Path(self.trace).absolute()), **dataclasses.asdict(self.reading))
+        return TraceSource(os.path.abspath(self.trace), **dataclasses.asdict(self.reading))
 
 
 def _changed(options: TraceOptions | WorkloadConfig) -> str | None:

@@ -97,14 +97,27 @@ def test_bins_keep_the_time_weighted_mean(run: RunResult) -> None:
 # ------------------------------------------------------------------ the block map
 
 
-def small_map(owners: list[list[int]], times: list[int]) -> BlockMap:
+def mapped(owners: list[list[int]], times_s: list[int], busy_s: list[tuple[int, int]]) -> RunResult:
+    """Return a run that kept these samples and stepped during these spans."""
     array = np.array(owners, np.int64)
-    return BlockMap(np.array(times, np.int64) * PS_PER_S, np.arange(array.shape[1]), array)
+    spans = np.array(busy_s, np.int64).reshape(-1, 2) * PS_PER_S
+    timeline = {
+        "start_ps": spans[:, 0],
+        "end_ps": spans[:, 1],
+        "evictable_blocks": np.full(len(spans), CACHED in array),
+    }
+    found = BlockMap(np.array(times_s, np.int64) * PS_PER_S, np.arange(array.shape[1]), array)
+    return dataclasses.replace(NaiveEngine(1, 0).run(), timeline=timeline, block_map=found)
+
+
+def on_a_grid(run: RunResult) -> tuple[np.ndarray, np.ndarray]:
+    assert run.block_map is not None
+    ids, owners, _ = block_map._on_a_grid(run, run.block_map)
+    return ids, owners
 
 
 def test_a_moment_shows_the_last_sample_before_it() -> None:
-    found = small_map([[0, FREE], [CACHED, 1]], [0, 3])
-    ids, owners = block_map._on_a_grid(found, 4 * PS_PER_S)
+    ids, owners = on_a_grid(mapped([[0, FREE], [CACHED, 1]], [0, 3], [(0, 4)]))
     assert ids.tolist() == [0, 1]
     quarter = block_map._COLUMNS // 4
     assert (owners[0, : 3 * quarter] == 0).all()
@@ -113,14 +126,20 @@ def test_a_moment_shows_the_last_sample_before_it() -> None:
     assert (owners[1, 3 * quarter :] == 1).all()
 
 
+@pytest.mark.parametrize(("elsewhere", "left"), [(CACHED, CACHED), (FREE, FREE)])
+def test_nobody_holds_a_block_while_nothing_runs(elsewhere: int, left: int) -> None:
+    """The second and third of four seconds are idle: what was held is cache then, or free without reuse."""
+    _, owners = on_a_grid(mapped([[0, SHARED, elsewhere]], [0], [(0, 1), (3, 4)]))
+    quarter = block_map._COLUMNS // 4
+    for busy in (slice(0, quarter), slice(3 * quarter, None)):
+        assert (owners[:, busy] == [[0], [SHARED], [elsewhere]]).all()
+    idle = slice(quarter, 3 * quarter)
+    assert (owners[:, idle] == [[left], [left], [elsewhere]]).all()
+
+
 def test_large_pools_are_thinned_evenly() -> None:
-    watched = 100_000
-    found = BlockMap(
-        np.array([0, PS_PER_S], np.int64),
-        np.arange(watched),
-        np.stack([np.where(np.arange(watched) % 4 < 3, CACHED, FREE)] * 2).astype(np.int64),
-    )
-    ids, owners = block_map._on_a_grid(found, 2 * PS_PER_S)
+    state = np.where(np.arange(100_000) % 4 < 3, CACHED, FREE).tolist()
+    ids, owners = on_a_grid(mapped([state, state], [0, 1], [(0, 2)]))
     assert ids.size <= block_map._ROWS
     assert np.ptp(np.diff(ids)) == 0
     assert owners.shape == (ids.size, block_map._COLUMNS)
@@ -137,11 +156,8 @@ def test_each_state_has_its_colour_and_neighbours_in_admission_differ() -> None:
 
 
 def test_the_headline_states_the_time_weighted_shares() -> None:
-    found = small_map([[0, FREE, FREE, FREE], [SHARED, 1, CACHED, FREE]], [0, 1])
-    assert (
-        block_map._title(found, 4 * PS_PER_S)
-        == "Requests hold 44% of the pool, 19% is shared, 19% waits as cache"
-    )
+    _, owners = on_a_grid(mapped([[0, FREE, FREE, FREE], [SHARED, 1, CACHED, FREE]], [0, 1], [(0, 4)]))
+    assert block_map._title(owners) == "Requests hold 44% of the pool, 19% is shared, 19% waits as cache"
 
 
 def test_a_run_without_samples_cannot_be_mapped(run: RunResult) -> None:
