@@ -72,7 +72,7 @@ def _read(path: Path) -> pl.DataFrame:
         frame = pl.read_parquet(path)
     except OSError as error:
         raise open_error(path, error) from None
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise TraceError(f"{path}: must be a Parquet file: {' '.join(str(error).split())}") from None
     columns = []
     for name, dtype in SCHEMA.items():
