@@ -16,15 +16,18 @@ from kernels.gpu import GpuModule
 from kernels.host.address import AddressModule
 from kernels.host.errors import KernelError
 from kernels.host.runner import CpuModule
+from kernels.offline import CubinReport, compile_cubin
 from kernels.signature import Param, Signature, parse_signatures
 
 __all__ = [
     "Constants",
+    "CubinReport",
     "KernelError",
     "Module",
     "Param",
     "Signature",
     "backend_available",
+    "compile_offline",
     "compile_source",
     "constants_prelude",
     "load",
@@ -191,3 +194,26 @@ def load(
     """Compile kernels/cuda/`file` with `constants`, once a process: a second call returns the same module."""
     key = tuple((name, type(value), value) for name, value in constants.items())
     return _load(file, key, resolve_backend(backend), sanitize)
+
+
+def compile_offline(
+    source: str,
+    arch: str,
+    *,
+    constants: Constants | None = None,
+    name: str = "source.cu",
+    include_dirs: Sequence[str | os.PathLike[str]] = (),
+) -> CubinReport:
+    """Compile a CUDA source to machine code for `arch` ("sm_90"), without a GPU, and report what its kernels use.
+
+    Raises ValueError for an architecture that NVRTC does not know or a source that does not compile, RuntimeError
+    where CuPy or NVRTC is missing.
+    """
+    folders = [Path(folder) for folder in include_dirs]
+    return compile_cubin(constants_prelude(constants or {}), source, arch, name=name, include_dirs=folders)
+
+
+if __name__ == "__main__":
+    from kernels.report import main
+
+    raise SystemExit(main())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels.signature import Signature, check_count, check_dimensions, convert_scalar, parse_signatures
-from kernels.toolkit import cuda_include_dirs
+from kernels.toolkit import cuda_include_dirs, headers_digest
 
 DEFAULT_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking the driver first."""
@@ -19,6 +19,14 @@ def compiler_options(include_dirs: Sequence[Path] = ()) -> tuple[str, ...]:
     """Return NVRTC's options for the project's kernels; CuPy adds the architecture and -ftz=true."""
     folders = [*include_dirs, *cuda_include_dirs()]
     return ("-std=c++17", "-lineinfo", *(f"-I{folder}" for folder in folders))
+
+
+def full_source(prelude: str, source: str, name: str, include_dirs: Sequence[Path]) -> str:
+    """Return the text that NVRTC compiles for a CUDA source called `name`.
+
+    CuPy keeps compiled code by the text and the options alone, so the text names the content of its headers too.
+    """
+    return f'// headers {headers_digest(include_dirs)}\n{prelude}#line 1 "{name}"\n{source}'
 
 
 def convert_arguments(kernel: str, signature: Signature, args: Sequence[object]) -> tuple[object, ...]:
@@ -53,7 +61,7 @@ class GpuModule:
 
         self.name = name
         self.signatures = parse_signatures(source)
-        text = f'{prelude}#line 1 "{name}"\n{source}'
+        text = full_source(prelude, source, name, include_dirs)
         self._module: Any = cupy.RawModule(code=text, options=compiler_options(include_dirs), backend="nvrtc")
         self._functions: dict[str, Any] = {}
 

@@ -1,9 +1,12 @@
-"""Where NVIDIA's C++ headers are on this machine: a runtime wheel, CuPy's bundle, or a CUDA toolkit."""
+"""Where things are on this machine: NVIDIA's C++ headers, and the folder that compiled kernels are kept in."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -23,11 +26,21 @@ def _package_folders(name: str) -> list[Path]:
     return [Path(folder) for folder in spec.submodule_search_locations or []]
 
 
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _candidates() -> list[Path]:
+    """Return the folders where headers may be, those that fit the installed CuPy first."""
     folders = []
     for nvidia in _package_folders("nvidia"):
-        folders += [nvidia / "cuda_runtime" / "include", nvidia / "cuda_cccl" / "include"]
-        folders += [nvidia / "cu13" / "include", nvidia / "cu13" / "include" / "cccl"]
+        cuda12 = [nvidia / "cuda_runtime" / "include", nvidia / "cuda_cccl" / "include"]
+        cuda13 = [nvidia / "cu13" / "include", nvidia / "cu13" / "include" / "cccl"]
+        folders += cuda13 + cuda12 if _is_installed("cupy-cuda13x") else cuda12 + cuda13
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             folders += [
@@ -56,3 +69,21 @@ def cuda_include_dirs() -> tuple[Path, ...]:
             f"no CCCL headers (nv/target) found for {runtime}: {INSTALL_HINT}, or set CUDA_HOME"
         )
     return (runtime,) if target == runtime else (runtime, target)
+
+
+def headers_digest(folders: Iterable[Path]) -> str:
+    """Return a digest of the C++ headers that lie directly in `folders`: what a source may include changes it."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".cuh", ".h", ".hpp"):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return the folder of compiled kernels, creating it: $XDG_CACHE_HOME (or ~/.cache)/paged-kv-lab."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "paged-kv-lab"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -127,7 +127,7 @@ class AddressModule(HostModule):
                 *sections,
                 *include_flags(include_dirs),
             ],
-            inputs=self._headers,
+            include_dirs=self._include_dirs,
             libraries=_objects(),
             suffix="",
         )

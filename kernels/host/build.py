@@ -20,7 +20,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from kernels.toolkit import cuda_include_dirs
+from kernels.toolkit import cache_dir, cuda_include_dirs, headers_digest
 
 HOST_DIR = Path(__file__).parent
 
@@ -73,14 +73,6 @@ def find_compiler() -> Compiler:
     raise RuntimeError("no C++17 compiler for the CPU runner: install g++ or clang++, or pip install ziglang")
 
 
-def cache_dir() -> Path:
-    """Return the folder of compiled libraries, creating it: $XDG_CACHE_HOME (or ~/.cache)/paged-kv-lab."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "paged-kv-lab"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @cache
 def _processor() -> str:
     """Return what -march=native depends on."""
@@ -130,13 +122,13 @@ def build(
     *,
     stem: str,
     flags: Sequence[str],
-    inputs: Sequence[Path] = (),
+    include_dirs: Sequence[Path] = (),
     libraries: Sequence[Path] = (),
     suffix: str = ".so",
 ) -> Path:
     """Return what the compiler makes of the C++ `source` with `flags`, from the disk cache where it is there.
 
-    `inputs` are files that the source includes besides the runner's and NVIDIA's headers; they count in the key.
+    `include_dirs` hold the headers that the source includes besides the runner's and NVIDIA's; they count in the key.
     Raises CompileError with the compiler's own words.
     """
     compiler = find_compiler()
@@ -145,8 +137,7 @@ def build(
         digest.update(text.encode() + b"\0")
     for folder in cuda_include_dirs():
         digest.update(str(folder).encode() + b"\0")
-    for path in inputs:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(headers_digest(include_dirs).encode())
     target = cache_dir() / f"{stem}-{digest.hexdigest()[:32]}{suffix}"
     if target.is_file():
         return target

@@ -64,7 +64,6 @@ class HostModule(ABC):
         """How many blocks run at the same time."""
         self._unit = translation_unit(prelude, source, name, self.signatures)
         self._include_dirs = include_dirs
-        self._headers = [path for folder in include_dirs for path in sorted(folder.glob("*.cuh"))]
 
     def launch(
         self,
@@ -162,14 +161,14 @@ class CpuModule(HostModule):
         if watched:
             # -O1: from -O2 on, equal code of two lines is merged, and an access may be reported at the wrong one.
             flags += ["-O1", "-c", *WATCH_FLAGS]
-            objects = build(self._unit, stem=stem, flags=flags, inputs=self._headers, suffix=".o")
+            objects = build(self._unit, stem=stem, flags=flags, include_dirs=self._include_dirs, suffix=".o")
             self._path = build("", stem=stem, flags=["-shared", "-fPIC"], libraries=[objects, runtime])
         else:
             self._path = build(
                 self._unit,
                 stem=stem,
                 flags=[*flags, "-O2", "-shared"],
-                inputs=self._headers,
+                include_dirs=self._include_dirs,
                 libraries=[runtime],
             )
         self._launch = _runtime(watched).cuda_host_launch
