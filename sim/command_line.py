@@ -1,0 +1,74 @@
+"""What every command line of the project does alike: parse a dataclass, and fail in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+BAD_INPUT, INTERRUPTED = 2, 130
+"""Exit statuses; 130 is what a shell reports for a command that Ctrl-C ended."""
+
+
+def run_command(action: Callable[[], object]) -> int:
+    """Run a command and return its exit status. Bad input and Ctrl-C end in one line on stderr, no traceback."""
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        print(" ".join(f"error: {error}".split()), file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted: the result is not complete", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T | None = None) -> T:
+    """Parse flags into a dataclass whose nested dataclasses are flattened: field names are the flags.
+
+    Raises ValueError where a dataclass refuses its values, so that the rule is reported in one line. Exits with 2,
+    after a message, for a flag that is unknown, ill-typed or missing.
+    """
+    import tyro
+
+    given: Any = default
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Any = tyro.cli(
+                kind, prog=prog, args=arguments, default=given, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stop:
+        refusal = _refusal(stop)
+        if refusal is not None:
+            raise ValueError(refusal) from None
+        sys.stderr.write(said.getvalue())
+        raise
+    return parsed  # type: ignore[no-any-return]
+
+
+def _refusal(stop: SystemExit) -> str | None:
+    """Return the ValueError by which a dataclass refused its values, if that is why tyro gave up.
+
+    tyro names the part of the command line that failed: an argument of its own kind where a text would not
+    convert, and the field's name where it was the dataclass that refused.
+    """
+    failure = stop.__context__
+    if failure is None or not isinstance(getattr(failure, "arg", None), str):
+        return None
+    return str(failure.__context__) if isinstance(failure.__context__, ValueError) else None
+
+
+def option_value(arguments: list[str], flag: str) -> str | None:
+    """Return the value of one flag, for when it is needed before the command line as a whole is understood."""
+    for position, argument in enumerate(arguments):
+        if argument.replace("_", "-") == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+        name, equals, value = argument.partition("=")
+        if equals and name.replace("_", "-") == flag:
+            return value
+    return None

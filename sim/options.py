@@ -1,0 +1,174 @@
+"""The command line of a replay: every flag with its unit and default, and the RunSpec that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from allocator.config import BuildConfig, CacheConfig, ModelSpec, load_model
+from sim.command_line import option_value, parse_dataclass
+from sim.hardware import GPU_PRESETS, GPUSpec
+from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
+from sim.scheduler.config import EngineConfig
+from sim.workload import WorkloadConfig
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How the trace file is read."""
+
+    format: str | None = None
+    """Name of the trace's format; None to tell it from the content."""
+    columns: str | None = None
+    """For any other CSV, which column is what: arrival=NAME,prompt=NAME,output=NAME."""
+    limit: int | None = None
+    """Replay the first so many requests only; None for all."""
+    time_scale: float = 1.0
+    """Factor on all times of the trace: 0.5 doubles the request rate."""
+    skip_bad: bool = False
+    """Leave malformed rows out and count them, instead of stopping at the first."""
+
+
+@dataclass(frozen=True)
+class GPUOptions:
+    """The GPU: a preset, and figures to use instead of the preset's (or all of them, for a GPU of another name)."""
+
+    gpu: str = "a100-80gb"
+    """Preset: a100-80gb, h100-80gb, h200, a40. Any other name needs the first six figures below."""
+    tflops: float | None = None
+    """Peak dense 16-bit compute, TFLOP/s; None for the preset's figure, as below."""
+    bandwidth_tb_s: float | None = None
+    """Peak memory bandwidth, TB/s."""
+    memory_gib: float | None = None
+    """Memory, GiB."""
+    mfu: float | None = None
+    """Share of tflops that matrix multiplications reach."""
+    mbu: float | None = None
+    """Share of bandwidth_tb_s that kernels reach."""
+    link_gb_s: float | None = None
+    """Peak bandwidth of the link to the host, GB/s."""
+    link_efficiency: float | None = None
+    """Share of link_gb_s that transfers reach."""
+    layer_overhead_us: float | None = None
+    """Time a layer takes beyond its roofline, microseconds."""
+
+    def resolve(self) -> GPUSpec:
+        """Return the GPUSpec. Raises ValueError for an unknown name or an impossible figure."""
+        given = {
+            each.name: getattr(self, each.name)
+            for each in dataclasses.fields(self)
+            if each.name != "gpu" and getattr(self, each.name) is not None
+        }
+        if self.gpu.lower() not in GPU_PRESETS:
+            required = [
+                each.name
+                for each in dataclasses.fields(GPUSpec)
+                if each.default is dataclasses.MISSING and each.name != "gpu_name"
+            ]
+            missing = [name for name in required if name not in given]
+            if not missing:
+                return GPUSpec(gpu_name=self.gpu, **given)
+            if given:
+                raise ValueError(f"gpu ({self.gpu}) is no preset and needs {', '.join(missing)}")
+        return dataclasses.replace(GPUSpec.preset(self.gpu), **given)
+
+    @classmethod
+    def of(cls, spec: GPUSpec) -> GPUOptions:
+        """Return the options that resolve to `spec`."""
+        preset = GPU_PRESETS.get(spec.gpu_name)
+        figures = {
+            each.name: getattr(spec, each.name)
+            for each in dataclasses.fields(cls)
+            if each.name != "gpu"
+            and (preset is None or getattr(spec, each.name) != getattr(preset, each.name))
+        }
+        return cls(gpu=spec.gpu_name, **figures)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Replay a request trace through a simulated serving engine with a paged KV cache.
+
+    TRACE is a file (Azure CSV, BurstGPT CSV, Mooncake or Bailian JSONL, JSONL with token ids, any CSV with
+    --columns, native Parquet), or `synthetic` for a workload drawn from the workload options.
+    """
+
+    trace: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRACE")]
+    """Trace file, or `synthetic`."""
+    out: Path
+    """Folder for the results; an earlier result there is replaced."""
+    from_manifest: Path | None = None
+    """Rerun what this manifest.json describes; flags given beside it change that. TRACE may be left out."""
+    model: str = "llama-2-7b"
+    """Model: a preset's name, or the path of a Hugging Face config.json."""
+    figures: bool = True
+    """Draw figures/*.png and *.svg."""
+    reading: TraceOptions = field(default_factory=TraceOptions)
+    build: BuildConfig = field(default_factory=BuildConfig)
+    """What is fixed when an engine is built."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """How the KV cache is stored, sized and reused."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How requests are admitted, batched and preempted, and the service level they are held to."""
+    hardware: GPUOptions = field(default_factory=GPUOptions)
+    """The GPU: a preset, and figures in place of the preset's (or all of them, for a GPU of another name)."""
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    """What a synthetic workload is drawn from, with TRACE `synthetic`: sessions arrive at random, begin with a
+    shared system prompt if there are any, and go on for some turns, each prompt holding all that was said."""
+
+    @classmethod
+    def of(cls, spec: RunSpec, out: Path, from_manifest: Path) -> Replay:
+        """Return the command line that describes `spec`."""
+        reading = {each.name: getattr(spec.trace, each.name) for each in dataclasses.fields(TraceOptions)}
+        return cls(
+            trace=spec.trace.path,
+            out=out,
+            from_manifest=from_manifest,
+            model=spec.model.name,
+            reading=TraceOptions(**reading),
+            build=spec.build,
+            cache=spec.cache,
+            engine=spec.engine,
+            hardware=GPUOptions.of(spec.gpu),
+            workload=spec.trace.workload or WorkloadConfig(),
+        )
+
+    def spec(self, known_model: ModelSpec | None) -> RunSpec:
+        """Return what to run. Raises ValueError for options that do not go together or name nothing."""
+        model = known_model if known_model and known_model.name == self.model else load_model(self.model)
+        return RunSpec(self._source(), model, self.hardware.resolve(), self.build, self.cache, self.engine)
+
+    def _source(self) -> TraceSource:
+        if self.trace == SYNTHETIC:
+            if given := _changed(self.reading):
+                raise ValueError(f"{given} needs a trace file: TRACE is {SYNTHETIC}")
+            return TraceSource(SYNTHETIC, workload=self.workload)
+        if given := _changed(self.workload):
+            raise ValueError(f"{given} describes a synthetic workload, but TRACE is {self.trace}")
+        return TraceSource(os.path.abspath(self.trace), **dataclasses.asdict(self.reading))
+
+
+def _changed(options: TraceOptions | WorkloadConfig) -> str | None:
+    """Return the first flag whose value is not its default."""
+    for each in dataclasses.fields(options):
+        if getattr(options, each.name) != each.default:
+            return "--" + each.name.replace("_", "-")
+    return None
+
+
+def parse(arguments: list[str]) -> tuple[Replay, Manifest | None]:
+    """Parse the command line; with --from-manifest, its settings are the defaults of all other flags.
+
+    Raises ValueError for a bad manifest or value; exits with 2 for an unknown or ill-typed flag.
+    """
+    path = option_value(arguments, "--from-manifest")
+    if path is None:
+        return parse_dataclass(Replay, "python -m sim.replay", arguments), None
+    manifest = Manifest.read(Path(path))
+    default = Replay.of(manifest.spec, out=tyro.MISSING, from_manifest=Path(path))
+    return parse_dataclass(Replay, "python -m sim.replay", arguments, default), manifest
