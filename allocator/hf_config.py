@@ -13,39 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allocator.model import DTYPE_BYTES, ModelSpec
-
-
-class _Fields:
-    """A config's fields, with the errors a person needs: which file, which field, which rule."""
-
-    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
-        self.source = source
-        self.values = values
-
-    def error(self, message: str) -> ValueError:
-        return ValueError(f"{self.source}: {message}")
-
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """Return an integer field; null counts as absent. Raises ValueError when absent without a default."""
-        value = self.values.get(name)
-        if value is None:
-            if default is None:
-                raise self.error(f"field {name!r} is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(f"field {name!r} ({value!r}) must be an integer")
-        if value < minimum:
-            raise self.error(f"field {name!r} ({value}) must be at least {minimum}")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(f"field {name!r} ({value!r}) must be true or false")
-        return value
+from allocator.hf_fields import Fields, architecture_of, dtype_of, weight_bits_of, windows_of
+from allocator.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -96,7 +65,7 @@ _LLAMA_LIKE = {
 }
 
 
-def _shape(fields: _Fields, head_dim: int | None = None) -> _Shape:
+def _shape(fields: Fields, head_dim: int | None = None) -> _Shape:
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     if fields.values.get("head_dim") is None and head_dim is None and hidden % heads:
@@ -113,7 +82,7 @@ def _shape(fields: _Fields, head_dim: int | None = None) -> _Shape:
 
 
 def _spec(
-    fields: _Fields,
+    fields: Fields,
     name: str,
     shape: _Shape,
     total: int,
@@ -136,9 +105,9 @@ def _spec(
             active_parameters=total - idle,
             num_experts=experts,
             experts_per_token=experts_per_token,
-            layer_windows=_windows(fields, shape.num_layers),
-            dtype=_dtype(fields),
-            weight_bits=_weight_bits(fields),
+            layer_windows=windows_of(fields, shape.num_layers),
+            dtype=dtype_of(fields),
+            weight_bits=weight_bits_of(fields),
             **extra,
         )
     except ValueError as error:
@@ -147,71 +116,8 @@ def _spec(
         raise fields.error(str(error)) from None
 
 
-def _dtype(fields: _Fields) -> str:
-    # Engines load a checkpoint without a stated type in half precision.
-    dtype = fields.values.get("torch_dtype") or fields.values.get("dtype") or "float16"
-    if dtype not in DTYPE_BYTES:
-        raise fields.error(f"field 'torch_dtype' ({dtype!r}) must be one of {', '.join(DTYPE_BYTES)}")
-    return str(dtype)
-
-
-def _weight_bits(fields: _Fields) -> int | None:
-    """Return the bits of a quantised weight; its scales and the layers left unquantised are not counted."""
-    quantization = fields.values.get("quantization_config")
-    if not isinstance(quantization, Mapping):
-        return None
-    if quantization.get("quant_method") == "fp8":
-        return 8
-    if quantization.get("quant_method") == "mxfp4":
-        return 4
-    bits = quantization.get("bits")
-    if isinstance(bits, int) and not isinstance(bits, bool) and bits > 0:
-        return bits
-    raise fields.error("field 'quantization_config' names no known quant_method and no number of bits")
-
-
-def _windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
-    """Return each layer's window, () when none has one.
-
-    An explicit `layer_types` list decides; else the rule by which the architecture derives it.
-    """
-    kinds = fields.values.get("layer_types")
-    architecture = _architecture(fields)
-    if architecture.startswith("Qwen") and not fields.flag("use_sliding_window", False):
-        return ()
-    if kinds is None:
-        if fields.values.get("sliding_window") is None:
-            return ()
-        if architecture.startswith("Qwen"):
-            first = fields.integer("max_window_layers", 28, minimum=0)
-            windowed = [layer >= first for layer in range(num_layers)]
-        elif architecture in ("Gemma2ForCausalLM", "GptOssForCausalLM"):
-            windowed = [layer % 2 == 0 for layer in range(num_layers)]
-        elif architecture == "Gemma3ForCausalLM":
-            period = fields.integer("sliding_window_pattern", 6)
-            windowed = [(layer + 1) % period != 0 for layer in range(num_layers)]
-        elif architecture in ("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM"):
-            windowed = [True] * num_layers
-        else:
-            return ()
-        kinds = ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise fields.error(f"field 'layer_types' must list one kind for each of {num_layers} layers")
-    windows: list[int | None] = []
-    for kind in kinds:
-        if kind == "full_attention":
-            windows.append(None)
-        elif kind == "sliding_attention":
-            windows.append(fields.integer("sliding_window"))
-        else:
-            raise fields.error(
-                f"field 'layer_types' has {kind!r}: must be full_attention or sliding_attention"
-            )
-    return tuple(windows) if any(window is not None for window in windows) else ()
-
-
-def _read_llama_like(fields: _Fields, name: str) -> ModelSpec:
-    family = _LLAMA_LIKE[_architecture(fields)]
+def _read_llama_like(fields: Fields, name: str) -> ModelSpec:
+    family = _LLAMA_LIKE[architecture_of(fields)]
     shape = _shape(fields, family.head_dim)
     hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = 2 * hidden * q + 2 * hidden * kv
@@ -244,19 +150,21 @@ def _read_llama_like(fields: _Fields, name: str) -> ModelSpec:
     return _spec(fields, name, shape, total, idle, experts, per_token)
 
 
-def _sparse_layers(fields: _Fields, num_layers: int) -> int:
+def _sparse_layers(fields: Fields, num_layers: int) -> int:
     """Return how many layers hold experts (Qwen: every `decoder_sparse_step`-th but `mlp_only_layers`)."""
     step = fields.integer("decoder_sparse_step", 1)
     dense = fields.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise fields.error(f"field 'mlp_only_layers' ({dense!r}) must be a list of layers")
     return sum((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
 
 
-def _embeddings(fields: _Fields, shape: _Shape, tied: bool) -> int:
+def _embeddings(fields: Fields, shape: _Shape, tied: bool) -> int:
     tables = 1 if fields.flag("tie_word_embeddings", tied) else 2
     return tables * shape.vocab * shape.hidden
 
 
-def _read_deepseek(fields: _Fields, name: str) -> ModelSpec:
+def _read_deepseek(fields: Fields, name: str) -> ModelSpec:
     """DeepSeek-V2 and V3: latent attention, shared and routed experts, the first layers dense.
 
     V3's multi-token-prediction layer is left out: it takes no part in ordinary decoding.
@@ -275,22 +183,26 @@ def _read_deepseek(fields: _Fields, name: str) -> ModelSpec:
     width = fields.integer("moe_intermediate_size")
     expert = 3 * hidden * width
     router = hidden * experts
-    if _architecture(fields) == "DeepseekV3ForCausalLM":
+    if architecture_of(fields) == "DeepseekV3ForCausalLM":
         router += experts  # the bias that balances the load
     first = min(fields.integer("first_k_dense_replace", 0, minimum=0), shape.num_layers)
-    sparse = shape.num_layers - first
+    step = fields.integer("moe_layer_freq", 1)
+    sparse = sum(layer % step == 0 for layer in range(first, shape.num_layers))
     total = _embeddings(fields, shape, False) + hidden
-    total += shape.num_layers * (attention + 2 * hidden) + first * 3 * hidden * shape.intermediate
+    total += (
+        shape.num_layers * (attention + 2 * hidden)
+        + (shape.num_layers - sparse) * 3 * hidden * shape.intermediate
+    )
     total += sparse * (router + (experts + fields.integer("n_shared_experts", 0, minimum=0)) * expert)
     idle = sparse * (experts - per_token) * expert
     latent = {"kv_lora_rank": rank, "qk_rope_head_dim": rope}
     return _spec(fields, name, shape, total, idle, experts, per_token, **latent)
 
 
-def _read_opt(fields: _Fields, name: str) -> ModelSpec:
+def _read_opt(fields: Fields, name: str) -> ModelSpec:
     """OPT (arXiv 2205.01068): learned positions, offset by 2; biases everywhere; two-matrix MLP."""
     renamed = {"intermediate_size": fields.integer("ffn_dim"), "num_key_value_heads": None, "head_dim": None}
-    shape = _shape(_Fields(fields.source, dict(fields.values) | renamed))
+    shape = _shape(Fields(fields.source, dict(fields.values) | renamed))
     hidden, width = shape.hidden, shape.intermediate
     projected = fields.integer("word_embed_proj_dim", hidden)
     total = shape.vocab * projected + (fields.integer("max_position_embeddings", 2048) + 2) * hidden
@@ -300,19 +212,22 @@ def _read_opt(fields: _Fields, name: str) -> ModelSpec:
         total += 2 * projected * hidden
     if fields.flag("do_layer_norm_before", True):
         total += 2 * hidden
-    total += shape.num_layers * _biased_layer(hidden, width)
+    biased = fields.flag("enable_bias", True)
+    total += shape.num_layers * _plain_layer(hidden, width, biased, biased)
     return _spec(fields, name, shape, total)
 
 
-def _read_gpt_neox(fields: _Fields, name: str) -> ModelSpec:
+def _read_gpt_neox(fields: Fields, name: str) -> ModelSpec:
     """GPT-NeoX-20B and Pythia: rotary positions, biases, untied embeddings."""
     shape = _shape(fields)
     total = _embeddings(fields, shape, False) + 2 * shape.hidden
-    total += shape.num_layers * _biased_layer(shape.hidden, shape.intermediate)
+    biased = fields.flag("attention_bias", True)
+    total += shape.num_layers * _plain_layer(shape.hidden, shape.intermediate, biased)
     return _spec(fields, name, shape, total)
 
 
-def _read_gpt2(fields: _Fields, name: str) -> ModelSpec:
+def _read_gpt2(fields: Fields, name: str) -> ModelSpec:
+    """GPT-2: learned positions, biases, tied embeddings."""
     hidden = fields.integer("n_embd")
     renamed = {
         "hidden_size": hidden,
@@ -320,18 +235,19 @@ def _read_gpt2(fields: _Fields, name: str) -> ModelSpec:
         "num_hidden_layers": fields.integer("n_layer"),
         "intermediate_size": fields.integer("n_inner", 4 * hidden),
     }
-    shape = _shape(_Fields(fields.source, dict(fields.values) | renamed))
+    shape = _shape(Fields(fields.source, dict(fields.values) | renamed))
     total = _embeddings(fields, shape, True) + fields.integer("n_positions") * hidden + 2 * hidden
-    total += shape.num_layers * _biased_layer(hidden, shape.intermediate)
+    total += shape.num_layers * _plain_layer(hidden, shape.intermediate)
     return _spec(fields, name, shape, total)
 
 
-def _biased_layer(hidden: int, width: int) -> int:
-    """Four square projections, a two-matrix MLP and two LayerNorms, all with biases."""
-    return 4 * (hidden * hidden + hidden) + 2 * hidden * width + width + hidden + 4 * hidden
+def _plain_layer(hidden: int, width: int, attention_bias: bool = True, mlp_bias: bool = True) -> int:
+    """Count four square projections, a two-matrix MLP, and two LayerNorms (weight and bias)."""
+    count = 4 * hidden * hidden + 2 * hidden * width + 4 * hidden
+    return count + (4 * hidden if attention_bias else 0) + (width + hidden if mlp_bias else 0)
 
 
-_READERS: dict[str, Callable[[_Fields, str], ModelSpec]] = {
+_READERS: dict[str, Callable[[Fields, str], ModelSpec]] = {
     **dict.fromkeys(_LLAMA_LIKE, _read_llama_like),
     "DeepseekV2ForCausalLM": _read_deepseek,
     "DeepseekV3ForCausalLM": _read_deepseek,
@@ -343,17 +259,10 @@ _READERS: dict[str, Callable[[_Fields, str], ModelSpec]] = {
 SUPPORTED_ARCHITECTURES = tuple(_READERS)
 
 
-def _architecture(fields: _Fields) -> str:
-    names = fields.values.get("architectures")
-    if not isinstance(names, list) or not names:
-        raise fields.error("field 'architectures' is missing")
-    return str(names[0])
-
-
 def parse_hf_config(values: Mapping[str, Any], name: str, source: str = "config") -> ModelSpec:
     """Make a ModelSpec from a config's fields; `source` names it in errors. Raises ValueError."""
-    fields = _Fields(source, values)
-    architecture = _architecture(fields)
+    fields = Fields(source, values)
+    architecture = architecture_of(fields)
     if architecture not in _READERS:
         raise fields.error(
             f"architecture {architecture!r} is not supported: "

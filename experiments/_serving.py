@@ -56,7 +56,8 @@ class Recording:
     @property
     def requests_per_s(self) -> float:
         """Requests finished a second, until the last stretch ended."""
-        return self.finished * PS_PER_S / int(self.columns["end_ps"][-1])
+        ends = self.columns["end_ps"]
+        return self.finished * PS_PER_S / int(ends[-1]) if ends.size else 0.0
 
     def share(self, column: str) -> float:
         """Return the mean share of the memory that a column of slots has while requests wait."""
@@ -182,7 +183,8 @@ def serve(
     process = env.process(server.run(env, arrivals))
     env.run(until=process if until_ps is None else env.timeout(until_ps) | process)
     columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = {}
-    for name, values in zip(COLUMNS, zip(*server.rows, strict=True), strict=True):
+    for i, name in enumerate(COLUMNS):
+        values = [row[i] for row in server.rows]
         columns[name] = (
             np.array(values, dtype=np.float64) if name in SHARES else np.array(values, dtype=np.int64)
         )

@@ -549,6 +549,42 @@ def test_unreadable_configs_are_one_line(tmp_path: Path) -> None:
         ModelSpec.from_hf_config(write(tmp_path, [1]))
 
 
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(0, 3) | st.text(max_size=3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(PUBLISHED_CONFIGS)))
+def test_a_damaged_config_is_refused_or_read_but_never_crashes(data: st.DataObject, name: str) -> None:
+    config = dict(PUBLISHED_CONFIGS[name][0])
+    extra = [
+        "layer_types",
+        "mlp_only_layers",
+        "quantization_config",
+        "torch_dtype",
+        "sliding_window",
+        "head_dim",
+    ]
+    for field in data.draw(st.lists(st.sampled_from(sorted(config) + extra), min_size=1, max_size=3)):
+        config[field] = data.draw(JUNK)
+    try:
+        model = parse_hf_config(config, name, "damaged.json")
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert model.kv_bytes_per_token() > 0
+        assert model.num_parameters >= model.active_parameters > 0
+    assert not message or message.startswith("damaged.json: ")
+    assert "\n" not in message
+
+
 def test_quantised_weights_are_sized_by_their_bits() -> None:
     awq = parse_hf_config(LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq")
     assert awq.weight_bytes == awq.num_parameters // 2

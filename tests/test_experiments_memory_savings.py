@@ -188,6 +188,12 @@ def test_what_can_never_fit_is_refused_by_name() -> None:
         serve(lifetimes((2, 1, 1), (1, 1, 1)), PagedMemory("paged", 8, 2), UnitCost())
 
 
+def test_time_may_be_up_before_the_first_step_ends() -> None:
+    recording = serve(lifetimes((0, 4, 2)), PagedMemory("paged", 8, 2), UnitCost(), until_ps=1)
+    assert (recording.finished, recording.requests_per_s) == (0, 0.0)
+    assert np.isnan(recording.mean("running"))
+
+
 # ---------------------------------------------------------------- the workloads and the paper
 
 
