@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -90,28 +90,33 @@ def _write(trace: Trace, out: Path) -> None:
     print(f"{len(trace):,} requests{skipped} written to {out}")
 
 
-Command = (
-    Annotated[Describe, tyro.conf.subcommand("describe")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-)
+_PROGRAM = "python -m sim.traces"
+_COMMANDS: dict[str, Callable[..., Describe | Convert | Generate]] = {
+    "describe": Describe,
+    "convert": Convert,
+    "generate": Generate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Return the exit status: 2, after one line on stderr, for input that is no good."""
-    command: Describe | Convert | Generate = tyro.cli(
-        Command,
-        prog="python -m sim.traces",
-        description=__doc__,
-        args=arguments,
-    )
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command: Describe | Convert | Generate
+    if arguments and arguments[0] in _COMMANDS:
+        # Parsed on its own, so that tyro's message for a refused value names the options it was in.
+        name, *options = arguments
+        command = tyro.cli(_COMMANDS[name], prog=f"{_PROGRAM} {name}", args=options)
+    else:
+        command = tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS, prog=_PROGRAM, description=__doc__, args=arguments
+        )
     try:
         command.run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

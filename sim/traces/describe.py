@@ -156,4 +156,5 @@ def render(figures: dict[str, Any]) -> str:
 
 def _spread(found: dict[str, float], unit: str = "") -> str:
     names = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
-    return " / ".join(f"{found[name]:,.0f}" for name in names) + f"{unit} ({' / '.join(names)})"
+    values = [f"{found[name]:,.0f}" if found[name] >= 100 else f"{found[name]:.3g}" for name in names]
+    return f"{' / '.join(values)}{unit} ({' / '.join(names)})"

@@ -183,8 +183,11 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     )
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        frame.write_parquet(partial)
+        with partial.open("wb") as file:
+            frame.write_parquet(file)
         partial.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
     finally:
         partial.unlink(missing_ok=True)
 
