@@ -22,8 +22,9 @@ GENERATOR_VERSION = 1
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """What a synthetic workload is drawn from. The same configuration gives the same requests, always.
+    """What a synthetic workload is drawn from.
 
+    The same configuration gives the same requests, as long as NumPy keeps its random streams.
     Sessions arrive at random; each starts with its user's text, behind one of the shared system prompts if there
     are any, and goes on for some turns: the next prompt is all that was said before and new text of the user.
     Each kind of draw has a random stream of its own, so that changing, say, the rate leaves all lengths as they are.
