@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sim import style as look
 from sim.distributions import Ints
 from sim.metrics import int_column
+from sim.quantities import rough_percent_text
 from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
 from sim.request import PS_PER_S
 
@@ -116,11 +117,11 @@ def _legend(axes: Axes) -> None:
 def _title(owners: Ints) -> str:
     shared, cached = (float((owners == state).mean()) for state in (SHARED, CACHED))
     held = float((owners >= 0).mean()) + shared
-    parts = [f"Requests hold {look.percent_text(held)} of the pool"]
+    parts = [f"Requests hold {rough_percent_text(held)} of the pool"]
     if shared >= 0.0005:
-        parts.append(f"{look.percent_text(shared)} is shared")
+        parts.append(f"{rough_percent_text(shared)} is shared")
     if cached >= 0.0005:
-        parts.append(f"{look.percent_text(cached)} waits as cache")
+        parts.append(f"{rough_percent_text(cached)} waits as cache")
     return ", ".join(parts)
 
 

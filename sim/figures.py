@@ -17,6 +17,7 @@ from sim import style as look
 from sim.block_map import block_map
 from sim.distributions import Ints
 from sim.metrics import Latencies, int_column, summarise
+from sim.quantities import rough_percent_text, seconds_text
 from sim.records import RunResult
 from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
@@ -62,7 +63,7 @@ def _binned(result: RunResult, values: Floats, idle: Floats | float, edges: Floa
 
 
 def utilization(result: RunResult) -> Figure:
-    """Draw how the pool divides over time, and below it the running and the waiting requests."""
+    """Draw how the pool divides over time, and below it the running and the waiting sequences."""
     rows, num_blocks = result.timeline, result.cache.num_blocks
     end = float(int_column(rows, "end_ps").max())
     edges = np.linspace(0.0, end, _BINS + 1)
@@ -104,7 +105,7 @@ def utilization(result: RunResult) -> Figure:
     queue.plot(middle, running, color=look.GREEN, label="running")
     queue.plot(middle, waiting, color=look.ORANGE, label="waiting")
     queue.set_ylim(bottom=0)
-    queue.set_ylabel("requests")
+    queue.set_ylabel("sequences")
     queue.set_xlabel("simulated time (s)")
     queue.set_xlim(0, end / PS_PER_S)
     _legend_above(queue)
@@ -139,19 +140,19 @@ def _utilization_title(result: RunResult) -> str:
     full = (
         "Sequences fill the pool"
         if peak > 0.995
-        else f"Sequences take up to {look.percent_text(peak)} of the pool"
+        else f"Sequences take up to {rough_percent_text(peak)} of the pool"
     )
     if preemptions:
         return f"{full}, at the price of {preemptions:,} preemption{'s' if preemptions > 1 else ''}"
     if queue:
-        return f"{full}, and up to {queue:,} request{'s wait' if queue > 1 else ' waits'}"
-    return f"{full}, and no request waits"
+        return f"{full}, and up to {queue:,} wait{'s' if queue == 1 else ''} for a place"
+    return f"{full}, and none waits"
 
 
 def _utilization_subtitle(result: RunResult) -> str:
     cache = result.cache
     hit = (
-        f", {look.percent_text(cache.hit_tokens / cache.query_tokens)} of prompt tokens hit"
+        f", {rough_percent_text(cache.hit_tokens / cache.query_tokens)} of prompt tokens hit"
         if cache.hit_tokens
         else ""
     )
@@ -212,8 +213,8 @@ def latency(result: RunResult, engine: EngineConfig) -> Figure:
     ]
     first = figures["ttft_s"]
     figure = look.slide(
-        f"Half of the requests have their first token within {look.seconds_text(first['p50'])}, "
-        f"99% within {look.seconds_text(first['p99'])}",
+        f"Half of the requests have their first token within {seconds_text(first['p50'])}, "
+        f"99% within {seconds_text(first['p99'])}",
         f"{times.ttft.size:,} finished requests; circles mark p50, p90 and p99, dotted lines the service level",
     )
     axes, table = figure.subplots(1, 2, width_ratios=(2.9, 1), gridspec_kw={"wspace": 0.06})
@@ -245,7 +246,7 @@ def latency(result: RunResult, engine: EngineConfig) -> Figure:
             markeredgewidth=2,
         )
         for right, level in zip(columns, levels, strict=True):
-            table.text(right, top, look.seconds_text(level), ha="right", va="top")
+            table.text(right, top, seconds_text(level), ha="right", va="top")
     for limit, colour, name in (
         (engine.slo_ttft_s, look.BLUE, "TTFT"),
         (engine.slo_tpot_s, look.GREEN, "TPOT"),
@@ -255,14 +256,14 @@ def latency(result: RunResult, engine: EngineConfig) -> Figure:
             axes.text(
                 limit,
                 1.01,
-                f"{name} ≤ {look.seconds_text(limit)}",
+                f"{name} ≤ {seconds_text(limit)}",
                 transform=axes.get_xaxis_transform(),
                 color=colour,
                 fontsize=11,
                 ha="center",
             )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: look.seconds_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_text(value)))
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("latency (log scale)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sim.command_line import run_command
 
@@ -40,7 +40,12 @@ def replay(arguments: list[str]) -> None:
                 f"but the manifest was made with {manifest.trace_sha256}"
             )
         finished = _simulate(spec, trace)
-        _leave(finished, folder, draw=options.figures, began=began)
+        summary = write_run(finished, folder, draw=options.figures, began=began)
+        paths = folder.publish()
+
+    from sim.report import print_report
+
+    print_report(finished, summary, paths)
 
 
 def _simulate(spec: RunSpec, trace: Trace) -> Run:
@@ -51,12 +56,11 @@ def _simulate(spec: RunSpec, trace: Trace) -> Run:
         return run(spec, trace, progress)
 
 
-def _leave(finished: Run, folder: ResultFolder, *, draw: bool, began: float) -> None:
-    """Write the results, publish them, and say what came out."""
+def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) -> dict[str, Any]:
+    """Stage all files of a run in a result folder and return its summary; `began` is a perf_counter reading."""
     from sim.export import FIGURES
     from sim.manifest import Manifest
     from sim.metrics import summarise
-    from sim.report import print_report
 
     folder.write_tables(finished.result)
     if draw:
@@ -70,11 +74,10 @@ def _leave(finished: Run, folder: ResultFolder, *, draw: bool, began: float) -> 
             budget=dataclasses.asdict(finished.budget),
         )
     )
-    summary = summarise(
-        finished.result, finished.spec.engine, total_wall_s=round(time.perf_counter() - began, 6)
-    )
+    total_wall_s = round(time.perf_counter() - began, 6)
+    summary = summarise(finished.result, finished.spec.engine, total_wall_s=total_wall_s)
     folder.write_summary(summary)
-    print_report(finished, summary, folder.publish())
+    return summary
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sim.quantities import NONE, percent_text, seconds_text
+
 if TYPE_CHECKING:
     from sim.runner import Run
 
@@ -37,25 +39,9 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def seconds(value: float | None) -> str:
-    """Write a duration in the unit that suits it, three significant digits."""
-    if value is None:
-        return "–"
-    if value < 0.9995:
-        return f"{value * 1e3:.3g} ms"
-    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
-
-
-def percent(share: float | None) -> str:
-    """Write a share in percent, two decimals below ten percent and one above."""
-    if share is None:
-        return "–"
-    return f"{share:.1%}" if share >= 0.1 or not share else f"{share:.2%}"
-
-
 def _spread(figures: dict[str, float | None]) -> str:
     """Write the median and the tails of a distribution of seconds."""
-    return "  ".join(f"{name} {seconds(figures[name])}" for name in ("p50", "p90", "p99", "max"))
+    return "  ".join(f"{name} {seconds_text(figures[name])}" for name in ("p50", "p90", "p99", "max"))
 
 
 def _pool(run: Run) -> str:
@@ -92,29 +78,29 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("model, GPU", f"{run.spec.model.name}, {run.spec.gpu.gpu_name}"),
         ("KV pool", _pool(run)),
         ("requests", _requests(summary)),
-        ("simulated time", f"{seconds(summary['simulated_s'])} in {summary['steps']:,} steps"),
-        ("throughput", "–" if rate is None else f"{rate:,.1f} output tokens/s"),
+        ("simulated time", f"{seconds_text(summary['simulated_s'])} in {summary['steps']:,} steps"),
+        ("throughput", NONE if rate is None else f"{rate:,.1f} output tokens/s"),
         ("TTFT", _spread(summary["ttft_s"])),
         ("TPOT", _spread(summary["tpot_s"])),
         ("ITL", _spread(summary["itl_s"])),
         ("end to end", _spread(summary["e2e_s"])),
         (
             "goodput",
-            f"{percent(goodput['share'])} meet TTFT ≤ {slo['ttft_s']:g} s and TPOT ≤ {slo['tpot_s']:g} s",
+            f"{percent_text(goodput['share'])} meet TTFT ≤ {slo['ttft_s']:g} s and TPOT ≤ {slo['tpot_s']:g} s",
         ),
         (
             "hit rate",
-            f"{percent(summary['hit_rate_tokens'])} of prompt tokens, "
-            f"{percent(summary['hit_rate_blocks'])} of blocks",
+            f"{percent_text(summary['hit_rate_tokens'])} of prompt tokens, "
+            f"{percent_text(summary['hit_rate_blocks'])} of blocks",
         ),
         (
             "KV utilization",
-            f"mean {percent(use['block']['mean'])}, max {percent(use['block']['max'])} of blocks; "
-            f"mean {percent(use['token']['mean'])} of token slots",
+            f"mean {percent_text(use['block']['mean'])}, max {percent_text(use['block']['max'])} of blocks; "
+            f"mean {percent_text(use['token']['mean'])} of token slots",
         ),
         (
             "internal fragmentation",
-            f"mean {percent(waste['mean'])}, {percent(waste['final'])} at final lengths",
+            f"mean {percent_text(waste['mean'])}, {percent_text(waste['final'])} at final lengths",
         ),
         (
             "preemptions",

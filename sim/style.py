@@ -96,21 +96,3 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         figure.savefig(png, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return [png, svg]
-
-
-def seconds_text(seconds: float) -> str:
-    """Write a duration with two or three significant digits and the unit that suits it."""
-    if seconds < 0.0009995:
-        return f"{seconds * 1e6:.3g} µs"
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 99.95:
-        return f"{seconds:.3g} s"
-    return f"{seconds:,.0f} s"
-
-
-def percent_text(share: float) -> str:
-    """Write a share in percent: whole, but with a digit more below ten percent, and "<0.1%" rather than 0."""
-    if 0 < share < 0.0005:
-        return "<0.1%"
-    return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
