@@ -21,8 +21,8 @@ from sim.command_line import parse_dataclass, run_command
 from sim.export import ResultFolder
 from sim.hardware import GPUSpec
 from sim.manifest import SYNTHETIC, RunSpec, TraceSource
+from sim.quantities import percent_text, rough_percent_text, seconds_text
 from sim.replay import write_run
-from sim.report import percent, seconds
 from sim.runner import load_trace, run
 from sim.scheduler.config import EngineConfig
 from sim.workload import WorkloadConfig
@@ -91,10 +91,10 @@ def report(summaries: dict[int, Summary], workload: WorkloadConfig = WORKLOAD) -
     rows = [
         (
             str(size),
-            percent(summary["hit_rate_tokens"]),
-            percent(summary["internal_fragmentation"]["mean"]),
-            seconds(summary["ttft_s"]["p50"]),
-            seconds(summary["ttft_s"]["p99"]),
+            percent_text(summary["hit_rate_tokens"]),
+            percent_text(summary["internal_fragmentation"]["mean"]),
+            seconds_text(summary["ttft_s"]["p50"]),
+            seconds_text(summary["ttft_s"]["p99"]),
             f"{summary['throughput_tokens_per_s']:,.0f}",
             f"{summary['preemptions']:,}",
         )
@@ -119,8 +119,8 @@ def _finding(summaries: dict[int, Summary]) -> str:
     small, large = min(summaries), max(summaries)
     least, most = summaries[small], summaries[large]
     return (
-        f"From {large} to {small} tokens a block: hit rate {percent(most['hit_rate_tokens'])} to "
-        f"{percent(least['hit_rate_tokens'])}, preemptions {most['preemptions']:,} to {least['preemptions']:,}."
+        f"From {large} to {small} tokens a block: hit rate {percent_text(most['hit_rate_tokens'])} to "
+        f"{percent_text(least['hit_rate_tokens'])}, preemptions {most['preemptions']:,} to {least['preemptions']:,}."
     )
 
 
@@ -129,8 +129,8 @@ def comparison(summaries: dict[int, Summary]) -> Figure:
     small, large = min(summaries), max(summaries)
     least, most = summaries[small], summaries[large]
     figure = look.slide(
-        f"Blocks of {small} tokens hit {look.percent_text(least['hit_rate_tokens'])} of the prompt, "
-        f"blocks of {large} hit {look.percent_text(most['hit_rate_tokens'])}",
+        f"Blocks of {small} tokens hit {rough_percent_text(least['hit_rate_tokens'])} of the prompt, "
+        f"blocks of {large} hit {rough_percent_text(most['hit_rate_tokens'])}",
         f"The same {least['requests']:,} requests and the same pool of {POOL_TOKENS:,} tokens, "
         "cut into blocks of 16, 64 and 128 tokens",
     )
@@ -141,12 +141,12 @@ def comparison(summaries: dict[int, Summary]) -> Figure:
 
     runs = list(summaries.values())
     hit = [each["hit_rate_tokens"] for each in runs]
-    panel("hit rate\nof prompt tokens", hit, [percent(value) for value in hit], look.BLUE)
+    panel("hit rate\nof prompt tokens", hit, [percent_text(value) for value in hit], look.BLUE)
     waste = [each["internal_fragmentation"]["mean"] for each in runs]
-    panel("internal fragmentation\nof held blocks", waste, [percent(value) for value in waste], look.SKY)
+    panel("internal fragmentation\nof held blocks", waste, [percent_text(value) for value in waste], look.SKY)
     for name in ("p50", "p99"):
         ttft = [each["ttft_s"][name] for each in runs]
-        panel(f"time to first token\n{name}", ttft, [seconds(value) for value in ttft], look.ORANGE)
+        panel(f"time to first token\n{name}", ttft, [seconds_text(value) for value in ttft], look.ORANGE)
     preemptions = [each["preemptions"] for each in runs]
     panel("preemptions\n", preemptions, [f"{value:,}" for value in preemptions], look.VERMILLION)
 
@@ -181,9 +181,8 @@ def demo(arguments: list[str]) -> None:
     summaries = replay_all(options.out, draw=options.figures)
     print(report(summaries))
     wall_s = time.perf_counter() - began
-    print(
-        f"\n{wall_s:.1f} s in all. Results in {options.out}: comparison.png, and a folder for each block size."
-    )
+    drawn = "comparison.png, and " if options.figures else ""
+    print(f"\n{wall_s:.1f} s in all. Results in {options.out}: {drawn}a folder for each block size.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from matplotlib.colors import to_rgb
 from result_cases import NaiveEngine, results
 
-from sim import block_map, figures, style
+from sim import block_map, figures, quantities, style
 from sim.metrics import summarise
 from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
 from sim.request import PS_PER_S
@@ -65,8 +65,8 @@ def test_the_latency_table_shows_the_summarys_percentiles(run: RunResult) -> Non
     texts = {text.get_text() for axes in drawn.axes for text in axes.texts}
     for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
         for percentile in ("p50", "p90", "p99"):
-            assert style.seconds_text(summary[name][percentile]) in texts
-    assert style.seconds_text(summary["ttft_s"]["p99"]) in drawn.texts[0].get_text()
+            assert quantities.seconds_text(summary[name][percentile]) in texts
+    assert quantities.seconds_text(summary["ttft_s"]["p99"]) in drawn.texts[0].get_text()
 
 
 def test_curves_rise_from_zero_to_one_at_the_extremes() -> None:
@@ -180,7 +180,7 @@ def test_a_run_without_samples_cannot_be_mapped(run: RunResult) -> None:
     ],
 )
 def test_durations_are_written_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
-    assert style.seconds_text(seconds) == text
+    assert quantities.seconds_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -188,4 +188,10 @@ def test_durations_are_written_in_the_unit_that_suits_them(seconds: float, text:
     [(0.0, "0%"), (0.0001, "<0.1%"), (0.0346, "3.5%"), (0.099, "9.9%"), (0.75, "75%"), (1.0, "100%")],
 )
 def test_shares_are_written_with_a_digit_more_when_small(share: float, text: str) -> None:
-    assert style.percent_text(share) == text
+    assert quantities.rough_percent_text(share) == text
+
+
+def test_table_shares_have_three_digits_and_none_is_a_dash() -> None:
+    found = [quantities.percent_text(share) for share in (None, 0.0, 0.00123, 0.0999, 0.5414, 1.0)]
+    assert found == ["–", "0.0%", "0.12%", "9.99%", "54.1%", "100.0%"]
+    assert quantities.seconds_text(None) == "–"
