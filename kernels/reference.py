@@ -36,16 +36,18 @@ def attend(query: Array, key: Array, value: Array, scale: float) -> tuple[Float6
     `query` is `[num_heads, head_dim]`; `key` and `value` are `[num_keys, num_kv_heads, head_dim]`, all of
     which the query sees. Without keys the output is 0 and the log-sum-exp −inf.
     """
-    num_heads, head_dim = query.shape
-    out, lse = np.zeros((num_heads, head_dim)), np.full(num_heads, -np.inf)
+    out, lse = np.zeros(query.shape), np.full(len(query), -np.inf)
     if len(key) == 0:
         return out, lse
-    group = num_heads // key.shape[1]
-    for head in range(num_heads):
-        scores = scale * (key[:, head // group].astype(np.float64) @ query[head].astype(np.float64))
-        weights = np.exp(scores - scores.max())
-        out[head] = weights @ value[:, head // group].astype(np.float64) / weights.sum()
-        lse[head] = scores.max() + np.log(weights.sum())
+    group = len(query) // key.shape[1]
+    for kv_head in range(key.shape[1]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        scores = scale * (query[heads].astype(np.float64) @ key[:, kv_head].astype(np.float64).T)
+        largest = scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores - largest)
+        total = weights.sum(axis=1, keepdims=True)
+        out[heads] = weights / total @ value[:, kv_head].astype(np.float64)
+        lse[heads] = (largest + np.log(total))[:, 0]
     return out, lse
 
 

@@ -62,8 +62,8 @@ struct Shared {
         alignas(16) float partial[KEY_SLICES][ROWS][HEAD_DIM];  // once every tile is done
     };
     float rescale[ROWS];  // what a row's sums so far are worth under its new maximum
+    float maximum[ROWS];  // of a row's scores, -infinity for a row that saw no key
     float total[ROWS];    // sum of exp(score - maximum)
-    float lse[ROWS];      // natural log-sum-exp of the scores
     int limit[ROWS];      // the row sees keys [0, limit)
 };
 
@@ -222,7 +222,7 @@ __device__ __forceinline__ void accumulate_tile(const Shared& shared, float (&su
 }
 
 // Attend the rows in shared.stage.query, each to its keys below shared.limit, over keys [begin, end).
-// Leaves partial, total and lse in shared memory for every row; the queries are gone. All threads call it.
+// Leaves partial, maximum and total in shared memory for every row; the queries are gone. All threads call it.
 __device__ __forceinline__ void attend(Shared& shared, const PagedKV& kv, int begin, int end, float scale) {
     float maximum = NEGATIVE_INFINITY;
     float total = 0.0f;
@@ -251,10 +251,15 @@ __device__ __forceinline__ void attend(Shared& shared, const PagedKV& kv, int be
     }
     const int row = threadIdx.x / ROW_THREADS;
     if (row < ROWS && threadIdx.x % ROW_THREADS == 0) {
+        shared.maximum[row] = maximum;
         shared.total[row] = total;
-        shared.lse[row] = total > 0.0f ? maximum + logf(total) : NEGATIVE_INFINITY;
     }
     __syncthreads();
+}
+
+// A row's natural log-sum-exp after attend(): -infinity for a row that saw no key.
+__device__ __forceinline__ float row_lse(const Shared& shared, int row) {
+    return shared.total[row] > 0.0f ? shared.maximum[row] + logf(shared.total[row]) : NEGATIVE_INFINITY;
 }
 
 // VEC columns of a row's output after attend(): 0 for a row that saw no key.

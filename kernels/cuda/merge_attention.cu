@@ -2,7 +2,7 @@
 //
 //   out = sum_i exp(lse_i - lse) * out_i,   lse = log sum_i exp(lse_i)
 //
-// A part with log-sum-exp -infinity saw no keys: its output is not read. A row without keys in any part gives
+// A part with log-sum-exp -infinity saw no keys: nothing else of it is read. A row without keys in any part gives
 // output 0 and log-sum-exp -infinity. A thread takes 16 bytes of one output row; grid ceil(rows * vectors /
 // THREADS).
 //
@@ -25,8 +25,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_attention(
     float* lse,
     // [num_parts, rows, HEAD_DIM]
     const PART* part_outs,
-    // [num_parts, rows]
+    // [num_parts, rows]: log-sum-exp of a part, or its largest score where part_totals are given
     const float* part_lses,
+    // [num_parts, rows]: sum of exp(score - largest), or null: part_lses are whole
+    const float* part_totals,
     long long rows,
     int num_parts) {
     const long long index = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
@@ -42,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_attention(
     for (int part = 0; part < num_parts; ++part) {
         const float part_lse = part_lses[part * rows + row];
         if (part_lse == NEGATIVE_INFINITY) continue;
-        const float weight = fast_exp(part_lse - maximum);
+        float weight = fast_exp(part_lse - maximum);
+        if (part_totals != nullptr) weight *= part_totals[part * rows + row];
         float values[VEC];
         load_floats(part_outs + (part * rows + row) * HEAD_DIM + column, values);
         total += weight;

@@ -3,8 +3,9 @@
 // Grid (num_seqs, num_kv_heads * head tiles, num_splits), THREADS threads. A head tile is ROWS of the `group`
 // query heads of a KV head (a ragged last tile has idle rows), so groups up to ROWS read each key and value
 // once. The context is cut into num_splits runs of whole KV tiles; with more than one, each leaves a float32
-// partial output and its log-sum-exp, and merge_attention.cu joins them. A split without keys writes
-// log-sum-exp -infinity alone.
+// partial output and the two parts of its log-sum-exp, and merge_attention.cu joins them. (Added up, a
+// log-sum-exp of -524288 would round the weight of a split by 3%.) A split without keys writes a maximum of
+// -infinity alone.
 //
 // Versions
 //   1  synchronous 16-byte loads of an 8 KB key and an 8 KB value tile, float32 FMA; not yet timed on a GPU.
@@ -25,8 +26,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     float* lse,
     // [num_splits, num_seqs, num_kv_heads * group, HEAD_DIM]; written when num_splits is above 1
     float* partial_out,
-    // [num_splits, num_seqs, num_kv_heads * group]; written when num_splits is above 1
-    float* partial_lse,
+    // [num_splits, num_seqs, num_kv_heads * group]: largest score; written when num_splits is above 1
+    float* partial_maximum,
+    // [num_splits, num_seqs, num_kv_heads * group]: sum of exp(score - largest); as partial_out
+    float* partial_total,
     // [num_seqs, num_kv_heads * group, HEAD_DIM], rows of a token contiguous
     const T* query,
     // elements from one token's query to the next
@@ -83,9 +86,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     const long long partial_row = static_cast<long long>(split) * gridDim.x * num_heads + out_row;
     for (int row = threadIdx.x; row < rows; row += THREADS) {
         if (num_splits > 1) {
-            partial_lse[partial_row + row] = shared.lse[row];
+            partial_maximum[partial_row + row] = shared.maximum[row];
+            partial_total[partial_row + row] = shared.total[row];
         } else {
-            lse[out_row + row] = shared.lse[row];
+            lse[out_row + row] = row_lse(shared, row);
         }
     }
     if (num_splits > 1 && begin >= end) return;  // nothing that merge_attention would read

@@ -103,6 +103,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_prefill(
         float values[VEC];
         row_output(shared, row, column, values);
         store_floats(out + out_row * HEAD_DIM + column * VEC, values);
-        if (column == 0) lse[out_row] = shared.lse[row];
+        if (column == 0) lse[out_row] = row_lse(shared, row);
     }
 }

@@ -83,10 +83,11 @@ def paged_attention(
         num_splits = _choose_splits(backend, num_seqs * head_blocks, max_keys, int(constants["KV_TILE"]))
     elif not 1 <= num_splits <= MAX_GRID_YZ:
         raise ValueError(f"num_splits ({num_splits}) must be in 1..{MAX_GRID_YZ}")
-    part_outs = part_lses = None
+    part_outs = part_maxima = part_totals = None
     if num_splits > 1:
         part_outs = empty(backend, (num_splits, *query.shape), np.float32)
-        part_lses = empty(backend, (num_splits, *query.shape[:2]), np.float32)
+        part_maxima = empty(backend, (num_splits, *query.shape[:2]), np.float32)
+        part_totals = empty(backend, (num_splits, *query.shape[:2]), np.float32)
     launch(
         backend,
         "paged_attention",
@@ -96,7 +97,8 @@ def paged_attention(
             out,
             lse,
             part_outs,
-            part_lses,
+            part_maxima,
+            part_totals,
             query,
             query_stride,
             pool,
@@ -112,7 +114,7 @@ def paged_attention(
         ],
     )
     if num_splits > 1:
-        merge_attention(part_outs, part_lses, out=out, lse=lse)
+        _launch_merge(backend, part_outs, part_maxima, part_totals, out, lse)
     return out, lse
 
 
@@ -218,18 +220,18 @@ def merge_attention(
         raise ValueError(f"outs ({part_dtype}) must be float32 or what out holds ({dtype})")
     checks.contiguous("out", out, outs.shape[1:], "num_tokens, num_heads, head_dim", dtype)
     checks.contiguous("lse", lse, outs.shape[1:3], "num_tokens, num_heads", "float32")
-    rows = num_tokens * num_heads
-    if rows == 0:
-        return out, lse
-
-    constants = specialise.merge_attention(dtype, part_dtype, head_dim)
-    vectors = rows * (head_dim * out.dtype.itemsize // checks.VECTOR_BYTES)
-    threads = int(constants["THREADS"])
-    launch(
-        backend,
-        "merge_attention",
-        constants,
-        (-(-vectors // threads), 1, 1),
-        [out, lse, outs, lses, rows, num_parts],
-    )
+    if num_tokens * num_heads:
+        _launch_merge(backend, outs, lses, None, out, lse)
     return out, lse
+
+
+def _launch_merge(
+    backend: str, outs: Array, lses: Array, totals: Array | None, out: Array, lse: Array
+) -> None:
+    """Merge checked arrays; with `totals`, each part's log-sum-exp is lses + log(totals)."""
+    num_parts, num_tokens, num_heads, head_dim = (int(extent) for extent in outs.shape)
+    constants = specialise.merge_attention(dtype_name(out.dtype), dtype_name(outs.dtype), head_dim)
+    rows = num_tokens * num_heads
+    vectors = rows * (head_dim * out.dtype.itemsize // checks.VECTOR_BYTES)
+    grid = (-(-vectors // int(constants["THREADS"])), 1, 1)
+    launch(backend, "merge_attention", constants, grid, [out, lse, outs, lses, totals, rows, num_parts])
