@@ -73,6 +73,8 @@ def whole(field: str, value: object) -> int:
     """Return an integer given as text or as a JSON number."""
     if isinstance(value, str):
         text = value.strip()
+        if text.isdigit() and text.isascii() and len(text) <= _MAX_DIGITS:  # nearly always
+            return int(text)
         if not text:
             raise FieldError(field, "is missing")
         if not _INTEGER.fullmatch(text):

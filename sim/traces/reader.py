@@ -51,7 +51,8 @@ def read_trace(
     skip_bad    leave malformed rows out, and count them in `Trace.skipped`, instead of stopping at the first
 
     Arrivals count from the first request's, except in native files, which are read as written. They must not
-    decrease. A session's turn whose parent is not in the trace (left out, or from before it) has none.
+    decrease. A row without prompt or output tokens is malformed: nothing could be replayed. A session's turn whose
+    parent is not in the trace (left out, or from before it) has none.
 
     Raises TraceError, one line with file, line and field, when the file is malformed, and ValueError when an
     argument is.
@@ -85,7 +86,7 @@ class _Builder:
         self.skipped = 0
         self._kind = kind
         # A decimal factor such as 0.1 is meant as 1/10, not as the nearest binary fraction.
-        self._scale = Fraction(repr(float(time_scale)))
+        self._scale = None if time_scale == 1 else Fraction(repr(float(time_scale)))
         self._first_ps: int | None = None if kind.from_first_arrival else 0
         self._last_ps: int | None = None
         self._ids: dict[int, int] = {}
@@ -126,7 +127,7 @@ class _Builder:
         return None
 
     def _scaled(self, time_ps: int) -> int:
-        if self._scale == 1:
+        if self._scale is None:
             return time_ps
         return time_ps * self._scale.numerator // self._scale.denominator
 
