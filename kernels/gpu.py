@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels.signature import Signature, check_count, check_dimensions, convert_scalar, parse_signatures
-from kernels.toolkit import cuda_include_dirs, headers_digest
+from kernels.toolkit import cuda_include_dirs, find_includes
 
 DEFAULT_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking the driver first."""
@@ -26,7 +26,7 @@ def full_source(prelude: str, source: str, name: str, include_dirs: Sequence[Pat
 
     CuPy keeps compiled code by the text and the options alone, so the text names the content of its headers too.
     """
-    return f'// headers {headers_digest(include_dirs)}\n{prelude}#line 1 "{name}"\n{source}'
+    return f'// headers {find_includes(source, include_dirs).digest()}\n{prelude}#line 1 "{name}"\n{source}'
 
 
 def convert_arguments(kernel: str, signature: Signature, args: Sequence[object]) -> tuple[object, ...]:

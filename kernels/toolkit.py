@@ -6,9 +6,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 INSTALL_HINT = (
     "pip install nvidia-cuda-runtime-cu12 nvidia-cuda-cccl-cu12 (or nvidia-cuda-runtime nvidia-cuda-cccl)"
@@ -71,14 +73,40 @@ def cuda_include_dirs() -> tuple[Path, ...]:
     return (runtime,) if target == runtime else (runtime, target)
 
 
-def headers_digest(folders: Iterable[Path]) -> str:
-    """Return a digest of the C++ headers that lie directly in `folders`: what a source may include changes it."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".cuh", ".h", ".hpp"):
-                digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
+
+
+class Includes(NamedTuple):
+    """What a source includes, directly and through the headers it finds in its own folders."""
+
+    files: tuple[Path, ...]
+    """The headers found in those folders."""
+    others: frozenset[str]
+    """Names that are not there: NVIDIA's and the system's."""
+
+    def digest(self) -> str:
+        """Return a digest of the content of `files`."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        return digest.hexdigest()
+
+
+def find_includes(source: str, folders: Sequence[Path]) -> Includes:
+    """Follow every #include of `source`, whatever conditional it stands in, through `folders`."""
+    files: dict[Path, None] = {}
+    others: set[str] = set()
+    pending = [(source, list(folders))]
+    while pending:
+        text, places = pending.pop()
+        for name in _INCLUDE.findall(text):
+            path = next((folder / name for folder in places if (folder / name).is_file()), None)
+            if path is None:
+                others.add(name)
+            elif path not in files:
+                files[path] = None
+                pending.append((path.read_text(), [path.parent, *folders]))
+    return Includes(tuple(sorted(files)), frozenset(others))
 
 
 def cache_dir() -> Path:

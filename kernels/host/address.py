@@ -93,9 +93,9 @@ def _regions(signature: Signature, args: Sequence[object]) -> list[_Region]:
 @cache
 def _objects() -> list[Path]:
     """Return the runtime and the program around it, neither of them instrumented."""
-    flags = [*KERNEL_FLAGS, "-O2", "-g1", "-c", "-pthread", "-DCUDA_HOST_ADDRESS", *include_flags()]
+    flags = [*KERNEL_FLAGS, "-O2", "-g1", "-pthread", "-DCUDA_HOST_ADDRESS", *include_flags()]
     return [
-        build((HOST_DIR / f"{stem}.cpp").read_text(), stem=stem, flags=flags, suffix=".o")
+        build((HOST_DIR / f"{stem}.cpp").read_text(), stem=stem, flags=flags, link=["-c"], suffix=".o")
         for stem in ("runtime", "address_main")
     ]
 
@@ -127,7 +127,7 @@ class AddressModule(HostModule):
                 *sections,
                 *include_flags(include_dirs),
             ],
-            include_dirs=self._include_dirs,
+            include_dirs=include_dirs,
             libraries=_objects(),
             suffix="",
         )

@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -20,7 +21,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from kernels.toolkit import cache_dir, cuda_include_dirs, headers_digest
+from kernels.toolkit import cache_dir, cuda_include_dirs, find_includes
 
 HOST_DIR = Path(__file__).parent
 
@@ -117,37 +118,74 @@ KERNEL_FLAGS = (
 )
 
 
+# NVIDIA's half-precision headers take half of a kernel's compilation, so g++ precompiles them.
+_SLOW_HEADERS = ("cuda_fp16.h", "cuda_bf16.h", "cuda_fp8.h")
+
+
+def _run(command: Sequence[str], folder: str, what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if done.returncode != 0:
+        raise CompileError(f"{what} does not compile for the CPU:\n{done.stderr.strip()}")
+
+
+def _key(*parts: object) -> str:
+    """Return a name for what the compiler makes of `parts`, on this machine with these headers."""
+    digest = hashlib.sha256()
+    for part in (*parts, find_compiler(), _processor(), _host_headers(), cuda_include_dirs()):
+        digest.update(repr(part).encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _precompiled(headers: tuple[str, ...], flags: tuple[str, ...]) -> list[str]:
+    """Return the flags that put the runner's header and `headers` in front of a source, precompiled by g++."""
+    folder = cache_dir() / f"headers-{_key(headers, flags)}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="build-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            (made / "all.h").write_text("".join(f"#include <{name}>\n" for name in ("cuda_host.h", *headers)))
+            _run(
+                [*find_compiler().command, *flags, "-x", "c++-header", "all.h"],
+                str(made),
+                "the runner's header",
+            )
+            # Where another process was quicker, its folder stays.
+            with contextlib.suppress(OSError):
+                made.rename(folder)
+    return ["-include", str(folder / "all.h")]
+
+
 def build(
     source: str,
     *,
     stem: str,
     flags: Sequence[str],
+    link: Sequence[str] = (),
     include_dirs: Sequence[Path] = (),
     libraries: Sequence[Path] = (),
     suffix: str = ".so",
 ) -> Path:
-    """Return what the compiler makes of the C++ `source` with `flags`, from the disk cache where it is there.
+    """Return what the compiler makes of the C++ `source`, from the disk cache where it is there.
 
-    `include_dirs` hold the headers that the source includes besides the runner's and NVIDIA's; they count in the key.
-    Raises CompileError with the compiler's own words.
+    `flags` decide how the source is compiled, `link` what the result is; `include_dirs` hold the headers that it
+    includes besides the runner's and NVIDIA's. Raises CompileError with the compiler's own words.
     """
     compiler = find_compiler()
-    digest = hashlib.sha256()
-    for text in (source, _host_headers(), repr(tuple(flags)), repr(compiler), _processor(), repr(libraries)):
-        digest.update(text.encode() + b"\0")
-    for folder in cuda_include_dirs():
-        digest.update(str(folder).encode() + b"\0")
-    digest.update(headers_digest(include_dirs).encode())
-    target = cache_dir() / f"{stem}-{digest.hexdigest()[:32]}{suffix}"
+    includes = find_includes(source, include_dirs)
+    target = cache_dir() / f"{stem}-{_key(source, includes.digest(), flags, link, libraries)}{suffix}"
     if target.is_file():
         return target
+    front: list[str] = []
+    slow = tuple(name for name in _SLOW_HEADERS if name in includes.others)
+    if slow and compiler.family == "gcc":
+        # The kernel's own folders do not matter to NVIDIA's headers: all kernels share what is precompiled.
+        own = {f"-I{folder}" for folder in include_dirs}
+        front = _precompiled(slow, tuple(flag for flag in flags if flag not in own))
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="build-") as scratch:
         unit = Path(scratch) / f"{stem}.cpp"
         unit.write_text(source)
         output = Path(scratch) / target.name
-        command = [*compiler.command, *flags, str(unit), "-o", str(output), *map(str, libraries)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
-        if done.returncode != 0:
-            raise CompileError(f"{stem} does not compile for the CPU:\n{done.stderr.strip()}")
+        inputs = [str(unit), "-o", str(output), *map(str, libraries)]
+        _run([*compiler.command, *flags, *link, *front, *inputs], scratch, stem)
         os.replace(output, target)
     return target

@@ -63,7 +63,6 @@ class HostModule(ABC):
         self.workers = available_cores()
         """How many blocks run at the same time."""
         self._unit = translation_unit(prelude, source, name, self.signatures)
-        self._include_dirs = include_dirs
 
     def launch(
         self,
@@ -121,10 +120,10 @@ class HostModule(ABC):
 
 @cache
 def _runtime_path(watched: bool) -> Path:
-    flags = [*KERNEL_FLAGS, "-O2", "-g1", "-shared", "-pthread", *include_flags()]
+    flags = [*KERNEL_FLAGS, "-O2", "-g1", "-pthread", *include_flags()]
     if watched:
         flags.append("-DCUDA_HOST_WATCH")
-    return build((HOST_DIR / "runtime.cpp").read_text(), stem="runtime", flags=flags)
+    return build((HOST_DIR / "runtime.cpp").read_text(), stem="runtime", flags=flags, link=["-shared"])
 
 
 @cache
@@ -160,16 +159,20 @@ class CpuModule(HostModule):
         stem = Path(name).stem
         if watched:
             # -O1: from -O2 on, equal code of two lines is merged, and an access may be reported at the wrong one.
-            flags += ["-O1", "-c", *WATCH_FLAGS]
-            objects = build(self._unit, stem=stem, flags=flags, include_dirs=self._include_dirs, suffix=".o")
-            self._path = build("", stem=stem, flags=["-shared", "-fPIC"], libraries=[objects, runtime])
+            watching = [*flags, "-O1", *WATCH_FLAGS]
+            objects = build(
+                self._unit, flags=watching, link=["-c"], suffix=".o", stem=stem, include_dirs=include_dirs
+            )
+            self._path = build("", stem=stem, flags=["-fPIC"], link=["-shared"], libraries=[objects, runtime])
         else:
+            optimised = [*flags, "-O3"]
             self._path = build(
                 self._unit,
-                stem=stem,
-                flags=[*flags, "-O2", "-shared"],
-                include_dirs=self._include_dirs,
+                flags=optimised,
+                link=["-shared"],
                 libraries=[runtime],
+                stem=stem,
+                include_dirs=include_dirs,
             )
         self._launch = _runtime(watched).cuda_host_launch
         self._library = ctypes.CDLL(str(self._path))
