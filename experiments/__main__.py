@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 FOLDER = Path(__file__).parent
 
 
@@ -25,12 +22,11 @@ def questions() -> list[tuple[str, str]]:
 
 def main() -> None:
     """Print the questions, one line each."""
-    table = Table.grid(padding=(0, 2))
-    for name, question in questions():
-        table.add_row(f"[bold]python -m experiments.{name}[/bold]", question)
-    console = Console()
-    console.print(table)
-    console.print("Each explains its flags with --help.")
+    found = questions()
+    width = max(len(name) for name, _ in found)
+    for name, question in found:
+        print(f"{name:<{width}}  {question}")
+    print("\nRun one with python -m experiments.NAME; --help explains its flags.")
 
 
 if __name__ == "__main__":

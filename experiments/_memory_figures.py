@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from experiments._serving import Recording
 from sim import style
+from sim.quantities import rough_percent_text
 from sim.request import PS_PER_S
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def draw_over_time(comparison: Comparison) -> Figure:
     seconds = (edges[1:] + edges[:-1]) / 2 / PS_PER_S
     if np.isfinite(best.share("tokens")):
         title = (
-            f"Paging keeps {style.percent_text(best.share('tokens'))} of the KV memory in use; "
-            f"reserving the maximum, {style.percent_text(worst.share('tokens'))}"
+            f"Paging keeps {rough_percent_text(best.share('tokens'))} of the KV memory in use; "
+            f"reserving the maximum, {rough_percent_text(worst.share('tokens'))}"
         )
     else:
         title = "The paged memory is larger than this workload needs: nobody waits for it"
@@ -76,7 +77,7 @@ def draw_over_time(comparison: Comparison) -> Figure:
         axes.text(
             0.5,
             share / 2,
-            style.percent_text(share),
+            rough_percent_text(share),
             transform=axes.get_yaxis_transform(),
             color="white",
             fontsize=22,

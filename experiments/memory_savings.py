@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +42,7 @@ from experiments._memory_figures import draw_batched, draw_over_time
 from experiments._serving import SHARES, Recording, serve
 from experiments._workloads import Workload, from_trace, published_workloads
 from sim import style
+from sim.command_line import parse_dataclass, run_command
 from sim.cost import RooflineCost, StepCost
 from sim.export import ResultFolder, write_json
 from sim.hardware import GPUSpec
@@ -50,7 +51,13 @@ from sim.traces import read_trace
 
 @dataclass(frozen=True)
 class Config:
-    """Compare paged KV memory with contiguous reservation on a workload."""
+    """How much KV memory does paging save over contiguous reservation?
+
+    First 100 sequences of 512 tokens, where up to 2048 were possible, in a contiguous and a paged allocator. Then
+    a workload, served from memories of equal size: a contiguous range a request, as long as its maximum, its
+    output rounded up to a power of two, or exactly what it will need; or blocks as it grows. By default lengths
+    are like those of ShareGPT and Alpaca in the PagedAttention paper, and the memory is that of its OPT-13B.
+    """
 
     trace: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[TRACE]")] = None
     """Request trace to serve, in any format that sim.traces reads; two synthetic workloads if left out."""
@@ -78,7 +85,7 @@ class Config:
     """Folder for figures and figures' numbers (summary.json)."""
 
     def check(self) -> None:
-        """Raise ValueError on a broken rule (not on construction: the command line would wrap the message)."""
+        """Raise ValueError on a broken rule. Not on construction, where tyro would wrap the message."""
         for name in ("num_requests", "num_slots", "max_seq_len", "tokens_per_block", "max_batch_size"):
             require_int(name, getattr(self, name), 1)
         require_int("seed", self.seed, 0)
@@ -211,7 +218,14 @@ def batched_table(comparison: Comparison) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("memory")
     return table
 
@@ -291,7 +305,9 @@ def run(config: Config, console: Console) -> None:
             )
             if comparison.workload.left_out:
                 console.print(f"  {comparison.workload.left_out:,} longer than max_seq_len are left out")
-            console.print(shares_table(comparison), batched_table(comparison))
+            for table in (shares_table(comparison), batched_table(comparison)):
+                console.print("", table)
+            console.print()
         with style.styled():
             style.save(draw_over_time(comparisons[0]), folder.staging / "memory_over_time")
             style.save(draw_batched(comparisons), folder.staging / "batched_requests")
@@ -300,21 +316,11 @@ def run(config: Config, console: Console) -> None:
     console.print("\n".join(f"wrote {path}" for path in written), highlight=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and run; return the exit status."""
-    config = tyro.cli(
-        Config, prog="python -m experiments.memory_savings", description=__doc__, args=arguments
-    )
-    try:
-        run(config, Console())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def main(arguments: list[str]) -> int:
+    """Do what the command line says and return the exit status."""
+    prog = "python -m experiments.memory_savings"
+    return run_command(lambda: run(parse_dataclass(Config, prog, arguments), Console()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
