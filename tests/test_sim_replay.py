@@ -1,0 +1,465 @@
+"""`python -m sim.replay`: from flags to files, again from the manifest, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import sim.runner
+from allocator.config import BuildConfig, CacheConfig
+from sim.command_line import option_value
+from sim.export import ResultFolder
+from sim.hardware import GPU_PRESETS, GPUSpec
+from sim.options import GPUOptions, TraceOptions, parse
+from sim.replay import main
+from sim.report import report_rows
+from sim.scheduler.config import EngineConfig
+from sim.workload import WorkloadConfig
+
+SMALL = ["synthetic", "--num-requests", "40", "--user-tokens-max", "1000", "--output-tokens-max", "200"]
+SHARED = [*SMALL, "--system-prompts", "2", "--turns-mean", "2", "--session-tokens-max", "2048"]
+TIGHT = ["--num-blocks", "160", "--tokens-per-block", "16", "--admission", "max_utilization"]
+TABLES = ("requests.parquet", "timeline.parquet")
+
+
+def replay(arguments: list[str], out: Path, *more: str) -> dict:
+    """Run without figures, which must succeed, and return the summary."""
+    assert main([*arguments, "--out", str(out), "--no-figures", *more]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+def timeless(summary: dict) -> dict:
+    return {name: value for name, value in summary.items() if name not in ("wall_s", "total_wall_s")}
+
+
+@pytest.fixture
+def trace_file(tmp_path: Path) -> Path:
+    """A CSV that no format but named columns can read."""
+    path = tmp_path / "trace.csv"
+    rows = [f"{0.25 * i},{100 + 37 * i % 400},{5 + i % 9}" for i in range(30)]
+    path.write_text("when,tokens_in,tokens_out\n" + "\n".join(rows) + "\n")
+    return path
+
+
+COLUMNS = ("--columns", "arrival=when,prompt=tokens_in,output=tokens_out")
+
+
+# ------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_a_whole_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "out"
+    assert main([*SMALL, "--out", str(out)]) == 0
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    figures = [f"figures/{n}.{e}" for n in ("block_map", "latency", "utilization") for e in ("png", "svg")]
+    assert found == sorted([*figures, "manifest.json", "summary.json", *TABLES])
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "40 of 40 finished" in said.out
+    assert str(out) in said.out
+
+
+def test_the_summary_follows_from_the_tables(tmp_path: Path) -> None:
+    summary = replay([*SHARED, *TIGHT], tmp_path)
+    requests, timeline = (pl.read_parquet(tmp_path / name) for name in TABLES)
+    assert summary["requests"] == requests.height == 40
+    assert summary["finished"] == (requests["status"] == "finished").sum()
+    ttft = np.sort((requests["first_token_ps"] - requests["arrival_ps"]).to_numpy())
+    assert summary["ttft_s"]["p50"] == ttft[19] / 1e12
+    assert summary["ttft_s"]["max"] == ttft[-1] / 1e12
+    assert summary["steps"] == timeline["steps"].sum()
+    assert summary["preemptions"] == timeline["preemptions"].sum()
+    assert summary["hit_tokens"] == requests["hit_tokens"].sum() > 0
+    assert summary["evicted_blocks"] == timeline["evicted_blocks"].sum()
+    looked_up = requests["query_blocks"].sum()
+    assert sum(summary["miss_blocks"].values()) == looked_up - requests["hit_blocks"].sum()
+
+
+def test_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (replay([*SHARED, *TIGHT], tmp_path / name) for name in "ab")
+    for name in TABLES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert timeless(first) == timeless(second)
+
+
+def test_skipping_events_changes_no_byte(tmp_path: Path) -> None:
+    first = replay([*SHARED, *TIGHT], tmp_path / "a")
+    second = replay([*SHARED, *TIGHT], tmp_path / "b", "--no-event-skipping")
+    for name in TABLES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert timeless(first) == timeless(second)
+
+
+# ------------------------------------------------------------------ from the manifest
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        (
+            *("--gpu", "mine", "--tflops", "300", "--bandwidth-tb-s", "2", "--memory-gib", "80.5"),
+            *("--mfu", ".5", "--mbu", ".5", "--link-gb-s", "30"),
+        ),
+        (
+            "--gpu",
+            "h200",
+            "--mfu",
+            "0.4",
+            "--model",
+            "llama-3-8b",
+            "--kv-dtype",
+            "fp8_e4m3",
+            "--policy",
+            "fifo",
+        ),
+    ],
+)
+def test_a_manifest_reruns_a_workload(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    first = replay([*SHARED, *flags], tmp_path / "a")
+    second = replay(["--from-manifest", str(tmp_path / "a" / "manifest.json")], tmp_path / "b")
+    for name in (*TABLES, "manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert timeless(first) == timeless(second)
+
+
+def test_a_manifest_reruns_a_file_from_anywhere(
+    tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    replay(["trace.csv", *COLUMNS, "--limit", "20", "--time-scale", "0.1"], tmp_path / "a")
+    monkeypatch.chdir("/")
+    replay([f"--from-manifest={tmp_path / 'a' / 'manifest.json'}"], tmp_path / "b")
+    for name in TABLES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    requests = pl.read_parquet(tmp_path / "b" / TABLES[0])
+    assert requests.height == 20
+    assert requests["arrival_ps"].to_list()[:3] == [0, 25 * 10**9, 50 * 10**9]
+
+
+def test_a_manifest_follows_a_trace_that_moved_but_not_one_that_changed(
+    tmp_path: Path, trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay([str(trace_file), *COLUMNS], tmp_path / "a")
+    manifest = str(tmp_path / "a" / "manifest.json")
+    moved = trace_file.rename(tmp_path / "moved.csv")
+    replay([str(moved), "--from-manifest", manifest], tmp_path / "b")
+    moved.write_text(moved.read_text() + "99,10,10\n")
+    capsys.readouterr()
+    assert main([str(moved), "--from-manifest", manifest, "--out", str(tmp_path / "c")]) == 2
+    said = capsys.readouterr().err
+    assert "SHA-256" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_flags_beside_a_manifest_change_what_it_says(tmp_path: Path) -> None:
+    replay([*SHARED, "--policy", "fifo"], tmp_path / "a")
+    manifest = str(tmp_path / "a" / "manifest.json")
+    replay(["--from-manifest", manifest, "--tokens-per-block", "16"], tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "manifest.json").read_text())["config"]
+    assert (config["build"]["tokens_per_block"], config["cache"]["policy"]) == (16, "fifo")
+    replay([*SHARED, "--policy", "fifo", "--tokens-per-block", "16"], tmp_path / "c")
+    assert (tmp_path / "b" / TABLES[1]).read_bytes() == (tmp_path / "c" / TABLES[1]).read_bytes()
+
+
+# ------------------------------------------------------------------ flags
+
+
+def another(value: object, kind: str) -> str:
+    """Return the text of a value that differs from the default and that every field's rule allows."""
+    if isinstance(value, bool):
+        raise AssertionError("flags are switched, not given")
+    if isinstance(value, int):
+        return str(value * 2 or 4)
+    if isinstance(value, float):
+        return repr(value / 2 if value > 1 else 0.125)
+    return "3" if "int" in kind else "0.5"
+
+
+@pytest.mark.parametrize(
+    "kind", [BuildConfig, CacheConfig, EngineConfig, WorkloadConfig, GPUOptions, TraceOptions]
+)
+def test_every_field_is_a_flag(kind: type) -> None:
+    chosen = {
+        "kv_dtype": "int8",
+        "kv_scales": "tensor",
+        "policy": "fifo",
+        "admission": "max_utilization",
+        "gpu": "h200",
+        "format": "mooncake",
+        "columns": "arrival=a",
+        "num_sinks": "0",
+        "kv_cache_free_gpu_mem_fraction": "0.5",
+        "turns_mean": "1.5",
+        "session_tokens_max": "90000",
+    }
+    part = {GPUOptions: "hardware", TraceOptions: "reading"}.get(
+        kind, kind.__name__.removesuffix("Config").lower()
+    )
+    for field in dataclasses.fields(kind):
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            if field.name == "enable_partial_reuse":
+                continue  # refused together with nothing else, but tested with the manager
+            found, _ = parse(
+                ["t.csv", "--out", "o", flag.replace("--", "--no-", 1) if field.default else flag]
+            )
+            assert getattr(getattr(found, part), field.name) is not field.default
+            continue
+        text = chosen.get(field.name) or another(field.default, str(field.type))
+        found, _ = parse(["t.csv", "--out", "o", flag, text])
+        value = getattr(getattr(found, part), field.name)
+        assert str(value) == text or float(value) == float(text), flag
+
+
+@pytest.mark.parametrize("name", GPU_PRESETS)
+def test_gpu_options_and_specs_convert_both_ways(name: str) -> None:
+    for spec in (
+        GPU_PRESETS[name],
+        dataclasses.replace(GPU_PRESETS[name], mfu=0.25, layer_overhead_us=1.5),
+        dataclasses.replace(GPU_PRESETS[name], gpu_name="another"),
+    ):
+        assert GPUOptions.of(spec).resolve() == spec
+    assert GPUOptions(gpu=name.upper(), tflops=1.0).resolve().tflops == 1.0
+    assert isinstance(GPUOptions(gpu=name).resolve(), GPUSpec)
+
+
+def test_a_model_can_be_a_config_file(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+        "torch_dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    replay([*SMALL, "--model", str(tmp_path / "config.json")], tmp_path / "a")
+    (tmp_path / "config.json").unlink()  # the manifest holds the model itself
+    replay(["--from-manifest", str(tmp_path / "a" / "manifest.json")], tmp_path / "b")
+    assert (tmp_path / "a" / TABLES[1]).read_bytes() == (tmp_path / "b" / TABLES[1]).read_bytes()
+
+
+def test_a_policy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_policy.py").write_text(
+        "from allocator.eviction import FIFO\n\n\nclass Mine(FIFO):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = replay([*SHARED, *TIGHT, "--policy", "own_policy:Mine"], tmp_path / "a")
+    fifo = replay([*SHARED, *TIGHT, "--policy", "fifo"], tmp_path / "b")
+    assert mine["evicted_blocks"] > 0
+    assert timeless(mine) == timeless(fifo)
+
+
+def test_an_option_is_found_before_parsing() -> None:
+    assert option_value(["t", "--from-manifest", "a"], "--from-manifest") == "a"
+    assert option_value(["t", "--from_manifest=b=c"], "--from-manifest") == "b=c"
+    assert option_value(["t", "--from-manifest"], "--from-manifest") is None
+
+
+# ------------------------------------------------------------------ what it says
+
+
+def test_the_help_is_light() -> None:
+    """Asking for help loads neither the engine nor the figures."""
+    code = (
+        "import sys\n"
+        "from sim.replay import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "print('heavy:', [name for name in ('simpy', 'matplotlib', 'rich') if name in sys.modules])\n"
+    )
+    root = str(Path(sim.runner.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert done.stdout.endswith("heavy: []\n")
+    for flag in (
+        "--tokens-per-block",
+        "--num-blocks",
+        "--policy",
+        "--gpu",
+        "--time-scale",
+        "--from-manifest",
+    ):
+        assert flag in done.stdout
+
+
+def test_the_report_says_how_the_pool_came_about(tmp_path: Path) -> None:
+    def pool(*flags: str) -> str:
+        options, _ = parse([*SMALL, "--out", "o", *flags])
+        return dict(report_rows(run := sim.runner.run(options.spec(None)), summarise(run.result)))["KV pool"]
+
+    from sim.metrics import summarise as measure
+
+    def summarise(result: object) -> dict:
+        return measure(result, EngineConfig(), total_wall_s=0.0)  # type: ignore[arg-type]
+
+    assert pool("--gpu", "a100-80gb").startswith(
+        "1,898 blocks of 64 tokens = 121,472 tokens\n59.33 GiB = 0.9 × (80.00"
+    )
+    assert pool("--max-tokens", "6400").endswith("capped by max_tokens 6,400")
+    assert pool("--num-blocks", "100") == (
+        "100 blocks of 64 tokens = 6,400 tokens, as --num-blocks says (3.12 GiB)"
+    )
+
+
+def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = replay([*SMALL, "--max-seq-len", "600"], tmp_path)
+    rejected = summary["rejected"]["exceeds_max_seq_len"]
+    assert 0 < rejected < 40
+    assert summary["finished"] == 40 - rejected
+    assert f"{rejected} rejected: exceeds_max_seq_len" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["synthetic", "--model", "llama-2-7bb"], "unknown model 'llama-2-7bb' (did you mean llama-2-7b?)"),
+        (["synthetic", "--gpu", "a100"], "unknown GPU 'a100' (did you mean a100-80gb?)"),
+        (
+            ["synthetic", "--gpu", "mine", "--tflops", "3"],
+            "gpu (mine) is no preset and needs bandwidth_tb_s, ",
+        ),
+        (["synthetic", "--gpu", "h200", "--mfu", "1.5"], "mfu (1.5) must be in (0, 1]"),
+        (["synthetic", "--policy", "lruu"], "policy (lruu) must be one of "),
+        (["synthetic", "--policy", "no_such_module:X"], "policy (no_such_module:X) cannot be imported: "),
+        (["synthetic", "--tokens-per-block", "48"], "tokens_per_block (48) must be a power of two"),
+        (["synthetic", "--watermark", "2"], "watermark (2.0) must be in [0, 1)"),
+        (["synthetic", "--num-blocks", "3"], "pool of 3 blocks of 64 tokens is smaller than one sequence "),
+        (
+            ["synthetic", "--model", "llama-2-70b"],
+            "weights (128.48 GiB) of llama-2-70b exceed the GPU's memory",
+        ),
+        (["synthetic", "--limit", "3"], "--limit needs a trace file: TRACE is synthetic"),
+        (
+            ["{here}/trace.csv", "--turns-mean", "2"],
+            "--turns-mean describes a synthetic workload, but TRACE is ",
+        ),
+        (["{here}/none.csv"], "none.csv: cannot be read: No such file or directory"),
+        (["{here}/trace.csv"], "trace.csv:1: header (when, tokens_in, tokens_out) must be that of one of "),
+        (["{here}/trace.csv", "--format", "azur"], "unknown trace format 'azur' (did you mean azure?)"),
+        (["{here}/trace.csv", *COLUMNS, "--limit", "0"], "limit (0) must be at least 1"),
+        (["--from-manifest", "{here}/none.json"], "none.json) cannot be read: No such file or directory"),
+        (["--from-manifest", "{here}/trace.csv"], "trace.csv) is not one that a replay wrote: "),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    tmp_path: Path, trace_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    given = [argument.format(here=tmp_path) for argument in arguments]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_is_named_or_skipped(
+    tmp_path: Path, trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = trace_file.read_text().splitlines()
+    lines[4] = "0.8,-3,9"
+    trace_file.write_text("\n".join(lines) + "\n")
+    assert main([str(trace_file), *COLUMNS, "--out", str(tmp_path / "out")]) == 2
+    assert "trace.csv:5: " in capsys.readouterr().err
+    summary = replay([str(trace_file), *COLUMNS, "--skip-bad"], tmp_path / "out")
+    assert summary["requests"] == 29
+    assert "1 malformed rows skipped" in capsys.readouterr().out
+
+
+def test_an_unwritable_folder_is_found_out_before_the_trace_is_read(
+    tmp_path: Path, trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "none.csv"), "--out", str(trace_file / "below")]) == 2
+    assert f"error: out ({trace_file / 'below'}) cannot be written: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--tokens-per-blok", "2"], ["--limit", "x"], []])
+def test_unknown_and_ill_typed_flags_exit_with_two(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    trace = ["t.csv", "--out", "o"] if flags else ["--out", "o"]
+    with pytest.raises(SystemExit) as caught:
+        main([*trace, *flags])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert {"--tokens-per-blok": "Perhaps you meant", "--limit": "--limit"}.get(
+        flags[0] if flags else "", "TRACE"
+    ) in said
+
+
+def test_an_interrupt_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sim.runner, "simulate", interrupted)
+    assert main([*SMALL, "--out", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr()
+    assert said.err == "interrupted: the result is not complete\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_publishing_leaves_no_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay(SMALL, tmp_path)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert main([*SMALL, "--out", str(tmp_path), "--no-figures"]) == 130
+    assert not (tmp_path / "summary.json").exists()
+    assert [path for path in tmp_path.iterdir() if "unfinished" in path.name] == []
+
+
+def test_a_rerun_replaces_the_earlier_result(tmp_path: Path) -> None:
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    summary = replay([*SMALL, "--num-requests", "30"], tmp_path)
+    assert summary["requests"] == 30
+    assert not list(tmp_path.glob("figures/*"))  # drawn of the earlier run: not beside the new summary
+    with ResultFolder(tmp_path) as folder:
+        assert folder.staging.is_dir()
+
+
+# ------------------------------------------------------------------ public traces
+
+
+def test_the_azure_code_trace(traces_dir: Path, tmp_path: Path) -> None:
+    trace = str(traces_dir / "azure-llm-2023" / "AzureLLMInferenceTrace_code.csv")
+    whole = replay([trace, "--max-seq-len", "16384"], tmp_path / "a")
+    assert (whole["finished"], whole["rejected"]) == (8819, {})
+    assert whole["internal_fragmentation"]["final"] == pytest.approx(0.0151, abs=0.0001)
+    short = replay([trace], tmp_path / "b")
+    assert (short["finished"], short["rejected"]) == (8819 - 3367, {"exceeds_max_seq_len": 3367})
+
+
+@pytest.mark.parametrize("tokens_per_block", [16, 128, 512, 1024])
+def test_the_mooncake_conversation_trace(traces_dir: Path, tmp_path: Path, tokens_per_block: int) -> None:
+    trace = str(traces_dir / "mooncake-fast25" / "conversation_trace.jsonl")
+    flags = ["--model", "llama-3-8b", "--gpu", "h100-80gb", "--max-seq-len", "131072", "--limit", "1000"]
+    summary = replay([trace, *flags, "--tokens-per-block", str(tokens_per_block)], tmp_path)
+    assert summary["finished"] == 1000
+    assert summary["hit_tokens"] > 0
