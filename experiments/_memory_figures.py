@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from experiments._serving import Recording
@@ -19,6 +19,9 @@ from sim.request import PS_PER_S
 
 if TYPE_CHECKING:
     from experiments.memory_savings import Comparison
+
+LEGEND_MARGIN = 1.25 / style.SLIDE[1]
+"""Room below the axes, as a share of the slide's height, for their labels and a legend."""
 
 LAYERS = {
     "tokens": (style.BLUE, "token state"),
@@ -61,9 +64,10 @@ def draw_over_time(comparison: Comparison) -> Figure:
         title = "The paged memory is larger than this workload needs: nobody waits for it"
     figure = style.slide(
         title,
-        f"{comparison.workload.name} lengths, all requests there from the start, {best.num_slots:,} slots; "
-        "percentages are token state, averaged while requests wait",
+        f"{comparison.workload.name}, all requests there from the start, {best.num_slots:,} slots; "
+        "percentages: token state, mean while requests wait",
     )
+    figure.subplots_adjust(bottom=LEGEND_MARGIN, wspace=0.07)
     panels = figure.subplots(1, len(recordings), sharex=True, sharey=True)
     for axes, recording in zip(panels, recordings, strict=True):
         layers = [_binned(recording, name, edges) for name in LAYERS]
@@ -71,6 +75,7 @@ def draw_over_time(comparison: Comparison) -> Figure:
         axes.set_title(recording.name, fontsize=14, fontweight="bold", loc="left")
         axes.set(xlim=(0, seconds[-1]), ylim=(0, 1))
         axes.grid(False)
+        axes.xaxis.set_major_locator(MaxNLocator(3, prune="upper"))
         share = recording.share("tokens")
         if not np.isfinite(share):
             continue
@@ -90,7 +95,7 @@ def draw_over_time(comparison: Comparison) -> Figure:
     panels[0].set_ylabel("share of the KV memory")
     panels[len(panels) // 2].set_xlabel("simulated time (s)")
     handles = [Patch(color=colour, label=label) for colour, label in LAYERS.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles))
     return figure
 
 
@@ -105,6 +110,8 @@ def draw_batched(comparisons: list[Comparison]) -> Figure:
         f"Paging batches {gains} as many requests as reserving the maximum",
         f"requests that run together in {comparisons[0].at_once[0].num_slots:,} slots, while others wait",
     )
+    width, _ = style.SLIDE
+    figure.subplots_adjust(left=1.75 / width, bottom=LEGEND_MARGIN, wspace=0.4)
     panels = np.atleast_1d(figure.subplots(1, len(comparisons)))
     marked = False
     for axes, comparison, row in zip(panels, comparisons, means, strict=True):
@@ -128,7 +135,7 @@ def draw_batched(comparisons: list[Comparison]) -> Figure:
         axes.set_yticks(places, names, fontsize=13)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
-        axes.margins(x=0.12)
+        axes.margins(x=0.16)
         prompt, output = comparison.workload.mean_tokens
         axes.set_title(
             f"{comparison.workload.name}: {prompt:.0f} tokens in, {output:.0f} out",
@@ -142,5 +149,5 @@ def draw_batched(comparisons: list[Comparison]) -> Figure:
         marker = Line2D(
             [], [], marker="^", markersize=10, color=style.VERMILLION, linestyle="none", label=label
         )
-        figure.legend(handles=[marker], loc="outside lower center")
+        figure.legend(handles=[marker], loc="lower center")
     return figure
