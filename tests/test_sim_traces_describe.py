@@ -74,15 +74,16 @@ def test_sharing_of_a_trace_small_enough_to_follow() -> None:
             request(4, [1, 2, 3, 5], 15, 16),  # hits all four: the output too
             request(5, [1, 2, 3, 5], 16, 16, salt="x"),  # another salt: nothing
             Request(6, 6 * S, 5, 5),  # without content
+            request(7, [1, 2, 3, 5], 9, 16),  # hits three; that its output is known already is no hit
         ]
     )
-    assert (found.prompt_chunks, found.hit_chunks) == (3 + 3 + 3 + 3 + 4 + 4, 2 + 3 + 4)
-    assert (found.prompt_tokens, found.hit_tokens) == (10 + 12 + 12 + 9 + 15 + 16, 8 + 9 + 15)
+    assert (found.prompt_chunks, found.hit_chunks) == (3 + 3 + 3 + 3 + 4 + 4 + 3, 2 + 3 + 4 + 3)
+    assert (found.prompt_tokens, found.hit_tokens) == (10 + 12 + 12 + 9 + 15 + 16 + 9, 8 + 9 + 15 + 9)
     assert found.distinct_chunks == 3 + 1 + 3 + 1 + 4
     assert found.reused_chunks == 4
-    assert (found.reuse_gaps_ps // S).tolist() == [1, 1, 2, 2, 3, 1, 1, 1, 1]
+    assert (found.reuse_gaps_ps // S).tolist() == [1, 1, 2, 2, 3, 1, 1, 1, 1, 3, 3, 3]
     # by hit: others between. Request 1: {12, 123}, {123, 1}; request 3: {12, 124, 2, 22, 223}, ...
-    assert found.reuse_distances.tolist() == [2, 2, 5, 5, 6, 3, 3, 3, 3]
+    assert found.reuse_distances.tolist() == [2, 2, 5, 5, 6, 3, 3, 3, 3, 7, 7, 7]
 
 
 def test_token_ids_are_compared_in_chunks() -> None:

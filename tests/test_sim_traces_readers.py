@@ -99,6 +99,18 @@ def test_bailian(tmp_path: Path) -> None:
     assert last[2] not in (1089, 1090, 1091, 1092)  # 40 tokens, two ids: nobody else's third chunk
 
 
+def test_bailian_sessions_may_begin_with_chat_0_and_unnamed_tails_all_differ(tmp_path: Path) -> None:
+    row = (
+        '{"chat_id": %d, "parent_chat_id": %d, "timestamp": %d, '
+        '"input_length": 17, "output_length": 1, "hash_ids": [5]}'
+    )
+    trace = read_trace(write(tmp_path, "\n".join(row % each for each in ((0, -1, 1), (7, 0, 2), (8, -1, 3)))))
+    assert [request.parent for request in trace] == [-1, 0, -1]
+    tails = [as_values(request)["chunk_ids"] for request in trace]
+    assert all(len(ids) == 2 and ids[0] == 5 for ids in tails)
+    assert len({ids[1] for ids in tails}) == 3
+
+
 def test_sharegpt(tmp_path: Path) -> None:
     trace = read_trace(write(tmp_path, SHAREGPT))
     assert trace.format == "sharegpt"
