@@ -130,14 +130,15 @@ bool Worker::run_block(uint64_t number) {
     block.index = {static_cast<unsigned>(number % spec.grid[0]),
                    static_cast<unsigned>(number / spec.grid[0] % spec.grid[1]),
                    static_cast<unsigned>(number / spec.grid[0] / spec.grid[1])};
-    block.exited = block.arrived = block.ready_warps = 0;
+    block.exited = block.arrived = block.spinning_warps = 0;
+    block_seconds = 0;
     memset(block.named, 0, sizeof block.named);
     block.random = spec.shuffled ? mixed(spec.seed ^ mixed(number)) | 1u : 0;
     for (unsigned w = 0; w < block.num_warps; w++) {
         const unsigned here = block.count - w * 32 < 32 ? block.count - w * 32 : 32;
         Warp& warp = warps[w];
         warp.alive = here == 32 ? 0xffffffffu : (1u << here) - 1;
-        warp.waiting = warp.active = warp.last = 0;
+        warp.waiting = warp.active = warp.spinning = 0;
         warp.lanes = lanes + w * 32;
         warp.ready = warp.alive;
     }

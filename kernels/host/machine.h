@@ -59,8 +59,10 @@ struct Warp {
     unsigned ready;    // can run
     unsigned alive;    // exist and have not exited
     unsigned waiting;  // in a warp operation
+    bool uniform;      // all of these in the same, with the same mask
+    const Lane* first_waiting;
     unsigned active;   // in __activemask
-    unsigned last;     // where the next search among spinning lanes starts
+    unsigned spinning;  // could run, but wait for another
     Lane* lanes;
     uint64_t value[32];
     uint64_t result[32];
@@ -80,6 +82,7 @@ struct RunningBlock : Block {
     unsigned count;  // threads
     unsigned exited;
     unsigned ready_warps;
+    unsigned spinning_warps;
     unsigned num_warps;
     unsigned arrived;  // at the barrier
     const Lane* first_arrived;
@@ -127,6 +130,7 @@ struct Worker {
     uint64_t progress = 0;
     uint64_t progress_seen = 0;
     double stuck_seconds = 0;
+    double block_seconds = 0;
     uint64_t switches = 0;
     uint64_t switches_seen = 0;
     uintptr_t code_base = 0;

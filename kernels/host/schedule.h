@@ -29,37 +29,44 @@ static inline unsigned first_bit_from(unsigned bits, unsigned start) {
     return (static_cast<unsigned>(__builtin_ctz(rotated)) + start) & 31u;
 }
 
-// Take the next lane to run, or null: of the warp `prefer`, from the lane behind `lane` on, if it has one ready. A
-// lane that spins gives way to the other warps first, for what it waits for may be theirs to do.
-static inline Lane* pick(RunningBlock& block, Warp* prefer, unsigned lane, bool give_way = false) {
+static inline void make_ready(RunningBlock& block, Warp* warp, unsigned lanes) {
+    if (!lanes) return;
+    warp->ready |= lanes;
+    block.ready_warps |= 1u << (warp - block.worker->warps);
+}
+
+static bool wake_spinning(RunningBlock& block) {
+    for (unsigned rest = block.spinning_warps; rest; rest &= rest - 1) {
+        Warp& warp = block.worker->warps[__builtin_ctz(rest)];
+        make_ready(block, &warp, warp.spinning);
+        warp.spinning = 0;
+    }
+    block.spinning_warps = 0;
+    return block.ready_warps != 0;
+}
+
+// Take the next lane to run, or null: of the warp `prefer`, from the lane behind `lane` on, if it has one ready. Lanes
+// that spin run again only when no other can, for what they wait for is another's to do.
+static inline Lane* pick(RunningBlock& block, Warp* prefer, unsigned lane) {
     Warp* warps = block.worker->warps;
     Warp* warp = prefer;
     unsigned start = lane + 1;
-    bool stay = warp && warp->ready && !give_way;
+    bool stay = warp && warp->ready;
     if (block.random) {
         const unsigned random = next_random(block);
         start = random;
         stay = stay && (random >> 5 & 3u) != 0;  // now and then, another warp goes first
     }
     if (!stay) {
-        if (!block.ready_warps) return nullptr;
-        const unsigned from = block.random ? next_random(block)
-                              : prefer     ? static_cast<unsigned>(prefer - warps) + give_way
-                                           : 0;
+        if (!block.ready_warps && !wake_spinning(block)) return nullptr;
+        const unsigned from = block.random ? next_random(block) : prefer ? static_cast<unsigned>(prefer - warps) : 0;
         warp = warps + first_bit_from(block.ready_warps, from);
-        if (!block.random && warp != prefer) start = give_way ? warp->last : 0;
+        if (!block.random && warp != prefer) start = 0;
     }
     const unsigned chosen = first_bit_from(warp->ready, start);
     warp->ready &= ~(1u << chosen);
-    warp->last = chosen + 1;
     if (!warp->ready) block.ready_warps &= ~(1u << (warp - warps));
     return warp->lanes + chosen;
-}
-
-static inline void make_ready(RunningBlock& block, Warp* warp, unsigned lanes) {
-    if (!lanes) return;
-    warp->ready |= lanes;
-    block.ready_warps |= 1u << (warp - block.worker->warps);
 }
 
 static inline void switch_lanes(Lane* from, Lane* to) {
@@ -123,15 +130,22 @@ static bool release_active(RunningBlock& block) {
 }
 
 // Run others until something makes `me` ready again.
-static inline void wait(RunningBlock& block, Lane* me, bool give_way = false) {
+static inline void wait(RunningBlock& block, Lane* me) {
     me->spins = 0;
     block.worker->switches++;
-    Lane* next = pick(block, me->warp, me->index, give_way);
+    Lane* next = pick(block, me->warp, me->index);
     if (__builtin_expect(!next, 0)) {
         if (release_active(block)) next = pick(block, me->warp, me->index);
         if (!next) report_deadlock(block);
     }
     if (next != me) switch_lanes(me, next);
+}
+
+// Let all the others run first.
+static inline void give_way(RunningBlock& block, Lane* me) {
+    me->warp->spinning |= 1u << me->index;
+    block.spinning_warps |= 1u << (me->warp - block.worker->warps);
+    wait(block, me);
 }
 
 }  // namespace cuda_host

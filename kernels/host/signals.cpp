@@ -17,14 +17,15 @@ void spin_point_slow(const char* name, Site site) {
     me->site = site;
     if (block.worker->stuck_seconds >= block.worker->launch->spec->spin_seconds)
         fail(*me, site, "%s: no thread of the block has got any further for %g s: a loop that never ends", name,
-             block.worker->stuck_seconds);
-    make_ready(block, me->warp, 1u << me->index);
-    wait(block, me, true);
+             block.worker->launch->spec->spin_seconds);
+    give_way(block, me);
 }
 
 void trap(const char* what, Site site) { fail(*current, site, "%s", what); }
 
-constexpr double TICK_SECONDS = 0.02;
+constexpr double TICK_SECONDS = 0.01;
+// A loop that passes barriers makes progress, as far as anyone can tell: it may last so many times longer.
+constexpr double BLOCK_LIMITS = 30;
 static int tick_signal() { return SIGRTMAX - 2; }
 
 // A worker's processor-time timer: find a block that makes no progress, and let others run where a lane neither
@@ -32,38 +33,35 @@ static int tick_signal() { return SIGRTMAX - 2; }
 static void tick(int, siginfo_t*, void* context) {
     Worker* worker = this_worker;
     if (!worker || !worker->in_lanes || !current) return;
-    const uint64_t progress = worker->progress;
     const double limit = worker->launch->spec->spin_seconds;
-    if (progress != worker->progress_seen) {
-        worker->progress_seen = progress;
-        worker->stuck_seconds = 0;
-        worker->switches_seen = worker->switches;
-        return;
-    }
-    worker->stuck_seconds += TICK_SECONDS;
+    worker->block_seconds += TICK_SECONDS;
+    worker->stuck_seconds = worker->progress == worker->progress_seen ? worker->stuck_seconds + TICK_SECONDS : 0;
+    worker->progress_seen = worker->progress;
     const bool switching = worker->switches != worker->switches_seen;
     worker->switches_seen = worker->switches;
+    const bool stuck = worker->stuck_seconds >= limit;
+    const bool endless = worker->block_seconds >= limit * BLOCK_LIMITS;
     // Only inside the kernel's own code is it safe to leave: no lock of the C library, nothing of this file half done.
     const auto address = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
-    if (address < worker->code_low || address >= worker->code_high || switching) return;
+    if (address < worker->code_low || address >= worker->code_high || !(stuck || endless || !switching))
+        return;
     Lane* const me = current;
     RunningBlock& block = *running();
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, tick_signal());
-    if (worker->stuck_seconds >= limit) {
+    if (stuck || endless) {
         pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
         worker->in_lanes = false;
         char message[256];
-        snprintf(message, sizeof message, "no thread of the block has got any further for %g s: a loop that never ends",
-                 worker->stuck_seconds);
+        snprintf(message, sizeof message, "%s for %g s: a loop that never ends",
+                 stuck ? "no thread of the block has got any further" : "the block has run", stuck ? limit : limit * BLOCK_LIMITS);
         record(*worker->launch, block, me->thread, Place{Site{nullptr, 0}, address, 0, 0}, message);
         switch_to_worker(me);
     }
-    if (!block.ready_warps) return;
+    if (!block.ready_warps && !block.spinning_warps) return;
     pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
-    make_ready(block, me->warp, 1u << me->index);
-    wait(block, me, true);
+    give_way(block, me);
 }
 
 // A fault of the processor while a lane runs is an error of the kernel, unless a sanitizer is there to say more.

@@ -77,6 +77,20 @@ static void complete(Warp& warp, Op op, unsigned mask, const char* name, Site si
     for (unsigned rest = mask; rest; rest &= rest - 1) warp.result[__builtin_ctz(rest)] = total;
 }
 
+// Return the lanes of `candidates`, which wait, that wait for what `me` now asks. The others of them may still be busy
+// with operations that `me` has no part in; one that waits for `me` in another operation waits for ever.
+static unsigned lanes_met(const Lane& me, unsigned candidates) {
+    unsigned met = 0;
+    for (unsigned rest = candidates; rest; rest &= rest - 1) {
+        const Lane& other = me.warp->lanes[__builtin_ctz(rest)];
+        if (other.mask == me.mask && other.op == me.op)
+            met |= rest & -rest;
+        else if (other.mask >> me.index & 1u)
+            fail(me, me.site, "%s (mask 0x%08x) meets another operation: %s", me.name, me.mask, describe(other).text);
+    }
+    return met;
+}
+
 uint64_t warp_op(Op op, unsigned mask, uint64_t value, int source, const char* name, Site site) {
     Lane* const me = current;
     Warp& warp = *me->warp;
@@ -89,11 +103,13 @@ uint64_t warp_op(Op op, unsigned mask, uint64_t value, int source, const char* n
     if (__builtin_expect(!(mask & bit) || (mask & ~warp.alive), 0)) bad_mask(*me, mask, name, site);
     warp.value[me->index] = value;
     warp.source[me->index] = static_cast<unsigned char>(source);
-    const unsigned met = warp.waiting & mask;
-    if (met) {
-        const Lane& other = warp.lanes[__builtin_ctz(met)];
-        if (__builtin_expect(other.mask != mask || other.op != op, 0))
-            fail(*me, site, "%s (mask 0x%08x) meets another operation: %s", name, mask, describe(other).text);
+    unsigned met = warp.waiting & mask;
+    if (warp.waiting == 0) {
+        warp.uniform = true;
+        warp.first_waiting = me;
+    } else if (!warp.uniform || warp.first_waiting->mask != mask || warp.first_waiting->op != op) {
+        warp.uniform = false;
+        met = lanes_met(*me, met);
     }
     if ((met | bit) != mask) {
         warp.waiting |= bit;
