@@ -337,6 +337,6 @@ class _Stretch:
             self._referenced_first,
             self._kv_tokens_first,
             len(plan.preempted),
-            int(plan.out_of_blocks),
+            self.steps if plan.out_of_blocks else 0,  # a prompt that waits for blocks waits through them all
             self._replica.newly_evicted(),
         )

@@ -61,9 +61,12 @@ class Job:
         return self.request.output_tokens - self.generated
 
     def final_blocks(self, tokens_per_block: int) -> int:
-        """Return how many blocks all its samples hold at the end, full blocks of the prompt shared."""
+        """Return how many blocks all its samples hold at the end, full blocks of the prompt shared.
+
+        Samples of one token are drawn when the prompt is computed, and share all of it.
+        """
         end = -(-self.final_tokens // tokens_per_block)
-        shared = self.request.prompt_tokens // tokens_per_block
+        shared = end if self.request.output_tokens == 1 else self.request.prompt_tokens // tokens_per_block
         return shared + self.samples * (end - shared)
 
     def __repr__(self) -> str:

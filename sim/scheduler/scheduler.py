@@ -113,7 +113,7 @@ class Scheduler:
         joined the batch; their blocks are given back.
         """
         finished: list[Job] = []
-        while self._ends and self._next_end() == self.batch.tick:
+        while self._decoding and self._next_end() == self.batch.tick:
             job = heappop(self._ends)[2]
             self._leave_batch(job)
             self._finish(job)
@@ -143,17 +143,30 @@ class Scheduler:
         batch, manager = self.batch, self.manager
         steps = self._next_end() - batch.tick
         if self._named and self._could_start_first():
-            steps = min(steps, batch.ticks_until_fill())
-        if steps <= 0 or manager.blocks_to_advance(batch, steps) <= manager.available_blocks:
+            # a block can be hit in the very step that fills it, so that step is not like this one
+            steps = min(steps, batch.ticks_until_fill() - 1)
+        available = manager.available_blocks
+        if steps <= 0 or self._most_blocks(steps) <= available:
             return steps
         enough, too_many = 0, steps
         while too_many - enough > 1:
             middle = (enough + too_many) // 2
-            if manager.blocks_to_advance(batch, middle) <= manager.available_blocks:
+            if self._most_blocks(middle) <= available:
                 enough = middle
             else:
                 too_many = middle
         return enough
+
+    def _most_blocks(self, steps: int) -> int:
+        """Return by how many blocks `steps` more steps of decoding may lessen what is available.
+
+        A named block that repeats what is cached takes one for itself, and keeps the cached one from eviction.
+        """
+        blocks = self.manager.blocks_to_advance(self.batch, steps)
+        if self._named:
+            filled = self.batch.growth(steps + 1) - self.batch.growth(1)
+            blocks += min(filled, self.manager.pool.num_evictable)
+        return blocks
 
     def _could_start_first(self) -> bool:
         """Return whether only blocks are lacking for the first waiting job."""
@@ -190,7 +203,9 @@ class Scheduler:
     def _room(self, job: Job, plan: Plan) -> int:
         """Return how many more tokens a prefilling job finds blocks for; if none, at the cost of later prompts.
 
-        Decoding jobs have their token for this step already, and will make room by finishing.
+        Decoding jobs have their token for this step already, and will make room by finishing. A job that is left
+        alone with too few blocks has computed what others cached before it, and keeps theirs beside its own: it is
+        preempted itself, and finds them when it starts again.
         """
         manager, sequence = self.manager, job.sequence
         assert sequence is not None
@@ -200,7 +215,11 @@ class Scheduler:
                 return capacity - sequence.num_tokens
             plan.out_of_blocks = True
             last = next(reversed(self.running))
-            if last is job or last in self._decoding:
+            if last in self._decoding:
+                return 0
+            if last is job:
+                if not (self.batch or plan.prefills):  # nobody else will make room: it holds blocks twice
+                    self._preempt_last(plan)
                 return 0
             self._preempt_last(plan)
 
@@ -313,7 +332,7 @@ class Scheduler:
             other.final_blocks(self.manager.tokens_per_block) - other.sequence.num_blocks
             for other in self.running
             if other.sequence
-        )
+        ) + self.manager.tables.copies_needed(self.batch.unready)  # of tails that samples still share
         self.waiting.appendleft(job)
         plan.preempted.append(job)
 

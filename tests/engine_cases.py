@@ -1,0 +1,281 @@
+"""Scenarios for the engine's tests: tiny workloads that collide, costs that are easy to follow, laws that hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import strategies as st
+from naive_engine import NaiveEngine, NaiveRun
+
+from allocator.config import BuildConfig, CacheConfig
+from sim.cost import StepBatch, StepCost
+from sim.engine import simulate
+from sim.records import RunResult
+from sim.request import Request
+from sim.scheduler.config import EngineConfig
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """A step takes `base`, and so much for each decoding sequence, each key, each prefill token."""
+
+    base: int = 10
+    sequence: int = 0
+    key: int = 0
+    prefill: int = 0
+    affine: bool = True
+    """Whether it says so, so that steps can be skipped."""
+
+    def step(self, batch: StepBatch) -> int:
+        if not batch.decode_sequences and not batch.prefills:
+            return 0
+        decode = self.sequence * batch.decode_sequences + self.key * batch.decode_context
+        return self.base + decode + self.prefill * sum(tokens for tokens, _ in batch.prefills)
+
+    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
+        return (self.base + self.sequence * decode_sequences, self.key) if self.affine else None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run, small enough to print."""
+
+    requests: Sequence[Request]
+    build: BuildConfig
+    num_blocks: int
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cost: StepCost = LinearCost()
+
+    def run(self, skipping: bool = True) -> RunResult:
+        """Run it on the real engine, and check what holds for every run."""
+        engine = dataclasses.replace(self.engine, event_skipping=skipping)
+        result = simulate(
+            self.requests, self.build, self.cache, engine, num_blocks=self.num_blocks, cost=self.cost
+        )
+        check_conservation(result, self)
+        return result
+
+    def naive(self) -> NaiveRun:
+        """Run it on the naive engine."""
+        args = (self.requests, self.build, self.cache, self.engine, self.num_blocks, self.cost)
+        return NaiveEngine(*args).simulate()
+
+    @property
+    def pool(self) -> tuple[int, int]:
+        """Return (blocks, tokens of each); without paging a block is a whole sequence."""
+        if self.build.enable_paged_kv_cache:
+            return self.num_blocks, self.build.tokens_per_block
+        length = self.build.max_seq_len
+        return self.num_blocks * self.build.tokens_per_block // length, length
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def assert_identical(one: RunResult, other: RunResult) -> None:
+    """Compare two runs bit for bit, wall time aside."""
+    for kind in ("requests", "timeline"):
+        ours, theirs = getattr(one, kind), getattr(other, kind)
+        assert list(ours) == list(theirs)
+        for name, column in ours.items():
+            assert column.dtype == theirs[name].dtype
+            np.testing.assert_array_equal(column, theirs[name], err_msg=f"{kind}.{name}")
+    np.testing.assert_array_equal(one.gaps_ps, other.gaps_ps)
+    assert one.cache == other.cache
+    assert one.lifetimes.keys() == other.lifetimes.keys()
+    for name, times in one.lifetimes.items():
+        np.testing.assert_array_equal(times.values_ps, other.lifetimes[name].values_ps)
+        np.testing.assert_array_equal(times.weights, other.lifetimes[name].weights)
+    assert (one.block_map is None) == (other.block_map is None)
+    if one.block_map is not None and other.block_map is not None:
+        np.testing.assert_array_equal(one.block_map.times_ps, other.block_map.times_ps)
+        np.testing.assert_array_equal(one.block_map.owners, other.block_map.owners)
+
+
+def assert_as_naive(result: RunResult, naive: NaiveRun) -> None:
+    """Compare the real engine's columns with what the naive one saw, request by request and step by step."""
+    for name in naive.requests[0] if naive.requests else ():
+        assert result.requests[name].tolist() == [row[name] for row in naive.requests], name
+    assert result.gaps_ps.tolist() == naive.gaps
+    assert {cause: blocks for cause, blocks in result.cache.miss_blocks.items() if blocks} == naive.misses
+    assert result.cache.evicted_blocks == naive.evicted
+
+    rows = result.timeline
+    names = naive.steps[0] if naive.steps else ()
+    steps = {name: np.array([step[name] for step in naive.steps], dtype=np.int64) for name in names}
+    last = np.cumsum(rows["steps"]) - 1
+    first = last - rows["steps"] + 1
+    assert len(naive.steps) == (last[-1] + 1 if last.size else 0)
+    for name, column in steps.items():
+        if name in ("preemptions", "out_of_block_steps", "evicted_blocks"):
+            expected = np.add.reduceat(column, first)
+        else:
+            expected = column[first if name == "start_ps" else last]
+        np.testing.assert_array_equal(rows[name], expected, err_msg=name)
+    for name in ("referenced_blocks", "kv_tokens") if names else ():
+        np.testing.assert_array_equal(rows[f"{name}_first"], steps[name][first], err_msg=f"{name}_first")
+    for row in range(last.size):
+        j = np.arange(rows["steps"][row])
+        durations = rows["first_step_ps"][row] + j * rows["step_increment_ps"][row]
+        at = slice(first[row], last[row] + 1)
+        np.testing.assert_array_equal(durations, steps["end_ps"][at] - steps["start_ps"][at])
+
+
+# ------------------------------------------------------------------ what holds for every run
+
+
+def check_conservation(result: RunResult, scenario: Scenario) -> None:
+    """Check what no run may break, from its columns alone."""
+    requests, rows = result.requests, result.timeline
+    finished = requests["status"] == "finished"
+    rejected = requests["status"] == "rejected"
+    assert (finished ^ rejected).all()
+    assert ((requests["reject_cause"] != "") == rejected).all()
+    for name in ("admit_ps", "first_token_ps", "finish_ps"):
+        assert (requests[name][rejected] == -1).all()
+    times = [requests[name][finished] for name in ("arrival_ps", "admit_ps", "first_token_ps", "finish_ps")]
+    for earlier, later in pairwise(times):
+        assert (earlier <= later).all()
+    parents = np.array([request.parent for request in scenario.requests], dtype=np.int64)
+    for turn in np.flatnonzero(finished & (parents >= 0)):
+        think_ps = scenario.requests[turn].think_ps
+        stated_ps = scenario.requests[turn].arrival_ps
+        ready_ps = requests["finish_ps"][parents[turn]] + think_ps
+        assert requests["arrival_ps"][turn] == max(stated_ps, ready_ps)
+
+    num_blocks, size = scenario.pool
+    prompt, output, samples = (
+        requests[n][finished] for n in ("prompt_tokens", "output_tokens", "num_samples")
+    )
+    hit_blocks = requests["hit_blocks"][finished]
+    assert (requests["hit_tokens"][finished] == hit_blocks * size).all()
+    assert (requests["hit_tokens"][finished] < prompt).all()
+    assert (requests["query_blocks"][finished] == -(-prompt // size)).all()
+    assert result.cache.hit_blocks == hit_blocks.sum()
+    missed = sum(result.cache.miss_blocks.values())
+    assert result.cache.query_blocks == hit_blocks.sum() + missed
+    tables = np.where(output == 1, 1, samples)
+    assert (requests["blocks"][finished] == tables * -(-(prompt + output - 1) // size)).all()
+
+    free, evictable, referenced = (rows[f"{s}_blocks"] for s in ("free", "evictable", "referenced"))
+    assert (free + evictable + referenced == num_blocks).all()
+    assert (np.minimum(np.minimum(free, evictable), referenced) >= 0).all()
+    assert (rows["kv_tokens"] <= referenced * size).all()
+    assert (rows["logical_tokens"] <= rows["logical_blocks"] * size).all()
+    assert (rows["running"] <= scenario.build.max_batch_size).all()
+    tokens = rows["decode_sequences"] + rows["prefill_tokens"]
+    assert (tokens <= scenario.build.max_num_tokens).all()
+
+    start, end, steps = rows["start_ps"], rows["end_ps"], rows["steps"]
+    assert (start[1:] >= end[:-1]).all()
+    first_ps, increment_ps = rows["first_step_ps"], rows["step_increment_ps"]
+    assert (end - start == steps * first_ps + increment_ps * (steps * (steps - 1) // 2)).all()
+    # Every token is sampled by a decode step or at the end of a prefill: a request's first, one for all samples,
+    # and one after each preemption of a job that had sampled some already; each of these leaves a gap.
+    decoded = (rows["decode_sequences"] * steps).sum()
+    assert decoded + result.gaps_ps.size == (samples * (output - 1)).sum()
+    assert (result.gaps_ps >= 0).all()
+    assert rows["preemptions"].sum() == requests["preemptions"].sum()
+    computed, cold = rows["prefill_tokens"].sum(), (prompt - requests["hit_tokens"][finished]).sum()
+    if not rows["preemptions"].any():
+        assert computed == cold
+        assert not requests["recomputed_tokens"].any()
+    else:  # what is recomputed counts up to the last token written, and what is then computed anew after it
+        preemptions = rows["preemptions"].sum()
+        assert cold <= computed + size * preemptions
+    assert result.cache.free_blocks + result.cache.evictable_blocks == num_blocks
+    assert result.cache.logical_blocks == result.cache.logical_tokens == result.cache.kv_tokens == 0
+
+
+# ------------------------------------------------------------------ strategies
+
+
+@st.composite
+def _requests(draw: st.DrawFn, longest: int) -> list[Request]:
+    """Requests whose prompts and outputs are much alike, most of them described in one and the same way."""
+    requests: list[Request] = []
+    arrival = 0
+    granularity = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    kind = draw(st.sampled_from(["chunks", "chunks", "chunks", "tokens"]))
+    for row in range(draw(st.integers(1, 7))):
+        arrival += draw(st.sampled_from([0, 0, 10, 15, 30, 200]))
+        prompt = draw(st.one_of(st.just(1), st.integers(1, longest)))
+        output = draw(st.one_of(st.just(1), st.integers(1, longest)))
+        named = prompt + draw(st.one_of(st.just(output), st.integers(0, output)))
+        fields: dict[str, object] = {}
+        content = draw(st.sampled_from([kind, kind, kind, kind, kind, "tokens", "unknown"]))
+        if content == "chunks":
+            ids = draw(_symbols(-(-named // granularity)))
+            fields = {"chunk_ids": np.array(ids, dtype=np.int64), "granularity": granularity}
+        elif content == "tokens":
+            fields = {"token_ids": np.array(draw(_symbols(named)), dtype=np.int32)}
+        if fields:
+            fields["named_tokens"] = named
+        requests.append(
+            Request(
+                request_id=row,
+                arrival_ps=arrival,
+                prompt_tokens=prompt,
+                output_tokens=output,
+                num_samples=draw(st.sampled_from([1, 1, 1, 2, 3])),
+                parent=draw(st.one_of(st.just(-1), st.just(-1), st.integers(-1, row - 1))),
+                think_ps=draw(st.sampled_from([0, 5, 50])),
+                salt=draw(st.sampled_from(["", "", "", "", "a"])),
+                **fields,  # type: ignore[arg-type]
+            )
+        )
+    return requests
+
+
+@st.composite
+def _symbols(draw: st.DrawFn, count: int) -> list[int]:
+    """A row of equal symbols, but for one at most: so that prefixes collide often, and part somewhere."""
+    symbols = [0] * count
+    if draw(st.sampled_from([False, False, True])):
+        symbols[draw(st.integers(0, count - 1))] = 1
+    return symbols
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    """Everything at once: a few requests that share content, in a pool that is hardly large enough."""
+    longest = draw(st.sampled_from([4, 8, 16]))
+    requests = draw(_requests(longest))
+    size = draw(st.sampled_from([1, 2, 4, 8]))
+    max_batch_size = draw(st.sampled_from([1, 2, 3, 8]))
+    build = BuildConfig(
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_batch_size + draw(st.sampled_from([0, 1, 3, 30])),
+        max_seq_len=draw(st.sampled_from([2 * longest, 2 * longest, longest + 2])),
+        enable_paged_kv_cache=draw(st.sampled_from([True] * 7 + [False])),
+        tokens_per_block=size,
+    )
+    needed = max(-(-(r.prompt_tokens + r.output_tokens - 1) // size) for r in requests)
+    if not build.enable_paged_kv_cache:
+        needed = -(-build.max_seq_len // size)
+    num_blocks = max(1, needed + draw(st.sampled_from([-1, 0, 0, 1, 2, 4, 8])) * bool(needed))
+    if not build.enable_paged_kv_cache:
+        num_blocks = max(num_blocks, needed)
+    engine = EngineConfig(
+        admission=draw(st.sampled_from(["guaranteed_no_evict", "max_utilization"])),
+        enable_chunked_prefill=draw(st.booleans()),
+        watermark=draw(st.sampled_from([0.0, 0.0, 0.2, 0.5])),
+        block_map_samples=draw(st.sampled_from([0, 3])),
+    )
+    cache = CacheConfig(
+        enable_block_reuse=draw(st.sampled_from([True, True, True, False])),
+        policy=draw(st.sampled_from(["lru", "fifo"])),
+    )
+    cost = LinearCost(
+        base=draw(st.sampled_from([10, 10, 3, 0])),
+        sequence=draw(st.sampled_from([0, 0, 1])),
+        key=draw(st.sampled_from([0, 0, 1])),
+        prefill=draw(st.sampled_from([0, 0, 1])),
+        affine=draw(st.sampled_from([True, True, True, False])),
+    )
+    return Scenario(requests, build, num_blocks, cache, engine, cost)

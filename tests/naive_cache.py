@@ -1,0 +1,216 @@
+"""A prefix cache written the naive way, a block at a time: what the naive engine keeps its sequences in."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from sim.request import Request
+
+Token = Hashable
+Name = tuple[str, tuple[Token, ...]]
+"""What a cached block says: the salt, and all tokens from the first to the block's last."""
+
+
+@dataclass(eq=False)
+class Block:
+    """One block of the pool. It is cached if it has a name, else private to the tables that hold it."""
+
+    name: Name | None = None
+    holders: int = 0
+    number: int = 0
+    """Cached as the so-and-so-manieth."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence: all samples of a request before they part, and one of them after."""
+
+    request: Request
+    samples: int
+    sample: int = 0
+    target: int = 0
+    generated: int = 0
+    tokens: int = 0
+    """Tokens that have a slot."""
+    table: list[Block] = field(default_factory=list)
+    path: list[Block] = field(default_factory=list)
+    """The cached block of each full block of the table: the same block, or the one that said so before."""
+    written: int = 0
+    preemptions: int = 0
+    recomputed: int = 0
+    copies: int = 0
+    hit_tokens: int = 0
+    computed: int = 0
+    """Tokens that were computed since the last admission until the prompt was complete."""
+    last_token_ps: int | None = None
+
+    @property
+    def final_tokens(self) -> int:
+        return self.request.prompt_tokens + self.request.output_tokens - 1
+
+    def story(self, length: int) -> tuple[Token, ...]:
+        """Return what its first `length` tokens say."""
+        return tuple(self._token(position) for position in range(length))
+
+    def _token(self, position: int) -> Token:
+        request = self.request
+        generated = position >= request.prompt_tokens
+        if position < request.named_tokens and not (generated and self.sample):
+            if request.token_ids is not None:
+                return ("token", int(request.token_ids[position]))
+            assert request.chunk_ids is not None
+            return (request.granularity, int(request.chunk_ids[position // request.granularity]))
+        return ("said", request.request_id, self.sample if generated else 0, position)
+
+
+@dataclass
+class Match:
+    """What a lookup found: the blocks hit, and the one that is cached but has to be computed again."""
+
+    hits: list[Block]
+    repeated: Block | None
+    misses: dict[str, int]
+
+
+class NaiveCache:
+    """Blocks, free and cached."""
+
+    def __init__(self, num_blocks: int, size: int, reuse: bool, policy: str) -> None:
+        self.num_blocks = self.free = num_blocks
+        self.size = size
+        self.reuse = reuse
+        self.policy = policy
+        self.cached: dict[Name, Block] = {}
+        self.idle: list[Block] = []  # cached and held by nobody, for the longest time first
+        self.ghosts: dict[Name, None] = {}  # evicted first, first
+        self.forgot = False
+        self.evicted = 0
+        self.numbers = 0
+
+    @property
+    def available(self) -> int:
+        return self.free + len(self.idle)
+
+    def blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.size)
+
+    def take(self) -> Block:
+        if not self.free:
+            self._evict()
+        self.free -= 1
+        return Block(holders=1)
+
+    def _evict(self) -> None:
+        parents = {(salt, tokens[: -self.size]) for salt, tokens in self.cached}
+        leaves = [block for block in self.idle if block.name not in parents]
+        block = leaves[0] if self.policy == "lru" else min(leaves, key=lambda leaf: leaf.number)
+        assert block.name is not None
+        self.idle.remove(block)
+        del self.cached[block.name]
+        self.ghosts[block.name] = None
+        while len(self.ghosts) > 16 * self.num_blocks:
+            del self.ghosts[next(iter(self.ghosts))]
+            self.forgot = True
+        self.free += 1
+        self.evicted += 1
+
+    def hold(self, block: Block) -> None:
+        if block in self.idle:
+            self.idle.remove(block)
+        block.holders += 1
+
+    def drop(self, block: Block) -> None:
+        block.holders -= 1
+        if block.holders == 0:
+            if block.name is None:
+                self.free += 1
+            else:
+                self.idle.append(block)
+
+    # ------------------------------------------------------------ what a job does with blocks
+
+    def write(self, job: Job, tokens: int) -> None:
+        """Take the blocks for `tokens` more tokens."""
+        job.tokens += tokens
+        while len(job.table) * self.size < job.tokens:
+            job.table.append(self.take())
+
+    def cache_full(self, job: Job) -> None:
+        """Name the blocks that have become full; where the content is cached already, hold that block as well."""
+        while self.reuse and (len(job.path) + 1) * self.size <= job.tokens:
+            at = len(job.path)
+            name = (job.request.salt, job.story((at + 1) * self.size))
+            if name in self.cached:
+                self.hold(self.cached[name])
+            else:
+                assert job.table[at].holders == 1
+                job.table[at].name = name
+                self.numbers += 1
+                job.table[at].number = self.numbers
+                self.cached[name] = job.table[at]
+                self.ghosts.pop(name, None)
+            job.path.append(self.cached[name])
+
+    def copy_shared_tail(self, job: Job) -> None:
+        """Give the job a copy of its last block if it is partly written and others hold it too."""
+        if job.tokens % self.size and job.table[-1].holders > 1:
+            self.drop(job.table[-1])
+            job.table[-1] = self.take()
+            job.copies += 1
+
+    def release(self, job: Job) -> None:
+        """Give everything back, the last block first."""
+        for at in reversed(range(len(job.table))):
+            if at < len(job.path):
+                self.drop(job.path[at])
+            if at >= len(job.path) or job.path[at] is not job.table[at]:
+                self.drop(job.table[at])
+
+    def share(self, job: Job, sample: int) -> Job:
+        """Return another sample of the same request that holds all that `job` holds."""
+        for block in {*job.table, *job.path}:
+            block.holders += 1
+        return Job(
+            job.request,
+            1,
+            sample,
+            target=job.target,
+            generated=job.generated,
+            tokens=job.tokens,
+            table=list(job.table),
+            path=list(job.path),
+        )
+
+    def lookup(self, job: Job, prefilling: Sequence[Job]) -> Match:
+        """Look the job's target up; `prefilling` are the jobs whose prompts are not complete."""
+        size, salt = self.size, job.request.salt
+        story = job.story(job.target)
+        names = [(salt, story[:end]) for end in range(size, len(story) + 1, size)]
+        live = 0
+        while live < len(names) and names[live] in self.cached:
+            live += 1
+        hits = min(live, (job.target - 1) // size)
+        misses = {"last_token": live - hits, "short_of_block": int(len(story) % size > 0)}
+        for name in names[live:]:
+            cause = self._cause(name, prefilling)
+            misses[cause] = misses.get(cause, 0) + 1
+        return Match(
+            [self.cached[name] for name in names[:hits]],
+            self.cached[names[hits]] if live > hits else None,
+            {cause: blocks for cause, blocks in misses.items() if blocks},
+        )
+
+    def _cause(self, name: Name, prefilling: Sequence[Job]) -> str:
+        salt, tokens = name
+        if not self.reuse:
+            return "cold"
+        if any(other != salt and (other, tokens) in self.cached for other, _ in self.cached):
+            return "isolated"
+        for job in prefilling:
+            prompt_blocks = job.target // self.size * self.size
+            if job.request.salt == salt and job.story(prompt_blocks)[: len(tokens)] == tokens:
+                return "in_flight"
+        if name in self.ghosts:
+            return "evicted"
+        return "unknown" if self.forgot else "cold"

@@ -1,0 +1,344 @@
+"""A serving engine written the naive way: the oracle for the one in sim/, with which it shares no code.
+
+It takes its steps one by one, keeps every block as an object of its own, names cached content by all the tokens
+that lead to it, and finds out by looking what the real engine keeps count of: who holds a block, which blocks have
+children, how many blocks the running jobs still need. Requests, configurations and the cost of a step are the real
+engine's, as plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from naive_cache import Block, Job, Match, NaiveCache
+
+from allocator.config import BuildConfig, CacheConfig
+from sim.cost import StepBatch, StepCost
+from sim.request import Request
+from sim.scheduler.config import EngineConfig
+
+
+@dataclass
+class NaiveRun:
+    """What happened: a dict for each request and each step, and the inter-token gaps around preemptions."""
+
+    requests: list[dict[str, object]]
+    steps: list[dict[str, int]] = field(default_factory=list)
+    gaps: list[int] = field(default_factory=list)
+    misses: dict[str, int] = field(default_factory=dict)
+    evicted: int = 0
+
+
+class NaiveEngine:
+    """Continuous batching, a step at a time."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        build: BuildConfig,
+        cache: CacheConfig,
+        engine: EngineConfig,
+        num_blocks: int,
+        cost: StepCost,
+    ) -> None:
+        self.build, self.engine, self.cost = build, engine, cost
+        size, reuse = build.tokens_per_block, cache.enable_block_reuse
+        if not build.enable_paged_kv_cache:
+            num_blocks, size, reuse = num_blocks * size // build.max_seq_len, build.max_seq_len, False
+        self.cache = NaiveCache(num_blocks, size, reuse, cache.policy)
+        self.reserved = int(engine.watermark * num_blocks)
+        self.requests = requests
+        self.due = [(request.arrival_ps, request.request_id) for request in requests if request.parent < 0]
+        self.samples_left = [request.num_samples for request in requests]
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []  # in the order of starting
+        self.prefilling: list[Job] = []
+        self.decoding: list[Job] = []  # in the order in which prompts were completed
+        self.run = NaiveRun([self._blank(request) for request in requests])
+
+    @staticmethod
+    def _blank(request: Request) -> dict[str, object]:
+        row: dict[str, object] = dict.fromkeys(("admit_ps", "first_token_ps", "finish_ps"), -1)
+        counters = ("query_blocks", "hit_blocks", "hit_tokens", "preemptions", "recomputed_tokens")
+        row.update(dict.fromkeys((*counters, "blocks", "cow_copies"), 0))
+        row.update(arrival_ps=request.arrival_ps, status="", reject_cause="")
+        return row
+
+    def simulate(self) -> NaiveRun:
+        """Run until all is done."""
+        now = 0
+        while True:
+            self._arrive(now)
+            if self.waiting or self.running:
+                now = self._step(now)
+            elif self.due:
+                now = min(self.due)[0]
+            else:
+                self.run.evicted = self.cache.evicted
+                return self.run
+
+    # ------------------------------------------------------------ arrivals
+
+    def _arrive(self, now: int) -> None:
+        while self.due and min(self.due)[0] <= now:
+            arrival, row = min(self.due)
+            self.due.remove((arrival, row))
+            self.run.requests[row]["arrival_ps"] = arrival
+            request = self.requests[row]
+            job = Job(request, request.num_samples, target=request.prompt_tokens)
+            cause = self._reject_cause(job)
+            if cause:
+                self._reject(request, cause)
+            else:
+                self.waiting.append(job)
+
+    def _reject_cause(self, job: Job) -> str:
+        request, build = job.request, self.build
+        if request.prompt_tokens + request.output_tokens > build.max_seq_len:
+            return "exceeds_max_seq_len"
+        if request.num_samples > build.max_batch_size:
+            return "exceeds_max_batch_size"
+        if request.prompt_tokens > build.max_num_tokens and not self.engine.enable_chunked_prefill:
+            return "exceeds_max_num_tokens"
+        if self.engine.admission == "guaranteed_no_evict":
+            least = self._final_blocks(job)
+        else:
+            least = self.cache.blocks_of(job.final_tokens)
+        return "exceeds_pool" if least > self.cache.num_blocks else ""
+
+    def _reject(self, request: Request, cause: str) -> None:
+        assert not self.run.requests[request.request_id]["status"]
+        self.run.requests[request.request_id].update(status="rejected", reject_cause=cause)
+        for turn in self.requests:
+            if turn.parent == request.request_id:
+                self._reject(turn, "follows_rejected")
+
+    # ------------------------------------------------------------ arithmetic of admission
+
+    def _final_blocks(self, job: Job) -> int:
+        """Return what all its samples hold at the end. With one token each, they never part."""
+        end = self.cache.blocks_of(job.final_tokens)
+        shared = job.request.prompt_tokens // self.cache.size
+        return end if job.request.output_tokens == 1 else shared + job.samples * (end - shared)
+
+    def _outstanding(self) -> int:
+        """Return the blocks that the running jobs will still take: growth, and copies of shared tails."""
+        tails = {job.table[-1] for job in self.running if job.tokens % self.cache.size}
+        growth = sum(self._final_blocks(job) - len(job.table) for job in self.running)
+        return growth + sum(block.holders - 1 for block in tails)
+
+    def _fits(self, job: Job, match: Match, chunk: int) -> bool:
+        cache, hits = self.cache, len(match.hits)
+        idle_hits = sum(block in cache.idle for block in match.hits)
+        if not self.running:
+            first = cache.blocks_of(hits * cache.size + chunk)
+            return first - hits + idle_hits <= cache.available
+        if self.engine.admission == "guaranteed_no_evict":
+            needed = self._final_blocks(job) + (match.repeated in cache.idle)
+            promised = self._outstanding()
+        else:
+            needed = cache.blocks_of(job.target)
+            promised = sum(cache.blocks_of(other.target) - len(other.table) for other in self.prefilling)
+        return needed - hits + idle_hits <= cache.available - promised - self.reserved
+
+    # ------------------------------------------------------------ a step
+
+    def _step(self, now: int) -> int:
+        cache = self.cache
+        evicted = cache.evicted
+        self._preempted = 0
+        self._short = False
+        self._decode(now)
+        prefills = self._continue_prefills(self.build.max_num_tokens - len(self.decoding), now)
+        if not self._preempted:
+            used = len(self.decoding) + sum(tokens for _, tokens in prefills)
+            prefills += self._admit(self.build.max_num_tokens - used, now)
+        batch = StepBatch(len(self.decoding), sum(job.tokens for job in self.decoding))
+        batch.prefills = [(tokens, job.tokens) for job, tokens in prefills]
+        end = now + self.cost.step(batch)
+        self.run.steps.append(
+            {
+                "start_ps": now,
+                "end_ps": end,
+                "running": len(self.running),
+                "waiting": len(self.waiting),
+                "decode_sequences": len(self.decoding),
+                "prefill_sequences": len(prefills),
+                "prefill_tokens": sum(tokens for _, tokens in prefills),
+                "preemptions": self._preempted,
+                "out_of_block_steps": int(self._short),
+                "evicted_blocks": cache.evicted - evicted,
+                **self._blocks(),
+            }
+        )
+        self._finish_step(prefills, end)
+        return end
+
+    def _blocks(self) -> dict[str, int]:
+        """Count what is in the pool by looking at every table."""
+        cache = self.cache
+        written: dict[Block, int] = {}
+        for job in self.running:
+            for at, block in enumerate(job.table):
+                slots = min(cache.size, job.tokens - at * cache.size)
+                written[block] = max(slots, written.get(block, 0))
+            written.update(dict.fromkeys(job.path, cache.size))
+        assert cache.free + len(cache.idle) + len(written) == cache.num_blocks
+        return {
+            "free_blocks": cache.free,
+            "evictable_blocks": len(cache.idle),
+            "referenced_blocks": len(written),
+            "logical_blocks": sum(len(job.table) for job in self.running),
+            "logical_tokens": sum(job.tokens for job in self.running),
+            "kv_tokens": sum(written.values()),
+        }
+
+    def _decode(self, now: int) -> None:
+        cache = self.cache
+        while self.decoding and self._blocks_to_decode() > cache.available:
+            self._short = True
+            self._preempt_last(now)
+        for job in self.decoding:
+            cache.copy_shared_tail(job)
+        for job in self.decoding:
+            cache.write(job, 1)
+        for job in self.decoding:
+            cache.cache_full(job)
+
+    def _blocks_to_decode(self) -> int:
+        size = self.cache.size
+        tails = {job.table[-1] for job in self.decoding if job.tokens % size}
+        starts = sum(job.tokens % size == 0 for job in self.decoding)
+        return starts + sum(block.holders - 1 for block in tails)
+
+    def _continue_prefills(self, budget: int, now: int) -> list[tuple[Job, int]]:
+        prefills: list[tuple[Job, int]] = []
+        for job in list(self.prefilling):
+            if job not in self.prefilling:
+                continue  # preempted for the sake of one before it
+            while (room := self._room(job)) == 0 and budget > 0:
+                self._short = True
+                last = self.running[-1]
+                alone = last is job and not self.decoding and not prefills
+                if last in self.decoding or (last is job and not alone):
+                    break
+                self._preempt_last(now)
+                if alone:
+                    return prefills
+            chunk = min(job.target - job.tokens, budget, room)
+            if chunk <= 0:
+                break
+            self._prefill(job, chunk)
+            prefills.append((job, chunk))
+            budget -= chunk
+        return prefills
+
+    def _room(self, job: Job) -> int:
+        return (len(job.table) + self.cache.available) * self.cache.size - job.tokens
+
+    def _prefill(self, job: Job, chunk: int) -> None:
+        job.computed += chunk
+        self.cache.write(job, chunk)
+        self.cache.cache_full(job)
+
+    def _admit(self, budget: int, now: int) -> list[tuple[Job, int]]:
+        prefills: list[tuple[Job, int]] = []
+        while self.waiting and budget > 0:
+            job = self.waiting[0]
+            branches = sum(other.samples for other in self.running)
+            match = self.cache.lookup(job, self.prefilling)
+            left = job.target - len(match.hits) * self.cache.size
+            chunk = min(left, budget)
+            whole = chunk == left or self.engine.enable_chunked_prefill or job.preemptions
+            if branches + job.samples > self.build.max_batch_size or not whole:
+                break
+            if not self._fits(job, match, chunk):
+                break
+            del self.waiting[0]
+            self._start(job, match, now)
+            self._prefill(job, chunk)
+            prefills.append((job, chunk))
+            budget -= chunk
+        return prefills
+
+    def _start(self, job: Job, match: Match, now: int) -> None:
+        size, row = self.cache.size, self.run.requests[job.request.request_id]
+        for block in match.hits:
+            self.cache.hold(block)
+        job.table, job.path = list(match.hits), list(match.hits)
+        job.tokens = job.hit_tokens = len(match.hits) * size
+        job.computed = 0
+        if job.preemptions:
+            job.recomputed += max(0, job.written - job.hit_tokens)
+        else:
+            row.update(
+                admit_ps=now,
+                query_blocks=self.cache.blocks_of(job.target),
+                hit_blocks=len(match.hits),
+                hit_tokens=job.hit_tokens,
+            )
+            for cause, blocks in match.misses.items():
+                self.run.misses[cause] = self.run.misses.get(cause, 0) + blocks
+        self.running.append(job)
+        self.prefilling.append(job)
+
+    def _preempt_last(self, now: int) -> None:
+        job = self.running.pop()
+        self._preempted += 1
+        job.preemptions += 1
+        job.written = job.tokens
+        job.target = job.request.prompt_tokens + job.generated
+        if job.generated and job.last_token_ps is None:
+            job.last_token_ps = now
+        (self.decoding if job in self.decoding else self.prefilling).remove(job)
+        self.cache.release(job)
+        job.table, job.path = [], []
+        self.waiting.insert(0, job)
+
+    def _finish_step(self, prefills: list[tuple[Job, int]], end: int) -> None:
+        for job in list(self.decoding):
+            job.generated += 1
+            if job.generated == job.request.output_tokens:
+                self.decoding.remove(job)
+                self._finish(job, end)
+        for job, _ in prefills:
+            if job.tokens == job.target:
+                self._finish_prefill(job, end)
+
+    def _finish_prefill(self, job: Job, end: int) -> None:
+        assert job.hit_tokens + job.computed == job.target
+        self.prefilling.remove(job)
+        job.generated += 1
+        if job.generated == 1:
+            self.run.requests[job.request.request_id]["first_token_ps"] = end
+        if job.last_token_ps is not None:
+            self.run.gaps.append(end - job.last_token_ps)
+            job.last_token_ps = None
+        if job.generated == job.request.output_tokens:
+            self._finish(job, end)
+            return
+        branches = [self.cache.share(job, sample) for sample in range(1, job.samples)]
+        job.samples = 1
+        self.running += branches
+        self.decoding += [job, *branches]
+
+    def _finish(self, job: Job, end: int) -> None:
+        row, request = self.run.requests[job.request.request_id], job.request
+        self.running.remove(job)
+        self.cache.release(job)
+        for name, value in (
+            ("preemptions", job.preemptions),
+            ("recomputed_tokens", job.recomputed),
+            ("blocks", len(job.table)),
+            ("cow_copies", job.copies),
+        ):
+            row[name] += value  # type: ignore[operator]
+        self.samples_left[request.request_id] -= job.samples
+        if self.samples_left[request.request_id]:
+            return
+        assert not row["status"]
+        row.update(status="finished", finish_ps=end)
+        for turn in self.requests:
+            if turn.parent == request.request_id:
+                self.due.append((max(turn.arrival_ps, end + turn.think_ps), turn.request_id))
