@@ -58,7 +58,7 @@ void on_abort(int) {
         say("cuda_host: at %u %u %u %u %u %u\n", block.x, block.y, block.z, thread.x, thread.y, thread.z);
         const auto* running = static_cast<cuda_host::RunningBlock*>(cuda_host::current_block);
         const cuda_host::SharedMemory& shared = running->worker->dynamic_shared;
-        say("cuda_host: region -1 %p %zu\n", static_cast<void*>(shared.begin), shared.bytes);
+        if (shared.bytes) say("cuda_host: region -1 %p %zu\n", static_cast<void*>(shared.begin), shared.bytes);
     }
     for (size_t i = 0; i < regions.size(); i++)
         say("cuda_host: region %zu %p %zu\n", i, static_cast<void*>(regions[i]), static_cast<size_t>(sizes[i]));
