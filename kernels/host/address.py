@@ -232,8 +232,8 @@ def _beside(distance: int, after: bool, name: str, size: int) -> str:
 
 def _place(text: str, address: int, regions: list[_Region]) -> str:
     """Return where `address` lies, in the caller's terms."""
-    if found := _GLOBAL.search(text):
-        distance, side, name, size = found.groups()
+    if variables := _GLOBAL.findall(text):
+        distance, side, name, size = min(variables, key=lambda found: int(found[0]))
         if side == "inside of":
             return f"across the end of {name} ({size} bytes)"
         return _beside(int(distance), side in ("to the right of", "after"), name, int(size))
