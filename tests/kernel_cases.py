@@ -23,11 +23,7 @@ from kernels.layout import CacheLayout
 from kernels.ops import attention as attention_ops
 from kernels.ops import cache as cache_ops
 from kernels.ops import launch as launch_ops
-
-NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-# Half a unit in the last place of 1: what rounding a result to the type may cost.
-UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+from kernels.tolerance import NUMPY_DTYPES, row_bounds
 
 # What a block table may hold past a sequence's blocks.
 GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 2**30, 7_777_777], np.int32)
@@ -54,9 +50,13 @@ BACKENDS = [
 ]
 
 
+# Where the property tests run: also, when asked for, on the CPU with every access checked.
+PROPERTY_BACKENDS = [*BACKENDS, pytest.param("address", marks=pytest.mark.slow)]
+
+
 def to_backend(array: np.ndarray[Any, Any], backend: str) -> Any:
     """Return the array where `backend` wants it, row strides kept; bfloat16 becomes uint16 bits on a GPU."""
-    if backend == "cpu":
+    if backend != "gpu":
         return array
     import cupy
 
@@ -91,10 +91,14 @@ def with_token_stride(array: np.ndarray[Any, Any], extra_heads: int) -> np.ndarr
 def launches(
     *,
     seed: int | None = None,
-    sanitize: str | None = None,
+    on: str = "cpu",
     load: Callable[..., Any] = kernels.compile.load,
 ) -> Iterator[None]:
-    """Let operations run with thread order `seed`, a sanitizer, kernels from `load`, workspaces full of NaN."""
+    """Let operations run with workspaces full of NaN, thread order `seed`, and kernels from `load`.
+
+    `on` is one of PROPERTY_BACKENDS: "address" adds the address sanitizer.
+    """
+    sanitize = "address" if on == "address" else None
 
     def load_seeded(file: str, constants: Any, *, backend: str = "auto") -> Any:
         module = load(file, constants, backend=backend, sanitize=sanitize)
@@ -158,15 +162,10 @@ def assert_rows_close(
     expected: np.ndarray[Any, Any],
     plain: np.ndarray[Any, Any],
 ) -> None:
-    """Check `[tokens, heads, dim]` row by row against float64, with the plain computation's error as the scale.
-
-    A row may be off by twice the plain error of that row (Dao et al.'s rule for FlashAttention), by the
-    rounding of its largest element, and by 1e-5. A batch-wide maximum would hide one wrong row among many.
-    """
+    """Check `[tokens, heads, dim]` row by row against float64, with the plain computation's error as the scale."""
     assert np.isfinite(out.astype(np.float64)).all(), "an output was not written, or read something poisoned"
     error = np.abs(out.astype(np.float64) - expected).max(-1)
-    plain_error = np.abs(plain.astype(np.float64) - expected).max(-1)
-    bound = 2 * plain_error + UNIT_ROUNDOFF[dtype] * np.abs(expected).max(-1) + 1e-5
+    bound = row_bounds(dtype, expected, plain)
     assert np.isfinite(bound).all(), "the plain computation overflowed: it bounds nothing"
     for row in np.argwhere(error > bound):
         raise AssertionError(f"row {tuple(row)}: error {error[tuple(row)]:.3g} above {bound[tuple(row)]:.3g}")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     BACKENDS,
-    NUMPY_DTYPES,
+    PROPERTY_BACKENDS,
     AttentionCase,
     Fault,
     Sizes,
@@ -32,6 +32,7 @@ from kernel_cases import (
 
 from kernels import ops, reference, specialise
 from kernels.layout import DTYPES, HEAD_DIMS, CacheLayout
+from kernels.tolerance import NUMPY_DTYPES
 
 # (dtype, head_dim, groups): every head tile, ragged ones, and groups of more than one tile.
 SPECIALISATIONS = [
@@ -70,7 +71,7 @@ def check_edges(
     run_decode(case, backend, num_splits=num_splits)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @pytest.mark.parametrize(("dtype", "head_dim", "groups"), SPECIALISATIONS)
 @given(data=st.data(), num_splits=st.sampled_from([None, 1, 2, 3, 7]), order=seeds)
 def test_decodes_like_the_reference(
@@ -83,7 +84,7 @@ def test_decodes_like_the_reference(
     order: int,
 ) -> None:
     sizes = data.draw(cache_sizes(groups=groups, max_queries=1, max_length=300))
-    with launches(seed=order):
+    with launches(seed=order, on=backend):
         run_decode(make_case(dtype, head_dim, sizes), backend, num_splits=num_splits)
 
 
@@ -229,7 +230,7 @@ def check_merge(
     assert_lse_close(to_host(device[3], "float32"), expected_lse, np.zeros(expected_lse.shape), head_dim)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @given(
     spec=st.sampled_from(
         [("float32", "float32", 80), ("float16", "float32", 128), ("bfloat16", "bfloat16", 64)]
@@ -254,7 +255,7 @@ def test_merges_like_the_reference(
     rng = np.random.default_rng(seed)
     lses = spread * rng.standard_normal((parts, tokens, heads))
     lses[rng.random(lses.shape) < empty_share] = -np.inf
-    with launches(seed=seed):
+    with launches(seed=seed, on=backend):
         check_merge(*spec, lses, seed, backend)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     BACKENDS,
-    NUMPY_DTYPES,
+    PROPERTY_BACKENDS,
     Fault,
     Sizes,
     assert_caught,
@@ -27,6 +27,7 @@ from kernel_cases import (
 
 from kernels import ops, reference
 from kernels.layout import DTYPES, HEAD_DIMS, CacheLayout
+from kernels.tolerance import NUMPY_DTYPES
 
 SPECIALISATIONS = [("float32", 80), ("float16", 128), ("bfloat16", 64)]
 
@@ -83,14 +84,14 @@ def copy_cases(draw: st.DrawFn) -> dict[str, Any]:
     return {"layout": layout, "copies": copies, "num_blocks": num_blocks, "seed": draw(seeds)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @given(case=copy_cases(), order=seeds)
 def test_copies_like_the_reference(backend: str, case: dict[str, Any], order: int) -> None:
-    with launches(seed=order):
+    with launches(seed=order, on=backend):
         check_copy(**case, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @given(
     spec=st.sampled_from(SPECIALISATIONS),
     sizes=cache_sizes(groups=[1], max_queries=1, max_length=70),
@@ -100,7 +101,7 @@ def test_copies_like_the_reference(backend: str, case: dict[str, Any], order: in
 def test_gathers_like_the_reference(
     backend: str, spec: tuple[str, int], sizes: Sizes, given_out: bool, order: int
 ) -> None:
-    with launches(seed=order):
+    with launches(seed=order, on=backend):
         check_gather(*spec, sizes, backend, given_out=given_out)
 
 

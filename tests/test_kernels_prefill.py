@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     BACKENDS,
+    PROPERTY_BACKENDS,
     AttentionCase,
     Fault,
     Sizes,
@@ -61,14 +62,14 @@ def check_edges(dtype: str, head_dim: int, group: int, *, backend: str = "cpu") 
     run_prefill(case, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @pytest.mark.parametrize(("dtype", "head_dim", "groups"), SPECIALISATIONS)
 @given(data=st.data(), order=seeds)
 def test_prefills_like_the_reference(
     backend: str, dtype: str, head_dim: int, groups: tuple[int, ...], data: st.DataObject, order: int
 ) -> None:
     sizes = data.draw(cache_sizes(groups=groups, max_queries=20, max_length=120))
-    with launches(seed=order):
+    with launches(seed=order, on=backend):
         run_prefill(make_case(dtype, head_dim, sizes), backend)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     BACKENDS,
-    NUMPY_DTYPES,
+    PROPERTY_BACKENDS,
     Fault,
     assert_caught,
     block_sizes,
@@ -25,6 +25,7 @@ from kernel_cases import (
 
 from kernels import ops, reference
 from kernels.layout import DTYPES, HEAD_DIMS, CacheLayout
+from kernels.tolerance import NUMPY_DTYPES
 
 SPECIALISATIONS = [("float32", 80), ("float16", 128), ("bfloat16", 64)]
 
@@ -75,10 +76,10 @@ def writes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @given(case=writes(), order=seeds)
 def test_writes_like_the_reference(backend: str, case: dict[str, Any], order: int) -> None:
-    with launches(seed=order):
+    with launches(seed=order, on=backend):
         check_write(**case, backend=backend)
 
 

@@ -6,10 +6,11 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math_constants.h>
 
 constexpr int WARP = 32;
 constexpr unsigned FULL_MASK = 0xffffffffu;
-constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+#define NEGATIVE_INFINITY (-CUDART_INF_F)
 
 // Load 16 bytes that some thread block may also write in this launch. `address` is a multiple of 16.
 __device__ __forceinline__ uint4 load16(const void* address) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import specialise
+from kernels.compile import Backend
 from kernels.layout import HEAD_DIMS, CacheLayout, dtype_name
 from kernels.ops import checks
 from kernels.ops.launch import MAX_GRID_YZ, Array, backend_of, blocks_to_fill, empty, launch
@@ -14,7 +15,7 @@ _MIN_TILES_PER_SPLIT = 4
 _MAX_SPLITS = 128
 
 
-def _outputs(backend: str, query: Array, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
+def _outputs(backend: Backend, query: Array, out: Array | None, lse: Array | None) -> tuple[Array, Array]:
     """Return the caller's output buffers, checked, or fresh ones."""
     if out is None:
         out = empty(backend, query.shape, query.dtype)
@@ -30,7 +31,7 @@ def _head_tiles(group: int, rows: int) -> int:
     return -(-group // rows)
 
 
-def _choose_splits(backend: str, blocks_per_split: int, max_keys: int, kv_tile: int) -> int:
+def _choose_splits(backend: Backend, blocks_per_split: int, max_keys: int, kv_tile: int) -> int:
     """Return how many parts to cut each context into, so that the device is full and no part is tiny.
 
     Lengths live on the device, so `max_keys` is what the block table can hold.
@@ -70,7 +71,7 @@ def paged_attention(
     group = checks.group_of(layout, num_heads)
     scale = checks.scale_or_default(layout, scale)
     table_stride = checks.block_tables(block_tables, num_seqs)
-    checks.integers("context_lens", context_lens, num_seqs, np.int32, "num_seqs")
+    checks.integers("context_lens", context_lens, (num_seqs,), np.int32, "num_seqs")
     checks.tables_cover(layout, block_tables, context_lens, int(pool.shape[0]))
     out, lse = _outputs(backend, query, out, lse)
     if num_seqs == 0:
@@ -151,9 +152,9 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = (int(extent) for extent in query.shape)
     group = checks.group_of(layout, num_heads)
     scale = checks.scale_or_default(layout, scale)
-    checks.integers("context_lens", context_lens, None, np.int32, "num_seqs")
+    checks.integers("context_lens", context_lens, (None,), np.int32, "num_seqs")
     num_seqs = int(context_lens.shape[0])
-    checks.integers("query_start", query_start, num_seqs + 1, np.int32, "num_seqs + 1")
+    checks.integers("query_start", query_start, (num_seqs + 1,), np.int32, "num_seqs + 1")
     checks.row_starts("query_start", query_start, num_tokens)
     table_stride = checks.block_tables(block_tables, num_seqs)
     checks.tables_cover(layout, block_tables, context_lens, int(pool.shape[0]))
@@ -226,7 +227,7 @@ def merge_attention(
 
 
 def _launch_merge(
-    backend: str, outs: Array, lses: Array, totals: Array | None, out: Array, lse: Array
+    backend: Backend, outs: Array, lses: Array, totals: Array | None, out: Array, lse: Array
 ) -> None:
     """Merge checked arrays; with `totals`, each part's log-sum-exp is lses + log(totals)."""
     num_parts, num_tokens, num_heads, head_dim = (int(extent) for extent in outs.shape)

@@ -29,7 +29,7 @@ def write_kv(
     num_tokens = int(key.shape[0])
     key_stride = checks.token_rows("key", key, None, layout.num_kv_heads, layout)
     value_stride = checks.token_rows("value", value, num_tokens, layout.num_kv_heads, layout)
-    checks.integers("slot_mapping", slot_mapping, num_tokens, np.int64, "num_tokens")
+    checks.integers("slot_mapping", slot_mapping, (num_tokens,), np.int64, "num_tokens")
     checks.slots(layout, slot_mapping, int(pool.shape[0]))
     if num_tokens == 0:
         return
@@ -63,9 +63,7 @@ def copy_blocks(layout: CacheLayout, pool: Array, copies: Array) -> None:
     """
     backend = backend_of(pool=pool, copies=copies)
     checks.pool(layout, pool)
-    if copies.ndim != 2 or copies.shape[1] != 3:
-        raise ValueError(f"copies {tuple(copies.shape)} must have the shape [num_copies, 3]")
-    checks.integers("copies", copies.reshape(-1), None, np.int32, "num_copies · 3")
+    checks.integers("copies", copies, (None, 3), np.int32, "num_copies, 3")
     checks.copy_list(layout, copies, int(pool.shape[0]))
     num_copies = int(copies.shape[0])
     if num_copies == 0:
@@ -106,11 +104,12 @@ def gather_kv(
     backend = backend_of(pool=pool, block_tables=block_tables, token_start=token_start)
     checks.pool(layout, pool)
     checks.layer(layout, layer)
-    num_seqs = int(token_start.shape[0]) - 1
-    checks.integers("token_start", token_start, max(1, num_seqs + 1), np.int32, "num_seqs + 1")
+    num_seqs = int(block_tables.shape[0])
     table_stride = checks.block_tables(block_tables, num_seqs)
+    checks.integers("token_start", token_start, (num_seqs + 1,), np.int32, "num_seqs + 1")
     checks.row_starts("token_start", token_start, None)
-    checks.tables_cover(layout, block_tables, token_start[1:] - token_start[:-1], int(pool.shape[0]))
+    if backend == "cpu":
+        checks.tables_cover(layout, block_tables, np.diff(token_start), int(pool.shape[0]))
     if out is None:
         shape = (int(token_start[-1]), layout.num_kv_heads, layout.head_dim)
         key, value = empty(backend, shape, pool.dtype), empty(backend, shape, pool.dtype)

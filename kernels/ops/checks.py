@@ -37,7 +37,7 @@ def _element(name: str, array: Array, dtype: str) -> None:
 
 
 def _aligned(name: str, array: Array) -> None:
-    if _address(array) % VECTOR_BYTES:
+    if array.size and _address(array) % VECTOR_BYTES:
         raise ValueError(f"{name} must start at a multiple of {VECTOR_BYTES} bytes")
 
 
@@ -86,9 +86,9 @@ def token_rows(
     return int(token) // layout.itemsize
 
 
-def integers(name: str, array: Array, length: int | None, dtype: Any, axes: str) -> None:
-    """Require a contiguous vector of `dtype` with `length` entries (None: any)."""
-    _shape(name, array, (length,), axes)
+def integers(name: str, array: Array, shape: tuple[int | None, ...], dtype: Any, axes: str) -> None:
+    """Require a C-contiguous array of `shape` (None: any extent) and exactly this integer `dtype`."""
+    _shape(name, array, shape, axes)
     if array.dtype != dtype:
         raise ValueError(f"{name} ({array.dtype}) must be {np.dtype(dtype)}")
     if not array.flags.c_contiguous:
@@ -109,7 +109,7 @@ def block_tables(array: Array, num_seqs: int) -> int:
 
 def tables_cover(layout: CacheLayout, tables: Array, lengths: Array, num_blocks: int) -> None:
     """On the host, require each sequence's blocks to be in its table's row and in the pool."""
-    if not isinstance(tables, np.ndarray) or lengths.size == 0:
+    if not isinstance(lengths, np.ndarray) or lengths.size == 0:
         return
     capacity = tables.shape[1] * layout.tokens_per_block
     low, high = int(lengths.min()), int(lengths.max())
@@ -187,7 +187,7 @@ def group_of(layout: CacheLayout, num_heads: int) -> int:
 def scale_or_default(layout: CacheLayout, scale: float | None) -> float:
     """Return `scale`, or 1 / sqrt(head_dim)."""
     if scale is None:
-        return layout.head_dim**-0.5
+        return 1.0 / math.sqrt(layout.head_dim)
     if not math.isfinite(scale):
         raise ValueError(f"scale ({scale}) must be finite")
     return float(scale)

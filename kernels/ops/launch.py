@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.compile import load
+from kernels.compile import Backend, load
 
 # A numpy.ndarray or a cupy.ndarray.
 Array = Any
@@ -21,7 +21,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 3
 _BLOCKS_ON_CPU = 8
 
 
-def backend_of(**arrays: Array) -> str:
+def backend_of(**arrays: Array) -> Backend:
     """Return "cpu" if all arrays are NumPy's, "gpu" if all are CuPy's on one device.
 
     Raises ValueError that names the first array which is neither, or lives elsewhere than the first one.
@@ -38,10 +38,10 @@ def backend_of(**arrays: Array) -> str:
     for name, place in where.items():
         if place != first:
             raise ValueError(f"{name} ({place}) must be on the same device as {first_name} ({first})")
-    return first.split()[0]
+    return "gpu" if first.startswith("gpu") else "cpu"
 
 
-def empty(backend: str, shape: Sequence[int], dtype: Any) -> Array:
+def empty(backend: Backend, shape: Sequence[int], dtype: Any) -> Array:
     """Return an uninitialised array on `backend`; kernels write every element that a caller may read."""
     if backend == "gpu":
         import cupy  # a GPU is optional
@@ -57,7 +57,7 @@ def _multiprocessors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
-def blocks_to_fill(backend: str) -> int:
+def blocks_to_fill(backend: Backend) -> int:
     """Return how many thread blocks keep the whole of the current device busy."""
     if backend == "gpu":
         import cupy
@@ -67,7 +67,7 @@ def blocks_to_fill(backend: str) -> int:
 
 
 def launch(
-    backend: str,
+    backend: Backend,
     kernel: str,
     constants: Mapping[str, int | bool | float | str],
     grid: tuple[int, int, int],
