@@ -160,7 +160,8 @@ class AddressModule(HostModule):
             if value is None:
                 body.append(struct.pack("<qQ", -1, 0))
             elif isinstance(value, int):
-                index = next(i for i, region in enumerate(regions) if region.low <= value <= region.high)
+                # The last region that starts at or before it: where one array ends, the next may begin.
+                index = max(i for i, region in enumerate(regions) if region.low <= value)
                 body.append(struct.pack("<qQ", index, value - regions[index].low))
             else:
                 body.append(struct.pack("<q", -1) + bytes(value).ljust(8, b"\0"))  # type: ignore[call-overload]
@@ -188,7 +189,7 @@ _FRAME = re.compile(r"^\s+#\d+ 0x[0-9a-f]+ in .*? (\S+):(\d+)(?::\d+)?$", re.MUL
 _UNDEFINED = re.compile(r"^(\S+?):(\d+):\d+: runtime error: (.*)$", re.MULTILINE)
 _ACCESS = re.compile(r"^(READ|WRITE) of size (\d+) at (0x[0-9a-f]+)", re.MULTILINE)
 _AT = re.compile(r"^cuda_host: at (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)$", re.MULTILINE)
-_REGION = re.compile(r"^cuda_host: region (-?\d+) (\S+) (\d+)$", re.MULTILINE)
+_REGION = re.compile(r"^cuda_host: region (-?\d+) (0x[0-9a-f]+) (\d+)$", re.MULTILINE)
 _GLOBAL = re.compile(
     r"is located (\d+) bytes (to the right of|to the left of|after|before|inside of) global variable '(\w+)'"
     r".* of size (\d+)"
