@@ -1,0 +1,719 @@
+"""State machines that fuzz a KV cache manager against a shadow of the pool. Needs hypothesis.
+
+    class MyPolicyMachine(AllocatorMachine):
+        policies = (MyPolicy,)
+
+    class MyManagerMachine(AllocatorMachine):
+        def make_manager(self, num_blocks, tokens_per_block, reuse): ...
+        def cached_blocks(self): ...
+        def snapshot(self): ...
+
+    TestMyPolicy = MyPolicyMachine.TestCase          # collected by pytest
+    print(run_machine(MyPolicyMachine, steps=10_000, seed=0))
+
+`AllocatorMachine` has every rule; `SharingMachine`, `ReuseMachine` and `BatchMachine` have those of one
+concern, and so find its bugs in fewer steps. Pools are tiny, prompts made of two symbols: everything collides.
+
+The oracles do not know how a manager works. They see which slots it returns, what its copy list says and what
+its tables name, and they compare with `allocator.shadow.ShadowKV`:
+
+    every running sequence reads exactly its own history, at every position, hits included
+    a lookup finds the longest cached prefix, and never the last token
+    OutOfBlocks comes exactly when more blocks are needed than are free or evictable, and changes nothing
+    copy lists can run in parallel; counters agree with a recount; nothing leaks
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from allocator.config import CacheConfig
+from allocator.content import TokenContent
+from allocator.eviction import POLICIES, EvictionPolicy, make_policy
+from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch
+from allocator.sequence import KVSequence
+from allocator.shadow import Prompt, PromptSpec, ShadowKV, State, Story
+
+MAX_LIVE = 8
+"""Sequences that run at once in a machine: more than a tiny pool feeds."""
+
+_prompts = st.builds(
+    PromptSpec,
+    kind=st.sampled_from(["runs", "tokens", "chunks", "unique"]),
+    symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    cut=st.integers(0, 4),
+    named=st.booleans(),
+    granularity=st.sampled_from([1, 2, 3, 4, 6, 8]),
+)
+_salts = st.sampled_from(["", "", "", "other"])
+_index = st.integers(0, MAX_LIVE - 1)
+_some = st.integers(1, 9)
+_token_bits = st.none() | st.integers(0, 15)
+
+
+@dataclass
+class Tally:
+    """What a run did: how often each operation happened, and what the manager had to do for it."""
+
+    steps: int = 0
+    programs: int = 0
+    operations: Counter[str] = field(default_factory=Counter)
+    evictions: int = 0
+    copies: int = 0
+    refusals: int = 0
+    hit_blocks: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rows = [("steps", self.steps), ("programs", self.programs), ("evictions", self.evictions)]
+        rows += [("copies", self.copies), ("refusals", self.refusals), ("hit blocks", self.hit_blocks)]
+        rows += [(f"  {name}", count) for name, count in sorted(self.operations.items())]
+        lines = [f"{name:<24}{count:>10,}" for name, count in rows]
+        return "\n".join([*lines, f"{'seconds':<24}{self.seconds:>10.1f}"])
+
+
+def _named(bits: int | None, count: int) -> list[int] | None:
+    return None if bits is None else [bits >> i % 4 & 1 for i in range(count)]
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """The manager under test, the shadow, the oracles, and the rules without which nothing happens."""
+
+    policies: ClassVar[Sequence[str | type[EvictionPolicy]]] = tuple(sorted(POLICIES))
+    tally: ClassVar[Tally] = Tally()
+
+    # ------------------------------------------------ what a subclass may replace
+
+    def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
+        """Return the manager under test."""
+        policy = self.policy if isinstance(self.policy, str) else "lru"
+        return KVCacheManager(
+            num_blocks,
+            tokens_per_block,
+            CacheConfig(enable_block_reuse=reuse, policy=policy),
+            policy=make_policy(policy) if isinstance(self.policy, str) else self.policy(),
+            ghost_blocks=self.ghosts,
+        )
+
+    def cached_blocks(self) -> set[int]:
+        """Return the blocks that a lookup could find, or that full blocks of running sequences are known by."""
+        return {block for extent in self.manager.index.extents() for block in extent.ids}
+
+    def snapshot(self) -> object:
+        """Return all that a refused call must leave as it was."""
+        manager = self.manager
+        return (
+            manager.stats(),
+            manager.pool.free_ids().tolist(),
+            list(manager.pool.limbo),
+            dict(manager.pool.shared),
+            len(manager.tables.copies),
+            [
+                (s, s.num_tokens, s.table[:], s.anchored, set(s.twins), s.history, s.batch is None)
+                for s in manager.sequences
+            ],
+            [(bytes(e.keys), e.ids[:], e.start, e.references) for e in manager.index.extents()],
+        )
+
+    # ------------------------------------------------ state
+
+    @initialize(
+        num_blocks=st.integers(3, 10),
+        tokens_per_block=st.sampled_from([1, 2, 4]),
+        reuse=st.sampled_from([True, True, True, False]),
+        policy=st.integers(0, 99),
+        ghosts=st.sampled_from([None, 0, 2]),
+    )
+    def start(
+        self, num_blocks: int, tokens_per_block: int, reuse: bool, policy: int, ghosts: int | None
+    ) -> None:
+        self.policy = self.policies[policy % len(self.policies)]
+        self.ghosts = ghosts
+        self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)
+        self.size = tokens_per_block
+        self.num_blocks = num_blocks
+        self.reuse = reuse
+        self.shadow = ShadowKV(tokens_per_block)
+        self.stories: dict[KVSequence, Story] = {}
+        self.prompts: list[Prompt] = []
+        self.waiting: list[tuple[Prompt, Hashable]] = []  # preempted
+        self.matches: list[tuple[Prompt, Hashable, PrefixMatch]] = []
+        self.batch = self.manager.batch()
+        self.writes: list[tuple[KVSequence, list[int], list[State]]] = []  # of the step being scheduled
+        self.hold = 0  # rules for which the step stays open
+        self.copies = self.copied_tokens = 0
+        self.queried_tokens = self.queried_blocks = self.hit_tokens = self.hit_blocks = 0
+        self.refusals = 0
+
+    def did(self, operation: str) -> None:
+        """Count an operation."""
+        self.tally.operations[operation] += 1
+
+    def live(self, index: int, allow: Callable[[KVSequence], bool] = lambda _: True) -> KVSequence | None:
+        """Return one of the running sequences that `allow` admits, or None."""
+        found = [sequence for sequence in self.stories if allow(sequence)]
+        return found[index % len(found)] if found else None
+
+    def complete(self, sequence: KVSequence) -> bool:
+        """Return whether a sequence's prompt is complete."""
+        story = self.stories[sequence]
+        return story.length >= story.prompt
+
+    def alone(self, sequence: KVSequence) -> bool:
+        """Return whether a sequence decodes by itself: prompt complete, in no batch."""
+        return self.complete(sequence) and sequence not in self.batch
+
+    # ------------------------------------------------ oracles
+
+    def flush(self) -> bool:
+        """Run the step that is being scheduled, the copies, then the writes; return whether there were copies."""
+        copies = [tuple(map(int, row)) for row in self.manager.pending_copies()]
+        sources, destinations = {c[0] for c in copies}, [c[1] for c in copies]
+        assert len(set(destinations)) == len(destinations), f"{copies} writes a block twice"
+        assert not sources & set(destinations), f"{copies} reads what it writes"
+        self.copies += len(copies)
+        self.copied_tokens += sum(valid for _, _, valid in copies)
+        self.shadow.copy([(source, destination, valid) for source, destination, valid in copies])
+        for _, slots, states in self.writes:
+            self.shadow.write(slots, states)
+        self.writes.clear()
+        return bool(copies)
+
+    def table(self, sequence: KVSequence) -> list[int]:
+        """Return a sequence's block table."""
+        return list(map(int, sequence.block_table))
+
+    def cached_states(self) -> dict[State, int]:
+        """Return which history each cached block ends. Only between steps."""
+        found: dict[State, int] = {}
+        for block in self.cached_blocks():
+            state = self.shadow.block(block)
+            assert state, f"block {block} is cached, but does not hold one prefix"
+            assert state not in found or not self.reuse, f"blocks {block} and {found[state]} cache the same"
+            found[state] = block
+        return found
+
+    def available(self) -> tuple[int, int]:
+        """Recount (free, evictable) from tables and content. Only between steps."""
+        tables = {block for sequence in self.stories for block in self.table(sequence)}
+        held = {state for story in self.stories.values() for state in story.full_states()}
+        cached = self.cached_blocks()
+        idle = [block for block in cached - tables if self.shadow.block(block) not in held]
+        return self.num_blocks - len(tables | cached), len(idle)
+
+    def longest_hit(self, prompt: Prompt, salt: Hashable) -> list[int]:
+        """Return the blocks that a lookup has to find. Only between steps."""
+        if not self.reuse:
+            return []
+        cached = self.cached_states()
+        states = self.shadow.states(salt, prompt.tokens[: prompt.num_tokens - 1])
+        blocks: list[int] = []
+        for state in states[self.size - 1 :: self.size]:
+            if state not in cached:
+                break
+            blocks.append(cached[state])
+        return blocks
+
+    def check_match(self, prompt: Prompt, salt: Hashable, match: PrefixMatch) -> None:
+        """Compare a fresh match with what is really there."""
+        assert match.query_blocks == -(-prompt.num_tokens // self.size)
+        assert match.hit_tokens == match.hit_blocks * self.size < prompt.num_tokens
+        assert match.hit_blocks + sum(match.miss_blocks.values()) == match.query_blocks
+        assert all(count > 0 for count in match.miss_blocks.values())
+        if not self.writes:
+            assert match.hit_blocks == len(self.longest_hit(prompt, salt)), "not the longest hit"
+
+    def copies_due(self, writers: Sequence[KVSequence]) -> tuple[int, int]:
+        """Return the fewest and the most copies that a write by these sequences can need.
+
+        A partly written last block has to be left while another table names it; of all the holders of one
+        that is not cached, the last may keep it. A cached one has to be left while other content hangs on it.
+        """
+        holders = Counter(block for s in self.stories for block in self.table(s))
+        cached = self.cached_blocks()
+        leaving: Counter[int] = Counter()
+        least = most = 0
+        for sequence in writers:
+            if sequence.num_tokens % self.size == 0:
+                continue
+            tail = self.table(sequence)[-1]
+            if tail not in cached:
+                leaving[tail] += 1
+            elif holders[tail] > 1 or self.has_heirs(tail, cached):
+                least, most = least + 1, most + 1
+            else:
+                most += 1  # remembered evicted content below may keep it in place
+        private = sum(count - (count == holders[block]) for block, count in leaving.items())
+        return least + private, most + private
+
+    def has_heirs(self, block: int, cached: set[int]) -> bool:
+        """Return whether cached blocks or running sequences build on what a cached block says."""
+        if not self.reuse:  # equal content is not shared, and forks are seen in the tables
+            return False
+        state = self.shadow.block(block)
+        if any(state in story.full_states() for story in self.stories.values()):
+            return True
+        return any(self.shadow.block_before(self.shadow.block(other)) == state for other in cached)
+
+    def refusing(self, least: int, most: int, call: Callable[[], Any]) -> Any:
+        """Call, expecting OutOfBlocks exactly if more is needed than there is; None if it was refused.
+
+        The number needed lies between `least` and `most`.
+        """
+        exact = not self.writes  # else the shadow does not know yet what is cached
+        available = sum(self.available()) if exact else 0
+        before = self.snapshot()
+        refused = None
+        try:
+            result = call()
+        except OutOfBlocks as error:
+            refused = error
+        if refused is None:
+            assert not exact or least <= available, f"{least} blocks out of {available}"
+            return result
+        self.refusals += 1
+        assert self.snapshot() == before, "a refused call changed something"
+        assert refused.needed > refused.available
+        if exact:
+            assert refused.available == available
+            assert least <= refused.needed <= most, f"{refused.needed} needed, not {least} to {most}"
+        return None
+
+    @invariant()
+    def check(self) -> None:
+        """Check everything that holds after every step."""
+        self.tally.steps += 1
+        if not hasattr(self, "manager"):
+            return
+        self.manager.check_invariants()
+        if self.hold:
+            self.hold -= 1
+        else:
+            if self.flush():
+                self.manager.check_invariants()
+            self.check_reads()
+        self.check_counters()
+
+    def check_reads(self) -> None:
+        """Let every sequence read all it said, and recount the blocks. Only between steps."""
+        for sequence, story in self.stories.items():
+            table = self.table(sequence)
+            assert sequence.num_tokens == story.length
+            assert len(table) == -(-story.length // self.size)
+            found = self.shadow.read(table, story.length)
+            assert found == story.states, f"{sequence} reads the KV of other tokens"
+        self.cached_states()
+        stats = self.manager.stats()
+        assert (stats.free_blocks, stats.evictable_blocks) == self.available()
+        assert stats.in_transfer_blocks == 0
+        assert (stats.cow_copies, stats.cow_tokens) == (self.copies, self.copied_tokens)
+
+    def check_counters(self) -> None:
+        """Compare the counters with a recount."""
+        stats = self.manager.stats()
+        blocks = [
+            stats.free_blocks,
+            stats.evictable_blocks,
+            stats.referenced_blocks,
+            stats.in_transfer_blocks,
+        ]
+        assert sum(blocks) == stats.num_blocks == self.num_blocks
+        assert self.manager.available_blocks == stats.free_blocks + stats.evictable_blocks
+        tables = {sequence: self.table(sequence) for sequence in self.stories}
+        assert stats.logical_blocks == sum(map(len, tables.values()))
+        assert stats.logical_tokens == sum(story.length for story in self.stories.values())
+        written = {
+            block * self.size + i: None
+            for sequence, table in tables.items()
+            for p, block in enumerate(table)
+            for i in range(min(self.size, self.stories[sequence].length - p * self.size))
+        }
+        held = self.num_blocks - sum(blocks[:2]) - blocks[3]
+        assert len(written) <= stats.kv_tokens <= held * self.size
+        if held == len({slot // self.size for slot in written}) and not self.cached_blocks() & {
+            table[-1] for s, table in tables.items() if self.stories[s].length % self.size
+        }:
+            assert stats.kv_tokens == len(written)
+        assert (stats.query_tokens, stats.query_blocks) == (self.queried_tokens, self.queried_blocks)
+        assert (stats.hit_tokens, stats.hit_blocks) == (self.hit_tokens, self.hit_blocks)
+        assert sum(stats.miss_blocks.values()) == self.queried_blocks - self.hit_blocks
+
+    def teardown(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        self.flush()
+        stats = self.manager.stats()
+        tally = self.tally
+        tally.programs += 1
+        tally.evictions += stats.evicted_blocks
+        tally.copies += stats.cow_copies
+        tally.hit_blocks += stats.hit_blocks
+        tally.refusals += self.refusals
+        for sequence in list(self.stories):
+            self.manager.release(sequence)
+        self.manager.check_invariants()
+        stats = self.manager.stats()
+        assert stats.free_blocks + stats.evictable_blocks == self.num_blocks, "blocks leaked"
+        assert stats.logical_blocks == stats.logical_tokens == stats.kv_tokens == 0
+
+    # ------------------------------------------------ the life of a sequence
+
+    def admit_prompt(
+        self,
+        prompt: Prompt,
+        salt: Hashable,
+        chunk: int,
+        match: PrefixMatch | None = None,
+        readmission: bool = False,
+    ) -> bool:
+        """Admit a prompt with `chunk` tokens (or what is left) beyond its hits; return whether it ran."""
+        if len(self.stories) >= MAX_LIVE:
+            return False
+        found = self.manager.lookup(prompt.content, salt)
+        self.check_match(prompt, salt, found)
+        if match is not None and self.manager.is_current(match):
+            assert match.hit_blocks == found.hit_blocks
+            assert match.miss_blocks == found.miss_blocks
+            assert match.evictable_blocks == found.evictable_blocks
+        chunk = min(chunk, prompt.num_tokens - found.hit_tokens)
+        needed = -(-(found.hit_tokens + chunk) // self.size) - found.hit_blocks
+        if not self.writes:  # hits that nobody holds are no longer available
+            tables = {block for sequence in self.stories for block in self.table(sequence)}
+            held = {state for story in self.stories.values() for state in story.full_states()}
+            hits = self.longest_hit(prompt, salt)
+            needed += sum(b not in tables and self.shadow.block(b) not in held for b in hits)
+        else:
+            needed += found.evictable_blocks
+        fits = self.manager.can_admit(found, chunk)
+        sequence = self.refusing(
+            needed,
+            needed,
+            lambda: self.manager.admit(prompt.content, chunk, match, salt, readmission=readmission),
+        )
+        assert (sequence is not None) == fits, "can_admit does not tell what admit does"
+        if sequence is None:
+            return False
+        assert sequence.hit_tokens == found.hit_tokens
+        if not readmission:
+            self.queried_tokens += prompt.num_tokens
+            self.queried_blocks += found.query_blocks
+            self.hit_tokens += found.hit_tokens
+            self.hit_blocks += found.hit_blocks
+        story = Story(self.shadow, salt, list(prompt.tokens), prompt.num_tokens)
+        self.stories[sequence] = story
+        story.say(found.hit_tokens)
+        self.note(sequence, self.manager.prefill_slots(sequence).tolist(), story.say(chunk))
+        return True
+
+    def note(self, sequence: KVSequence, slots: list[int], states: list[State]) -> None:
+        """Remember what a step is going to write where."""
+        assert len(slots) == len(states)
+        assert all(0 <= slot < self.num_blocks * self.size for slot in slots)
+        self.writes.append((sequence, slots, states))
+
+    def end_step_of(self, sequence: KVSequence) -> None:
+        """Let the step run first if `sequence` takes part in it: what is scheduled cannot be taken back."""
+        if any(sequence is writer for writer, _, _ in self.writes):
+            self.flush()
+
+    @rule(prompt=_prompts, salt=_salts, chunk=_some)
+    def admit(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
+        """Admit a new prompt."""
+        made = prompt.make(self.size)
+        self.prompts = [*self.prompts[-7:], made]
+        if self.admit_prompt(made, salt, 2 * chunk):
+            self.did("admit")
+
+    @precondition(lambda self: self.prompts)
+    @rule(index=_index, salt=_salts, chunk=_some)
+    def admit_again(self, index: int, salt: str, chunk: int) -> None:
+        """Admit a prompt that was seen before."""
+        if self.admit_prompt(self.prompts[index % len(self.prompts)], salt, 2 * chunk):
+            self.did("admit again")
+
+    @precondition(lambda self: not all(self.complete(s) for s in self.stories))
+    @rule(index=_index, count=_some)
+    def extend(self, index: int, count: int) -> None:
+        """Prefill the next chunk of a prompt."""
+        sequence = self.live(index, lambda s: not self.complete(s))
+        if sequence is None:
+            return
+        story = self.stories[sequence]
+        count = min(count, story.prompt - story.length)
+        growth = -(-(story.length + count) // self.size) - len(self.table(sequence))
+        least, most = self.copies_due([sequence])
+        slots = self.refusing(growth + least, growth + most, lambda: self.manager.extend(sequence, count))
+        if slots is not None:
+            self.note(sequence, slots.tolist(), story.say(count))
+            self.did("extend")
+
+    def append_to(self, sequences: Sequence[KVSequence], count: int, bits: int | None) -> bool:
+        """Append to some sequences, or to the batch; return whether they advanced."""
+        if any(not isinstance(s.content(), TokenContent) for s in sequences):
+            bits = None
+        named = _named(bits, count)
+        tokens = None if named is None else [named] * len(sequences)
+        growth = sum(-(-(s.num_tokens + count) // self.size) - len(self.table(s)) for s in sequences)
+        least, most = self.copies_due(sequences)
+        slots = self.refusing(
+            growth + least, growth + most, lambda: self.manager.append(sequences, tokens, count)
+        )
+        if slots is None:
+            return False
+        rows = np.reshape(slots, (len(sequences), count)).tolist()
+        for sequence, row in zip(sequences, rows, strict=True):
+            self.note(sequence, row, self.stories[sequence].say(count, named))
+        return True
+
+    @precondition(lambda self: any(self.alone(s) for s in self.stories))
+    @rule(chosen=st.integers(1, 2**MAX_LIVE - 1), count=st.integers(1, 5), bits=_token_bits)
+    def append(self, chosen: int, count: int, bits: int | None) -> None:
+        """Decode some of the sequences that are in no batch, the later ones first every other time."""
+        ready = [s for s in self.stories if self.alone(s)]
+        sequences = [s for i, s in enumerate(ready) if chosen >> i & 1] or ready[:1]
+        if chosen & 1:
+            sequences.reverse()
+        if sequences and self.append_to(sequences, count, bits):
+            self.did("append")
+
+    @precondition(lambda self: self.stories)
+    @rule(index=_index)
+    def release(self, index: int) -> None:
+        """End a sequence."""
+        sequence = self.live(index)
+        if sequence is not None:
+            self.end_step_of(sequence)
+            self.manager.release(sequence)
+            del self.stories[sequence]
+            self.did("release")
+
+    @precondition(lambda self: not self.hold and len(self.stories) > 1)
+    @rule(rules=st.integers(2, 6))
+    def hold_step(self, rules: int) -> None:
+        """Keep the step open for some rules: copies and writes wait."""
+        self.hold = rules + 1
+        self.did("hold step")
+
+    @precondition(lambda self: self.stories)
+    @rule(index=_index)
+    def misuse(self, index: int) -> None:
+        """Ask for what must be refused as bad input."""
+        sequence = self.live(index)
+        assert sequence is not None
+        manager, story = self.manager, self.stories[sequence]
+        left = story.prompt - story.length
+        calls: list[Callable[[], object]] = [
+            lambda: manager.extend(sequence, max(left, 0) + 1),
+            lambda: manager.append([sequence, sequence]),
+            lambda: manager.truncate(sequence, story.length + 1),
+            lambda: manager.reorder_beams([sequence], [1]),
+        ]
+        if left > 0 or sequence in self.batch:
+            calls.append(lambda: manager.append([sequence]))
+        before = self.snapshot()
+        for call in calls:
+            try:
+                call()
+            except ValueError:
+                continue
+            raise AssertionError("bad input was accepted")
+        assert self.snapshot() == before, "a refused call changed something"
+        self.did("misuse")
+
+
+class ReuseRules(ManagerMachine):
+    """Hits across requests: matches that grow stale, preempted sequences that come back."""
+
+    @rule(prompt=_prompts, again=_index, salt=_salts)
+    def lookup(self, prompt: PromptSpec, again: int, salt: str) -> None:
+        """Look a prompt up and keep the match for later."""
+        made = (
+            self.prompts[again % len(self.prompts)] if self.prompts and again % 4 else prompt.make(self.size)
+        )
+        before = self.snapshot()
+        match = self.manager.lookup(made.content, salt)
+        assert self.snapshot() == before, "a lookup changed something"
+        self.check_match(made, salt, match)
+        self.matches = [*self.matches[-3:], (made, salt, match)]
+        self.did("lookup")
+
+    @precondition(lambda self: self.matches)
+    @rule(index=_index, chunk=_some)
+    def admit_with_match(self, index: int, chunk: int) -> None:
+        """Admit with a match that may be stale by now."""
+        prompt, salt, match = self.matches[index % len(self.matches)]
+        if self.admit_prompt(prompt, salt, 2 * chunk, match):
+            self.did("admit with a match")
+
+    @precondition(lambda self: self.stories)
+    @rule(index=_index)
+    def preempt(self, index: int) -> None:
+        """Release a sequence that is to be computed again."""
+        sequence = self.live(index)
+        if sequence is not None:
+            self.end_step_of(sequence)
+            story = self.stories.pop(sequence)
+            prompt = story.resumed(sequence.content())
+            self.manager.release(sequence)
+            self.waiting = [*self.waiting[-3:], (prompt, story.salt)]
+            self.prompts = [*self.prompts[-7:], prompt]
+            self.did("preempt")
+
+    @precondition(lambda self: self.waiting)
+    @rule(chunk=_some)
+    def readmit(self, chunk: int) -> None:
+        """Admit the sequence preempted last again."""
+        prompt, salt = self.waiting[-1]
+        if self.admit_prompt(prompt, salt, 3 * chunk, readmission=True):
+            self.waiting.pop()
+            self.did("readmit")
+
+
+class SharingRules(ManagerMachine):
+    """Tables that share blocks: fork, beam search, truncation."""
+
+    def forked(self, parent: KVSequence, children: list[KVSequence]) -> None:
+        """Note the children of a fork."""
+        for child in children:
+            self.stories[child] = self.stories[parent].fork()
+
+    @precondition(lambda self: 0 < len(self.stories) < MAX_LIVE)
+    @rule(index=_index, n=st.integers(1, 3))
+    def fork(self, index: int, n: int) -> None:
+        """Fork a sequence."""
+        sequence = self.live(index)
+        if sequence is None or len(self.stories) == MAX_LIVE:
+            return
+        n = min(n, MAX_LIVE - len(self.stories))
+        self.flush()
+        self.forked(sequence, self.manager.fork(sequence, n))
+        self.did("fork")
+
+    @precondition(lambda self: len(self.stories) > 1)
+    @rule(index=_index, width=st.integers(2, 4), parents=st.lists(_index, min_size=4, max_size=4))
+    def reorder_beams(self, index: int, width: int, parents: list[int]) -> None:
+        """Let beams of equal length go on from others, all in the batch or none."""
+        one = self.live(index, self.complete)
+        if one is None:
+            return
+        story = self.stories[one]
+        beams = [
+            s
+            for s in self.stories
+            if s.num_tokens == one.num_tokens
+            and (s in self.batch) == (one in self.batch)
+            and self.complete(s)
+            and self.stories[s].salt == story.salt
+        ][:width]
+        chosen = [parent % len(beams) for parent in parents[: len(beams)]]
+        self.flush()
+        stories = [self.stories[beams[parent]].fork() for parent in chosen]
+        self.manager.reorder_beams(beams, chosen)
+        for i, (beam, heir) in enumerate(zip(beams, stories, strict=True)):
+            if chosen[i] != i:
+                self.stories[beam] = heir
+        self.did("reorder beams")
+
+    @precondition(lambda self: any(self.alone(s) for s in self.stories))
+    @rule(index=_index, keep=st.integers(1, 24))
+    def truncate(self, index: int, keep: int) -> None:
+        """Forget the last tokens of a sequence."""
+        sequence = self.live(index, self.alone)
+        if sequence is None:
+            return
+        story = self.stories[sequence]
+        length = 1 + keep % story.length
+        if length == story.length:
+            return
+        self.flush()
+        self.manager.truncate(sequence, length)
+        story.truncate(length)
+        self.did("truncate")
+
+
+class BatchRules(ManagerMachine):
+    """Sequences that decode in lockstep."""
+
+    @precondition(lambda self: any(self.alone(s) for s in self.stories))
+    @rule(index=_index)
+    def join(self, index: int) -> None:
+        """Let a sequence join the batch."""
+        sequence = self.live(index, self.alone)
+        if sequence is not None:
+            self.batch.add(sequence)
+            self.did("join")
+
+    @precondition(lambda self: len(self.batch) > 0)
+    @rule(index=_index)
+    def leave(self, index: int) -> None:
+        """Take a sequence out of the batch."""
+        sequence = self.live(index, lambda s: s in self.batch)
+        if sequence is not None:
+            self.batch.remove(sequence)
+            self.did("leave")
+
+    @precondition(lambda self: len(self.batch) > 0)
+    @rule(count=st.integers(1, 6), bits=_token_bits)
+    def append_batch(self, count: int, bits: int | None) -> None:
+        """Decode the whole batch for a step or several."""
+        if self.append_to(self.batch, count, bits):
+            self.did("append batch")
+
+
+class ReuseMachine(ReuseRules):
+    """Prefix reuse and eviction."""
+
+
+class SharingMachine(SharingRules):
+    """Fork, beams, truncation, copy-on-write."""
+
+
+class BatchMachine(BatchRules, SharingRules):
+    """Batches, and the copies that their members need."""
+
+
+class AllocatorMachine(ReuseRules, SharingRules, BatchRules):
+    """Everything at once."""
+
+
+def run_machine(
+    machine: type[ManagerMachine], steps: int, seed_: int = 0, *, steps_per_program: int = 80
+) -> Tally:
+    """Run programs of a machine, without shrinking, until `steps` steps are done; return what they did.
+
+    The same seed runs the same programs. A failure is raised as it was found.
+    """
+    tally = Tally()
+    began = time.perf_counter()
+    counted = type(machine.__name__, (machine,), {"tally": tally})
+    while tally.steps < steps:
+        programs = min(max(1, (steps - tally.steps) // (steps_per_program + 1)), 500)
+        run_state_machine_as_test(
+            seed(seed_ + tally.steps)(counted),
+            settings=settings(
+                max_examples=programs,
+                stateful_step_count=steps_per_program,
+                deadline=None,
+                database=None,
+                phases=(Phase.generate,),
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    tally.seconds = time.perf_counter() - began
+    return tally
