@@ -133,6 +133,24 @@ def test_content_is_shared_by_system_prompt_and_by_session_only() -> None:
     assert with_system / len(first_turns) == pytest.approx(0.7, abs=0.1)
 
 
+def test_outputs_are_named_only_where_a_turn_repeats_them() -> None:
+    # no pauses and far between: only the last session can be cut off by the number of requests
+    config = WorkloadConfig(
+        num_requests=200,
+        requests_per_s=0.01,
+        think_s_mean=0.0,
+        turns_mean=6.0,
+        user_tokens_max=500,
+        output_tokens_max=300,
+        session_tokens_max=1000,
+    )
+    rows = generate(config).requests
+    followed = {request.parent for request in rows}
+    ended = [request for request in rows[:-1] if request.request_id not in followed]
+    assert sum(request.parent >= 0 for request in ended) > 10
+    assert all(request.named_tokens == request.prompt_tokens for request in ended)
+
+
 def test_single_prompts_share_nothing() -> None:
     content = describe(generate(WorkloadConfig(num_requests=50)))["content"]
     assert content["hit_rate_chunks"] == 0
