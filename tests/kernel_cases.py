@@ -416,11 +416,14 @@ class Fault:
         (target / self.file).write_text(source.replace(self.old, self.new))
 
         @functools.cache
-        def compiled(file: str, constants: tuple[tuple[str, Any], ...], backend: str) -> Any:
+        def compiled(
+            file: str, constants: tuple[tuple[str, Any], ...], backend: str, sanitize: str | None
+        ) -> Any:
             return kernels.compile.compile_source(
                 (target / file).read_text(),
                 constants=dict(constants),
                 backend=backend,  # type: ignore[arg-type]
+                sanitize=sanitize,
                 name=file,
                 include_dirs=[target],
             )
@@ -428,7 +431,7 @@ class Fault:
         def load(file: str, constants: Any, *, backend: Any, sanitize: str | None) -> Any:
             if self.file not in sources_of(file):
                 return kernels.compile.load(file, constants, backend=backend, sanitize=sanitize)
-            return compiled(file, tuple(constants.items()), backend)
+            return compiled(file, tuple(constants.items()), backend, sanitize)
 
         return load
 

@@ -31,6 +31,7 @@ from kernel_cases import (
 )
 
 from kernels import ops, reference, specialise
+from kernels.compile import KernelError
 from kernels.layout import DTYPES, HEAD_DIMS, CacheLayout
 from kernels.tolerance import NUMPY_DTYPES
 
@@ -332,6 +333,15 @@ def test_the_battery_passes_without_a_fault() -> None:
 @pytest.mark.parametrize("fault", DECODE_FAULTS, ids=str)
 def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
     assert_caught(fault, tmp_path, battery)
+
+
+def test_a_read_past_the_block_table_is_located(tmp_path: Path) -> None:
+    fault = Fault("tables are read past their blocks", STAGES, "if (position < end) {", "if (true) {")
+    case = make_case("float32", 64, Sizes((64,), (1,), group=4, tokens_per_block=16))
+    case.block_tables = np.ascontiguousarray(case.block_tables[:, :4])
+    message = r"attention\.cuh.*past the end of block_tables"
+    with launches(on="address", load=fault.plant(tmp_path)), pytest.raises(KernelError, match=message):
+        run_decode(case, "cpu", num_splits=1)
 
 
 def test_refuses_in_one_line() -> None:

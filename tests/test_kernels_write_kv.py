@@ -24,6 +24,7 @@ from kernel_cases import (
 )
 
 from kernels import ops, reference
+from kernels.compile import KernelError
 from kernels.layout import DTYPES, HEAD_DIMS, CacheLayout
 from kernels.tolerance import NUMPY_DTYPES
 
@@ -128,6 +129,14 @@ def test_the_battery_passes_without_a_fault() -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
     assert_caught(fault, tmp_path, battery)
+
+
+def test_a_write_before_the_pool_is_located(tmp_path: Path) -> None:
+    fault = Fault("negative slots are written", WRITE, "slot < 0", "slot < -1")
+    layout = CacheLayout("float16", 1, 1, 128, 1)
+    message = r"kernel write_kv, block \(1, 0, 0\), .*: writes .* before the start of pool"
+    with launches(on="address", load=fault.plant(tmp_path)), pytest.raises(KernelError, match=message):
+        check_write(layout, 0, np.array([0, -1], np.int64), num_blocks=1)
 
 
 def refused(message: str, **change: Any) -> None:
