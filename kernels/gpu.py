@@ -11,9 +11,6 @@ import numpy as np
 from kernels.signature import Signature, check_count, check_dimensions, convert_scalar, parse_signatures
 from kernels.toolkit import cuda_include_dirs, find_includes
 
-DEFAULT_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory that a kernel may use without asking the driver first."""
-
 
 def compiler_options(include_dirs: Sequence[Path] = ()) -> tuple[str, ...]:
     """Return NVRTC's options for the project's kernels; CuPy adds the architecture and -ftz=true."""
@@ -91,6 +88,7 @@ class GpuModule:
         function = self._functions.get(kernel)
         if function is None:
             function = self._functions[kernel] = self._module.get_function(kernel)
-        if shared_bytes > max(DEFAULT_SHARED_BYTES, function.max_dynamic_shared_size_bytes):
+        # A kernel may use 48 KiB unless the driver is asked for more.
+        if shared_bytes > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
         function(grid, block, converted, shared_mem=shared_bytes)

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (file, dict(values)) for file, values in known if not options.files or file in options.files
         ]
         jobs = [(file, values, arch) for file, values in chosen for arch in options.arch]
-        width = max(len(_describe(values)) for _, values in chosen)
+        width = max(len("constants"), *(len(_describe(values)) for _, values in chosen))
         print(
             f"{'kernel':<18}{'constants':<{width + 2}}{'arch':<8}{'registers':>9}{'spills B':>10}{'shared B':>10}"
         )
