@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sim import style as look
 from sim.block_map import block_map
 from sim.distributions import Ints
-from sim.metrics import Latencies, int_column, summarise
+from sim.metrics import Latencies, int_column, latency_figures
 from sim.quantities import rough_percent_text, seconds_text
 from sim.records import RunResult
 from sim.request import PS_PER_S
@@ -202,7 +202,7 @@ def latency(result: RunResult, engine: EngineConfig) -> Figure:
 
     The percentiles are the exact ones of the summary; only the curves are thinned.
     """
-    times, figures = Latencies.of(result), summarise(result, engine)
+    times, figures = Latencies.of(result), latency_figures(result)
     gaps, weights = _gap_points(result)
     tpot = times.tpot_s()
     curves = [

@@ -87,6 +87,18 @@ def inter_token_gaps(result: RunResult) -> Progressions:
     return within + Progressions.plain(result.gaps_ps.astype(np.int64))
 
 
+def latency_figures(result: RunResult) -> dict[str, dict[str, float | None]]:
+    """Return mean, percentiles and maximum of TTFT, TPOT, ITL, end-to-end and queueing time, in seconds."""
+    times = Latencies.of(result)
+    return {
+        "ttft_s": Progressions.plain(times.ttft).summary(PS_PER_S),
+        "tpot_s": _float_summary(times.tpot_s()),
+        "itl_s": inter_token_gaps(result).summary(PS_PER_S),
+        "e2e_s": Progressions.plain(times.e2e).summary(PS_PER_S),
+        "queue_s": Progressions.plain(times.queue).summary(PS_PER_S),
+    }
+
+
 def _float_summary(ascending: NDArray[np.float64]) -> dict[str, float | None]:
     """Return mean, nearest-rank p50, p90, p99 and max of sorted floats; the mean by exactly rounded sum."""
     count = ascending.size
@@ -117,7 +129,9 @@ class _Stretches:
         steps = int_column(rows, "steps")
         duration = int_column(rows, "end_ps") - int_column(rows, "start_ps")
         first, increment = int_column(rows, "first_step_ps"), int_column(rows, "step_increment_ps")
-        w1 = np.where(steps > 1, steps * (3 * first + (2 * steps - 1) * increment), 0)
+        w1 = steps * (
+            3 * first + (2 * steps - 1) * increment
+        )  # of a single step, any share: its ends are equal
         return cls(duration, 6 * duration - w1, w1)
 
     def integral(self, at_first: Ints, at_last: Ints) -> float:
@@ -236,7 +250,6 @@ def summarise(
                                    of the cache's blocks: from filled to evicted, from last use to evicted,
                                    from last use to next hit
     """
-    latencies = Latencies.of(result)
     requests, cache = result.requests, result.cache
     done = finished_mask(result)
     ends = int_column(result.timeline, "end_ps")
@@ -266,13 +279,9 @@ def summarise(
         "prompt_tokens": exact_sum(int_column(requests, "prompt_tokens")[done]),
         "output_tokens": output_tokens,
         "throughput_tokens_per_s": output_tokens / (span_ps / PS_PER_S) if span_ps else None,
-        "ttft_s": Progressions.plain(latencies.ttft).summary(PS_PER_S),
-        "tpot_s": _float_summary(latencies.tpot_s()),
-        "itl_s": inter_token_gaps(result).summary(PS_PER_S),
-        "e2e_s": Progressions.plain(latencies.e2e).summary(PS_PER_S),
-        "queue_s": Progressions.plain(latencies.queue).summary(PS_PER_S),
+        **latency_figures(result),
         "slo": {"ttft_s": engine.slo_ttft_s, "tpot_s": engine.slo_tpot_s},
-        "goodput": _goodput(latencies, int(done.size), span_ps, engine),
+        "goodput": _goodput(Latencies.of(result), int(done.size), span_ps, engine),
         "hit_tokens": int(cache.hit_tokens),
         "hit_rate_tokens": cache.hit_tokens / cache.query_tokens if cache.query_tokens else None,
         "hit_rate_blocks": cache.hit_blocks / cache.query_blocks if cache.query_blocks else None,

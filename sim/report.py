@@ -116,7 +116,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def print_report(run: Run, summary: dict[str, Any], paths: list[Path]) -> None:
     """Print the summary table, and where the results are, on stdout."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False)  # names may hold brackets
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -125,4 +125,4 @@ def print_report(run: Run, summary: dict[str, Any], paths: list[Path]) -> None:
     console.print(table)
     folder = paths[-1].parent
     names = ", ".join(sorted({str(path.relative_to(folder)) for path in paths}))
-    console.print(f"\nwritten to {folder}: {names}", soft_wrap=True, markup=False)
+    console.print(f"\nwritten to {folder}: {names}", soft_wrap=True)
