@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from allocator.config import BuildConfig, CacheConfig, ModelSpec
+from experiments import kernel_replay
 from sim import style as look
 from sim.command_line import parse_dataclass, run_command
 from sim.export import ResultFolder
@@ -183,6 +184,18 @@ def demo(arguments: list[str]) -> None:
     wall_s = time.perf_counter() - began
     drawn = "comparison.png, and " if options.figures else ""
     print(f"\n{wall_s:.1f} s in all. Results in {options.out}: {drawn}a folder for each block size.")
+    print(kernel_line())
+
+
+def kernel_line() -> str:
+    """Execute a small schedule with the CUDA kernels, on a GPU or the CPU, and return the verdict in one line.
+
+    Raises WrongOutputError if an attention output is wrong.
+    """
+    try:
+        return kernel_replay.run(kernel_replay.Config()).last_line
+    except RuntimeError as error:  # no compiler, or no CUDA headers: everything above works without
+        return f"kernels: not checked: {error}"
 
 
 if __name__ == "__main__":

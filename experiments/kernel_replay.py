@@ -137,7 +137,8 @@ def shrunk(request: Request, factor: int) -> Request:
 
 
 def run(config: Config) -> Outcome:
-    """Replay, execute and check. Raises WrongOutputError at the first wrong output, ValueError for bad input."""
+    """Replay, execute and check. Raises WrongOutputError at the first wrong output, ValueError for bad
+    input, RuntimeError where kernels cannot be compiled or run."""
     for name in ("requests", "shrink", "layers", "heads", "kv_heads"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} ({getattr(config, name)}) must be at least 1")
@@ -205,6 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse_dataclass(Config, "python -m experiments.kernel_replay", given)
         try:
             print_outcome(run(config), Console())
+        except RuntimeError as error:  # no compiler, no CUDA headers, no GPU, or a kernel that failed
+            raise ValueError(str(error)) from None
         except WrongOutputError as error:
             wrong.append(error)
             print(f"wrong output: {error}", file=sys.stderr)
