@@ -523,6 +523,9 @@ class KVCacheManager:
                 block, rest = sequence.table[-1], len(sequence.table) * size - sequence.num_tokens
                 if rest and not self.tables.tail_is_cached(sequence):
                     least[block] = min(least.get(block, size), rest)
+            for sequence in self.sequences:  # one that was truncated can end in what is another's full twin
+                for position in sequence.twins:
+                    least.pop(sequence.table[position], None)
             unwritten = sum(least.values())
         return pool.num_referenced * size - unwritten
 
