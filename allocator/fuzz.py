@@ -151,7 +151,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.reuse = reuse
         self.shadow = ShadowKV(tokens_per_block)
         self.stories: dict[KVSequence, Story] = {}
-        self.prompts: list[Prompt] = []
+        self.prompts: list[Prompt] = []  # to be admitted again
+        self.known: dict[int, Prompt] = {}  # all of them, by the id of the content
         self.waiting: list[tuple[Prompt, Hashable]] = []  # preempted
         self.matches: list[tuple[Prompt, Hashable, PrefixMatch]] = []
         self.batch = self.manager.batch()
@@ -164,6 +165,12 @@ class ManagerMachine(RuleBasedStateMachine):
     def did(self, operation: str) -> None:
         """Count an operation."""
         self.tally.operations[operation] += 1
+
+    def learn(self, prompt: Prompt) -> Prompt:
+        """Remember a prompt, so that it can be admitted again."""
+        self.prompts = [*self.prompts[-7:], prompt]
+        self.known[id(prompt.content)] = prompt
+        return prompt
 
     def live(self, index: int, allow: Callable[[KVSequence], bool] = lambda _: True) -> KVSequence | None:
         """Return one of the running sequences that `allow` admits, or None."""
@@ -435,8 +442,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(prompt=_prompts, salt=_salts, chunk=_some)
     def admit(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
         """Admit a new prompt."""
-        made = prompt.make(self.size)
-        self.prompts = [*self.prompts[-7:], made]
+        made = self.learn(prompt.make(self.size))
         if self.admit_prompt(made, salt, 2 * chunk):
             self.did("admit")
 
@@ -543,9 +549,8 @@ class ReuseRules(ManagerMachine):
     @rule(prompt=_prompts, again=_index, salt=_salts)
     def lookup(self, prompt: PromptSpec, again: int, salt: str) -> None:
         """Look a prompt up and keep the match for later."""
-        made = (
-            self.prompts[again % len(self.prompts)] if self.prompts and again % 4 else prompt.make(self.size)
-        )
+        old = self.prompts and again % 4
+        made = self.prompts[again % len(self.prompts)] if old else self.learn(prompt.make(self.size))
         before = self.snapshot()
         match = self.manager.lookup(made.content, salt)
         assert self.snapshot() == before, "a lookup changed something"
@@ -569,10 +574,9 @@ class ReuseRules(ManagerMachine):
         if sequence is not None:
             self.end_step_of(sequence)
             story = self.stories.pop(sequence)
-            prompt = story.resumed(sequence.content())
+            prompt = self.learn(story.resumed(sequence.content()))
             self.manager.release(sequence)
             self.waiting = [*self.waiting[-3:], (prompt, story.salt)]
-            self.prompts = [*self.prompts[-7:], prompt]
             self.did("preempt")
 
     @precondition(lambda self: self.waiting)

@@ -146,12 +146,18 @@ class Story:
     states: list[State] = field(default_factory=list)
     """The histories of the tokens that have a slot, [length]."""
 
-    def say(self, count: int, named: Sequence[int] | None = None) -> list[State]:
-        """Go on by `count` tokens, with these names or those known before; return the new histories."""
-        first, last = self.length, self.length + count
+    def next_tokens(self, count: int, named: Sequence[int] | None = None) -> list[Hashable]:
+        """Return the next `count` tokens: with these names, or those known before, or like no others."""
         if named is not None:
-            self.tokens[first:last] = named
+            return list(named)
+        last = self.length + count
         self.tokens += fresh_tokens(last - len(self.tokens))
+        return self.tokens[self.length : last]
+
+    def say(self, count: int, named: Sequence[int] | None = None) -> list[State]:
+        """Go on by `count` tokens, see `next_tokens`; return the new histories."""
+        first, last = self.length, self.length + count
+        self.tokens[first:last] = self.next_tokens(count, named)
         state = self.states[-1] if self.states else self.shadow.after(0, ("salt", self.salt))
         for token in self.tokens[first:last]:
             state = self.shadow.after(state, token)

@@ -1,0 +1,367 @@
+"""A block manager written block by block, as plainly as possible: the second oracle for allocator/.
+
+It shares no code with the allocator. A cached block is an entry of a dict under its identity, the pair of its
+parent's identity and its own tokens; nothing is merged, split or compared in bulk, and every question is
+answered by looking at everything. Tokens are any hashable things; the caller says what a sequence writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+Identity = tuple  # (parent identity, tokens of the block); of a root, ("root", label)
+
+
+class Refused(Exception):
+    """Not enough blocks; nothing has changed."""
+
+
+@dataclass
+class Cached:
+    """A block that the cache knows; `number` says how many were cached before it."""
+
+    block: int
+    references: int
+    number: int
+
+
+@dataclass(eq=False)
+class NaiveSequence:
+    """tokens: those with a slot. path: identities of the first blocks, as far as the cache knows them.
+
+    own: positions on the path where the sequence has a block of its own beside the cached one.
+    """
+
+    root: Identity
+    salt: Hashable
+    prompt: list[Hashable]
+    tokens: list[Hashable] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+    path: list[Identity] = field(default_factory=list)
+    own: set[int] = field(default_factory=set)
+    in_batch: bool = False
+
+
+class NaiveManager:
+    """The same semantics as KVCacheManager, a block at a time."""
+
+    def __init__(self, num_blocks: int, size: int, policy: str, reuse: bool, ghosts: int) -> None:
+        self.size, self.policy, self.reuse = size, policy, reuse
+        self.ghost_capacity = ghosts if reuse else 0
+        self.free = list(range(num_blocks))
+        self.cached: dict[Identity, Cached] = {}
+        self.idle: OrderedDict[Identity, None] = OrderedDict()  # evictable, the first to become so first
+        self.ghosts: OrderedDict[Identity, None] = OrderedDict()
+        self.forgot = False
+        self.holders: Counter[int] = Counter()  # tables that name a block that is not cached
+        self.pins: Counter[int] = Counter()
+        self.limbo: list[int] = []
+        self.copies: list[tuple[int, int, int, list[Identity]]] = []
+        self.sequences: list[NaiveSequence] = []
+        self.batch: list[NaiveSequence] = []
+        self.unready: dict[int, NaiveSequence] = {}
+        self.evicted: list[Identity] = []
+        self.cached_so_far = 0
+        self.roots = 0
+
+    # ------------------------------------------------ blocks
+
+    @property
+    def available(self) -> int:
+        return len(self.free) + len(self.idle)
+
+    def take(self) -> int:
+        """Return a free block, else the one whose content is given up."""
+        if self.free:
+            return self.free.pop()
+        leaves = [one for one in self.idle if not any(other[0] == one for other in self.cached)]
+        if self.policy == "fifo":
+            leaves.sort(key=lambda one: self.cached[one].number)
+        victim = leaves[0]
+        del self.idle[victim]
+        self.evicted.append(victim)
+        self.ghosts[victim] = None
+        while len(self.ghosts) > self.ghost_capacity:
+            self.ghosts.popitem(last=False)
+            self.forgot = True
+        return self.cached.pop(victim).block
+
+    def give(self, block: int) -> None:
+        (self.limbo if self.pins[block] else self.free).append(block)
+
+    def hold(self, one: Identity) -> None:
+        self.cached[one].references += 1
+        self.idle.pop(one, None)
+
+    def drop(self, one: Identity) -> None:
+        self.cached[one].references -= 1
+        if self.cached[one].references:
+            return
+        if self.reuse:
+            self.idle[one] = None
+        else:
+            self.give(self.cached.pop(one).block)
+
+    # ------------------------------------------------ looking up
+
+    def identities(self, root: Identity, tokens: Sequence[Hashable]) -> list[Identity]:
+        """Return the identities of the full blocks of some tokens."""
+        found, parent = [], root
+        for i in range(len(tokens) // self.size):
+            parent = (parent, tuple(tokens[i * self.size : (i + 1) * self.size]))
+            found.append(parent)
+        return found
+
+    def cached_length(self, identities: list[Identity], ghosts: bool = False) -> int:
+        length = 0
+        for one in identities:
+            if one not in self.cached and not (ghosts and one in self.ghosts):
+                break
+            length += 1
+        return length
+
+    def lookup(self, prompt: Sequence[Hashable], salt: Hashable) -> tuple[int, dict[str, int]]:
+        """Return (hit blocks, missed blocks by cause)."""
+        total, full = -(-len(prompt) // self.size), len(prompt) // self.size
+        rest = {"short_of_block": 1} if total > full else {}
+        if not self.reuse:
+            return 0, rest | ({"cold": full} if full else {})
+        wanted = self.identities(("root", salt), prompt)
+        live = self.cached_length(wanted)
+        hits = min(live, (len(prompt) - 1) // self.size)
+        causes = rest | ({"last_token": live - hits} if live > hits else {})
+        salts = {s for one in self.cached for s in [self.salt_of(one)] if s != salt}
+        elsewhere = [self.cached_length(self.identities(("root", s), prompt)) for s in salts]
+        ahead = [
+            sum(
+                1
+                for mine, theirs in zip(wanted, self.identities(s.root, s.prompt), strict=False)
+                if mine == theirs
+            )
+            for s in self.sequences
+            if len(s.tokens) < len(s.prompt)
+        ]
+        known = self.cached_length(wanted, ghosts=True)
+        reached = live
+        ends = [
+            ("isolated", max(elsewhere, default=0)),
+            ("in_flight", max(ahead, default=0)),
+            ("evicted", known),
+        ]
+        for cause, end in [*ends, ("unknown" if self.forgot else "cold", full)]:
+            if end > reached:
+                causes[cause] = end - reached
+                reached = end
+        return hits, causes
+
+    @staticmethod
+    def salt_of(one: Identity) -> Hashable:
+        while one[0] != "root":
+            one = one[0]
+        return one[1]
+
+    # ------------------------------------------------ sequences
+
+    def admit(self, prompt: Sequence[Hashable], salt: Hashable, num_tokens: int) -> NaiveSequence:
+        hits, _ = self.lookup(prompt, salt)
+        length = hits * self.size + num_tokens
+        found = self.identities(("root", salt), prompt)[:hits]
+        grow = -(-length // self.size) - hits
+        if grow + sum(one in self.idle for one in found) > self.available:
+            raise Refused
+        self.roots += 1
+        root = ("root", salt) if self.reuse else ("root", self.roots)
+        sequence = NaiveSequence(root, salt, list(prompt))
+        for one in found:
+            self.hold(one)
+            sequence.table.append(self.cached[one].block)
+            sequence.path.append(one)
+        self.grow(sequence, grow)
+        sequence.tokens = list(prompt[:length])
+        self.index(sequence)
+        self.sequences.append(sequence)
+        return sequence
+
+    def grow(self, sequence: NaiveSequence, count: int) -> None:
+        for _ in range(count):
+            block = self.take()
+            self.holders[block] = 1
+            sequence.table.append(block)
+
+    def index(self, sequence: NaiveSequence) -> None:
+        """Cache the full blocks; where the content is cached already, hold that and keep the own block."""
+        for one in self.identities(sequence.root, sequence.tokens)[len(sequence.path) :]:
+            position = len(sequence.path)
+            if one in self.cached:
+                self.hold(one)
+                sequence.own.add(position)
+            else:
+                self.cached[one] = Cached(sequence.table[position], 1, self.cached_so_far)
+                self.cached_so_far += 1
+                self.ghosts.pop(one, None)
+                del self.holders[sequence.table[position]]
+            sequence.path.append(one)
+
+    def tail_is_cached(self, sequence: NaiveSequence) -> bool:
+        last = len(sequence.table) - 1
+        return len(sequence.path) > last and last not in sequence.own
+
+    def can_take_back(self, one: Identity) -> bool:
+        below = any(other[0] == one for other in [*self.cached, *self.ghosts])
+        return self.cached[one].references == 1 and not below
+
+    def copies_needed(self, writers: Sequence[NaiveSequence]) -> int:
+        needed, left = 0, dict(self.holders)
+        for sequence in writers:
+            if len(sequence.tokens) % self.size == 0:
+                continue
+            tail = sequence.table[-1]
+            if self.tail_is_cached(sequence):
+                needed += not self.can_take_back(sequence.path[-1])
+            elif left[tail] > 1:
+                needed += 1
+                left[tail] -= 1
+        return needed
+
+    def own_tail(self, sequence: NaiveSequence) -> None:
+        """Make the block that is written next the sequence's alone."""
+        valid, tail = len(sequence.tokens) % self.size, sequence.table[-1]
+        if not valid:
+            return
+        if self.tail_is_cached(sequence):
+            one = sequence.path[-1]
+            if self.can_take_back(one):
+                del self.cached[one]
+                sequence.path.pop()
+                self.holders[tail] = 1
+                return
+            held = list(sequence.path)
+            for each in held:
+                self.hold(each)
+            sequence.table[-1] = self.copy(tail, valid, held)
+            self.drop(sequence.path.pop())
+        elif self.holders[tail] > 1:
+            sequence.table[-1] = self.copy(tail, valid, [])
+            self.holders[tail] -= 1
+
+    def copy(self, source: int, valid: int, held: list[Identity]) -> int:
+        destination = self.take()
+        self.holders[destination] = 1
+        self.pins[destination] += 1
+        if not held:
+            self.pins[source] += 1
+        self.copies.append((source, destination, valid, held))
+        return destination
+
+    def take_copies(self) -> list[tuple[int, int, int]]:
+        copies, self.copies = self.copies, []
+        for source, destination, _, held in copies:
+            for block in [destination] + [source] * (not held):
+                self.pins[block] -= 1
+                if not self.pins[block] and block in self.limbo:
+                    self.limbo.remove(block)
+                    self.free.append(block)
+            for one in reversed(held):
+                self.drop(one)
+        return [(source, destination, valid) for source, destination, valid, _ in copies]
+
+    def growth(self, sequence: NaiveSequence, count: int) -> int:
+        return -(-(len(sequence.tokens) + count) // self.size) - len(sequence.table)
+
+    def write(self, sequences: Sequence[NaiveSequence], rows: Sequence[Sequence[Hashable]]) -> None:
+        """Let sequences go on one after the other, each by its row of tokens."""
+        growth = [self.growth(s, len(row)) for s, row in zip(sequences, rows, strict=True)]
+        if sum(growth) + self.copies_needed(sequences) > self.available:
+            raise Refused
+        for sequence in sequences:
+            self.own_tail(sequence)
+        for sequence, row, count in zip(sequences, rows, growth, strict=True):
+            self.grow(sequence, count)
+            sequence.tokens += row
+            self.index(sequence)
+
+    def write_batch(self, rows: dict[int, Sequence[Hashable]], count: int) -> None:
+        """Let the members of the batch go on in lockstep; `rows` by id of the sequence."""
+        growth = sum(self.growth(s, count) for s in self.batch)
+        if growth + self.copies_needed(list(self.unready.values())) > self.available:
+            raise Refused
+        for sequence in self.unready.values():
+            self.own_tail(sequence)
+        self.unready.clear()
+        for tick in range(count):
+            for sequence in self.batch:
+                self.grow(sequence, self.growth(sequence, 1))
+            for sequence in self.batch:
+                sequence.tokens.append(rows[id(sequence)][tick])
+                self.index(sequence)
+
+    def join(self, sequence: NaiveSequence) -> None:
+        self.batch.append(sequence)
+        sequence.in_batch = True
+        if len(sequence.tokens) % self.size:
+            self.unready[id(sequence)] = sequence
+
+    def leave(self, sequence: NaiveSequence) -> None:
+        self.batch.remove(sequence)
+        sequence.in_batch = False
+        self.unready.pop(id(sequence), None)
+
+    def own_positions(self, sequence: NaiveSequence, first: int) -> list[int]:
+        beyond = range(max(len(sequence.path), first), len(sequence.table))
+        return [p for p in sorted(sequence.own) if p >= first] + list(beyond)
+
+    def fork(self, sequence: NaiveSequence) -> NaiveSequence:
+        for one in sequence.path:
+            self.hold(one)
+        for position in self.own_positions(sequence, 0):
+            self.holders[sequence.table[position]] += 1
+        child = NaiveSequence(sequence.root, sequence.salt, list(sequence.prompt))
+        child.tokens, child.table = list(sequence.tokens), list(sequence.table)
+        child.path, child.own = list(sequence.path), set(sequence.own)
+        self.sequences.append(child)
+        if sequence.in_batch:
+            self.unready.setdefault(id(sequence), sequence)
+        return child
+
+    def reorder(self, beams: Sequence[NaiveSequence], parents: Sequence[int]) -> None:
+        heirs = {i: self.fork(beams[p]) for i, p in enumerate(parents) if p != i}
+        for i, heir in heirs.items():
+            for name in ("prompt", "tokens", "table", "path", "own", "root"):
+                mine, theirs = getattr(beams[i], name), getattr(heir, name)
+                setattr(beams[i], name, theirs)
+                setattr(heir, name, mine)
+            self.release(heir)
+        for beam in beams:
+            if beam.in_batch:
+                self.unready.setdefault(id(beam), beam)
+
+    def free_own(self, sequence: NaiveSequence, first: int) -> None:
+        for position in reversed(self.own_positions(sequence, first)):
+            block = sequence.table[position]
+            self.holders[block] -= 1
+            if not self.holders[block]:
+                del self.holders[block]
+                self.give(block)
+            sequence.own.discard(position)
+
+    def shorten_path(self, sequence: NaiveSequence, length: int) -> None:
+        while len(sequence.path) > length:
+            self.drop(sequence.path.pop())
+
+    def truncate(self, sequence: NaiveSequence, length: int) -> None:
+        keep = -(-length // self.size)
+        self.free_own(sequence, keep)
+        if length % self.size and keep - 1 in sequence.own:
+            sequence.own.discard(keep - 1)
+            self.shorten_path(sequence, keep - 1)
+        self.shorten_path(sequence, keep)
+        del sequence.table[keep:], sequence.tokens[length:], sequence.prompt[length:]
+
+    def release(self, sequence: NaiveSequence) -> None:
+        if sequence.in_batch:
+            self.leave(sequence)
+        self.free_own(sequence, 0)
+        self.shorten_path(sequence, 0)
+        self.sequences.remove(sequence)

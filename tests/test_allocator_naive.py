@@ -1,0 +1,191 @@
+"""The manager, step by step beside one that is written block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import naive_manager
+import pytest
+from hypothesis.stateful import invariant
+from naive_manager import NaiveManager, NaiveSequence
+
+from allocator.batch import Batch
+from allocator.content import Content
+from allocator.fuzz import AllocatorMachine, ReuseMachine, SharingMachine
+from allocator.manager import KVCacheManager, OutOfBlocks
+from allocator.sequence import KVSequence
+from allocator.shadow import Prompt
+
+
+class PairBatch(Batch):
+    """A batch that tells the naive manager who is in it."""
+
+    pair: Pair
+
+    def add(self, sequence: KVSequence) -> None:
+        super().add(sequence)
+        self.pair.naive.join(self.pair.twins[sequence])
+
+    def remove(self, sequence: KVSequence) -> None:
+        super().remove(sequence)
+        self.pair.naive.leave(self.pair.twins[sequence])
+
+
+class Pair:
+    """Both managers behind one face: what the real one does, the naive one repeats."""
+
+    def __init__(self, machine: Any, real: KVCacheManager, naive: NaiveManager) -> None:
+        self.machine, self.real, self.naive = machine, real, naive
+        self.twins: dict[KVSequence, NaiveSequence] = {}
+        self.evicted: list[int] = []  # histories, as the shadow numbers them
+        choose = real.pool.policy.victim
+
+        def victim(wanted: int) -> Any:
+            extent, count = choose(wanted)
+            self.evicted += [machine.shadow.block(block) for block in reversed(extent.ids[-count:])]
+            return extent, count
+
+        real.pool.policy.victim = victim  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def prompt(self, content: Content) -> Prompt:
+        return self.machine.known[id(content)]
+
+    def lookup(self, content: Content, salt: Hashable) -> Any:
+        match = self.real.lookup(content, salt)
+        prompt = self.prompt(content)
+        hits, causes = self.naive.lookup(prompt.tokens[: prompt.num_tokens], salt)
+        assert match.hit_blocks == hits
+        assert match.miss_blocks == causes
+        return match
+
+    def both(self, real: Any, naive: Any) -> Any:
+        """Call both; they refuse together."""
+        try:
+            result = real()
+        except OutOfBlocks:
+            with pytest.raises(naive_manager.Refused):
+                naive()
+            raise
+        return result, naive()
+
+    def admit(self, content: Content, num_tokens: int, match: Any, salt: Hashable, **options: Any) -> Any:
+        prompt = self.prompt(content)
+        sequence, twin = self.both(
+            lambda: self.real.admit(content, num_tokens, match, salt, **options),
+            lambda: self.naive.admit(prompt.tokens[: prompt.num_tokens], salt, num_tokens),
+        )
+        self.twins[sequence] = twin
+        return sequence
+
+    def rows(self, sequences: Sequence[KVSequence], count: int, tokens: Any) -> list[Any]:
+        named = [None] * len(sequences) if tokens is None else tokens
+        return [
+            self.machine.stories[s].next_tokens(count, row) for s, row in zip(sequences, named, strict=True)
+        ]
+
+    def written(self, sequences: Sequence[KVSequence], count: int, tokens: Any, real: Any) -> Any:
+        stories = [self.machine.stories[s] for s in sequences]
+        known = [len(story.tokens) for story in stories]
+        rows = self.rows(sequences, count, tokens)
+        twins = [self.twins[s] for s in sequences]
+        if isinstance(sequences, Batch):
+            by_twin = {id(twin): row for twin, row in zip(twins, rows, strict=True)}
+            naive = lambda: self.naive.write_batch(by_twin, count)  # noqa: E731
+        else:
+            naive = lambda: self.naive.write(twins, rows)  # noqa: E731
+        try:
+            return self.both(real, naive)[0]
+        except (OutOfBlocks, ValueError):
+            for story, length in zip(stories, known, strict=True):
+                del story.tokens[length:]
+            raise
+
+    def extend(self, sequence: KVSequence, count: int) -> Any:
+        return self.written([sequence], count, None, lambda: self.real.extend(sequence, count))
+
+    def append(self, sequences: Sequence[KVSequence], tokens: Any = None, count: int = 1) -> Any:
+        return self.written(sequences, count, tokens, lambda: self.real.append(sequences, tokens, count))
+
+    def batch(self) -> PairBatch:
+        batch = PairBatch(self.real.tokens_per_block)
+        batch.pair = self
+        return batch
+
+    def fork(self, sequence: KVSequence, n: int) -> list[KVSequence]:
+        children = self.real.fork(sequence, n)
+        for child in children:
+            self.twins[child] = self.naive.fork(self.twins[sequence])
+        return children
+
+    def reorder_beams(self, sequences: Sequence[KVSequence], parents: Sequence[int]) -> None:
+        self.real.reorder_beams(sequences, parents)
+        self.naive.reorder([self.twins[s] for s in sequences], parents)
+
+    def truncate(self, sequence: KVSequence, length: int) -> None:
+        self.real.truncate(sequence, length)
+        self.naive.truncate(self.twins[sequence], length)
+
+    def release(self, sequence: KVSequence) -> None:
+        self.real.release(sequence)
+        self.naive.release(self.twins.pop(sequence))
+
+    def pending_copies(self) -> Any:
+        copies = self.real.pending_copies()
+        assert [row[2] for row in copies] == [valid for _, _, valid in self.naive.take_copies()]
+        return copies
+
+
+class BesideNaive(AllocatorMachine):
+    """Every rule, on both managers."""
+
+    def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
+        ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
+        real = super().make_manager(num_blocks, tokens_per_block, reuse)
+        assert isinstance(self.policy, str)
+        return Pair(self, real, NaiveManager(num_blocks, tokens_per_block, self.policy, reuse, ghosts))
+
+    @invariant()
+    def compare(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        naive, stats = self.manager.naive, self.manager.stats()
+        assert stats.free_blocks == len(naive.free)
+        assert stats.evictable_blocks == len(naive.idle)
+        assert stats.in_transfer_blocks == len(naive.limbo)
+        for sequence, twin in self.manager.twins.items():
+            assert sequence.anchored == len(twin.path)
+            assert sequence.twins == twin.own
+        evicted = [self.state_of(one) for one in naive.evicted]
+        assert self.manager.evicted == evicted
+        assert stats.evicted_blocks >= len(evicted)
+        naive.evicted.clear()
+        self.manager.evicted.clear()
+
+    def state_of(self, one: Any) -> int:
+        """Return the shadow's number for an identity of the naive manager."""
+        tokens: list[Hashable] = []
+        while one[0] != "root":
+            tokens[:0] = one[1]
+            one = one[0]
+        return self.shadow.states(one[1], tokens)[-1]
+
+
+class ReuseBesideNaive(BesideNaive, ReuseMachine):
+    """As above; the rules of sharing are switched off, so that hits and evictions come quickly."""
+
+    fork = reorder_beams = truncate = join = leave = append_batch = None  # type: ignore[assignment]
+
+
+class SharingBesideNaive(BesideNaive, SharingMachine):
+    """As above, without matches and preemptions."""
+
+    lookup = admit_with_match = preempt = readmit = None  # type: ignore[assignment]
+
+
+TestBesideNaive = BesideNaive.TestCase
+TestReuseBesideNaive = ReuseBesideNaive.TestCase
+TestSharingBesideNaive = SharingBesideNaive.TestCase
