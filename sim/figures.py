@@ -99,7 +99,7 @@ def utilization(result: RunResult) -> Figure:
     pool.set_ylim(0, 1)
     pool.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     pool.set_ylabel("share of the pool's blocks")
-    _mark_preemptions(pool, result)
+    _mark_preemptions(pool, result, end)
     _legend_above(pool)
 
     queue.plot(middle, running, color=look.GREEN, label="running")
@@ -113,22 +113,25 @@ def utilization(result: RunResult) -> Figure:
 
 
 def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.4)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.03), ncols=4, borderaxespad=0.2, handlelength=1.4)
 
 
-def _mark_preemptions(axes: Axes, result: RunResult) -> None:
-    """Tick the top edge where a sequence lost its blocks."""
+def _mark_preemptions(axes: Axes, result: RunResult, end_ps: float) -> None:
+    """Mark, above the pool, the moments at which a sequence lost its blocks."""
     rows = result.timeline
-    hit = int_column(rows, "preemptions") > 0
-    moments = int_column(rows, "start_ps")[hit] / PS_PER_S
+    moments = int_column(rows, "start_ps")[int_column(rows, "preemptions") > 0]
     if moments.size:
+        seen = np.unique(
+            (moments / end_ps * _BINS).astype(np.int64)
+        )  # one mark a bin is all that can be seen
         axes.plot(
-            np.unique(np.round(moments, 3)),
-            np.full(np.unique(np.round(moments, 3)).size, 0.985),
+            (seen + 0.5) / _BINS * end_ps / PS_PER_S,
+            np.full(seen.size, 1.025),
             linestyle="none",
             marker="v",
-            markersize=6,
+            markersize=5,
             color=look.VERMILLION,
+            clip_on=False,
             label="preemption",
         )
 
