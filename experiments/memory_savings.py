@@ -277,6 +277,15 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
+def print_example(console: Console) -> None:
+    """Print the tokens that the example's 100 sequences take in both allocators, and their ratio."""
+    contiguous, paged = example()
+    console.print("100 sequences of 512 tokens each, where up to 2048 are possible:")
+    console.print(f"  contiguous, maximum length  {contiguous:>7} tokens", highlight=False)
+    console.print(f"  paged, blocks of 64 tokens  {paged:>7} tokens", highlight=False)
+    console.print(f"  ratio                       {contiguous / paged:>7.1f}", highlight=False)
+
+
 def run(config: Config, console: Console) -> None:
     """Answer the question: print the tables, write figures and numbers. Raises ValueError for bad input."""
     config.check()
@@ -286,11 +295,8 @@ def run(config: Config, console: Console) -> None:
         make()  # so that sizes that make no memory are refused before anything is shown
     served = workloads(config)
 
-    slots = example()
-    console.print("100 sequences of 512 tokens each, where up to 2048 are possible:")
-    console.print(f"  contiguous, maximum length  {slots[0]:>7} tokens", highlight=False)
-    console.print(f"  paged, blocks of 64 tokens  {slots[1]:>7} tokens", highlight=False)
-    console.print(f"  ratio                       {slots[0] / slots[1]:>7.1f}\n", highlight=False)
+    print_example(console)
+    console.print()
 
     with ResultFolder(config.out) as folder:
         with Progress(console=console, transient=True) as progress:
@@ -311,7 +317,7 @@ def run(config: Config, console: Console) -> None:
         with style.styled():
             style.save(draw_over_time(comparisons[0]), folder.staging / "memory_over_time")
             style.save(draw_batched(comparisons), folder.staging / "batched_requests")
-        write_json(summary(config, slots, comparisons), folder.staging / "summary.json")
+        write_json(summary(config, example(), comparisons), folder.staging / "summary.json")
         written = folder.publish()
     console.print("\n".join(f"wrote {path}" for path in written), highlight=False)
 

@@ -3,8 +3,8 @@
 `python -m sim.traces describe FILE` says what a trace is made of; `convert FILE OUT` writes it as native Parquet.
 """
 
-from .native import write_trace
-from .reader import FORMATS, read_trace
-from .trace import Trace, TraceError
+from sim.traces.native import write_trace
+from sim.traces.reader import FORMATS, read_trace
+from sim.traces.trace import Trace, TraceError
 
 __all__ = ["FORMATS", "Trace", "TraceError", "read_trace", "write_trace"]

@@ -11,12 +11,11 @@ from typing import Annotated
 
 import tyro
 
+from sim.traces.describe import describe, render
+from sim.traces.native import write_trace
+from sim.traces.reader import read_trace
+from sim.traces.trace import Trace
 from sim.workload import WorkloadConfig, generate
-
-from .describe import describe, render
-from .native import write_trace
-from .reader import read_trace
-from .trace import Trace
 
 
 @dataclass(frozen=True)

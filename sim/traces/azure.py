@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from .fields import Row, timestamp_ps, tokens
-from .formats import CsvFormat
+from sim.traces.fields import Row, timestamp_ps, tokens
+from sim.traces.formats import CsvFormat
 
 
 class AzureFormat(CsvFormat):

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .fields import PS_PER_S, FieldError, Row, id_list, number_ps, required, tokens, whole
-from .formats import JsonLinesFormat
+from sim.traces.fields import PS_PER_S, FieldError, Row, id_list, number_ps, required, tokens, whole
+from sim.traces.formats import JsonLinesFormat
 
 TOKENS_PER_HASH = 16
 _FIRST_UNSEEN_ID = 2**62

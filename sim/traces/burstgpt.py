@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from .fields import PS_PER_S, Row, number_ps, tokens
-from .formats import CsvFormat
+from sim.traces.fields import PS_PER_S, Row, number_ps, tokens
+from sim.traces.formats import CsvFormat
 
 
 class BurstGptFormat(CsvFormat):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from .fields import (
+from sim.traces.fields import (
     PS_PER_MS,
     PS_PER_NS,
     PS_PER_S,
@@ -18,7 +18,7 @@ from .fields import (
     tokens,
     whole,
 )
-from .formats import CsvFormat
+from sim.traces.formats import CsvFormat
 
 _ARRIVALS = {
     "arrival": PS_PER_S,

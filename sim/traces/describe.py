@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.request import PS_PER_S
-
-from .sharing import TOKENS_PER_CHUNK, Sharing, sharing
-from .trace import Trace
+from sim.traces.sharing import TOKENS_PER_CHUNK, Sharing, sharing
+from sim.traces.trace import Trace
 
 PERCENTILES = (50, 90, 99)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .fields import FieldError, Row
-from .lines import csv_rows, json_objects
-from .trace import TraceError
+from sim.traces.fields import FieldError, Row
+from sim.traces.lines import csv_rows, json_objects
+from sim.traces.trace import TraceError
 
 Rows = Iterator[tuple[int, "Row | FieldError"]]
 """(line number, what it says), or the error in its place, so that a reader may go on behind it."""

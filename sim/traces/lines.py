@@ -9,8 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .fields import FieldError, shown
-from .trace import TraceError
+from sim.traces.fields import FieldError, shown
+from sim.traces.trace import TraceError
 
 LONGEST_LINE = 2**26
 """Bytes of the longest line that is read, 64 MiB: what exceeds it is no trace."""

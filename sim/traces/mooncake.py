@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .fields import PS_PER_MS, Row, chunk_ids, number_ps, required, tokens
-from .formats import JsonLinesFormat
+from sim.traces.fields import PS_PER_MS, Row, chunk_ids, number_ps, required, tokens
+from sim.traces.formats import JsonLinesFormat
 
 TOKENS_PER_HASH = 512
 

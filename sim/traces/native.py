@@ -12,11 +12,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from sim.request import MAX_TIME_PS, Request
-
-from .fields import FieldError, Row, tokens
-from .formats import Rows, TraceFormat
-from .lines import open_error
-from .trace import Trace, TraceError
+from sim.traces.fields import FieldError, Row, tokens
+from sim.traces.formats import Rows, TraceFormat
+from sim.traces.lines import open_error
+from sim.traces.trace import Trace, TraceError
 
 MAGIC = b"PAR1"
 

@@ -11,18 +11,17 @@ from fractions import Fraction
 from pathlib import Path
 
 from sim.request import MAX_TIME_PS, Request
-
-from .azure import AzureFormat
-from .bailian import BailianFormat
-from .burstgpt import BurstGptFormat
-from .csv_columns import CsvColumnsFormat
-from .fields import PS_PER_S, FieldError, Row
-from .formats import CsvFormat, JsonLinesFormat, TraceFormat
-from .lines import csv_rows, json_objects, open_error
-from .mooncake import MooncakeFormat
-from .native import MAGIC, NativeFormat
-from .token_ids import TokenIdsFormat
-from .trace import Trace, TraceError
+from sim.traces.azure import AzureFormat
+from sim.traces.bailian import BailianFormat
+from sim.traces.burstgpt import BurstGptFormat
+from sim.traces.csv_columns import CsvColumnsFormat
+from sim.traces.fields import PS_PER_S, FieldError, Row
+from sim.traces.formats import CsvFormat, JsonLinesFormat, TraceFormat
+from sim.traces.lines import csv_rows, json_objects, open_error
+from sim.traces.mooncake import MooncakeFormat
+from sim.traces.native import MAGIC, NativeFormat
+from sim.traces.token_ids import TokenIdsFormat
+from sim.traces.trace import Trace, TraceError
 
 CSV_FORMATS: tuple[type[CsvFormat], ...] = (AzureFormat, BurstGptFormat)
 # Bailian before Mooncake, which knows its files by fields that both have.

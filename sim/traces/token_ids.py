@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .fields import PS_PER_NS, FieldError, Row, id_list, number_ps, required, tokens
-from .formats import JsonLinesFormat
+from sim.traces.fields import PS_PER_NS, FieldError, Row, id_list, number_ps, required, tokens
+from sim.traces.formats import JsonLinesFormat
 
 
 class TokenIdsFormat(JsonLinesFormat):
