@@ -336,7 +336,9 @@ def test_planted_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
 
 
 def test_a_read_past_the_block_table_is_located(tmp_path: Path) -> None:
-    fault = Fault("tables are read past their blocks", STAGES, "if (position < end) {", "if (true) {")
+    fault = Fault(
+        "tables are read past their blocks", STAGES, "row < KV_TILE && position < end", "row < KV_TILE"
+    )
     case = make_case("float32", 64, Sizes((64,), (1,), group=4, tokens_per_block=16))
     case.block_tables = np.ascontiguousarray(case.block_tables[:, :4])
     message = r"attention\.cuh.*past the end of block_tables"

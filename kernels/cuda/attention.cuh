@@ -45,8 +45,9 @@ constexpr int KEY_SLICES = SPARE_SLICES < KV_TILE ? SPARE_SLICES : KV_TILE;
 static_assert(ROW_VECS % 2 == 0 && HEAD_DIM % VEC == 0, "a row is an even number of 16-byte vectors");
 static_assert(KV_TILE % SCORE_KEYS == 0 && ROWS % SCORE_ROWS == 0, "scores cover the tile");
 static_assert(DIM_SLICES >= 1, "a block has the threads for one pass over the scores");
+static_assert(KV_TILE <= THREADS, "every key has a thread");
 static_assert(ROWS % ROWS_PER_THREAD == 0 && KEY_SLICES >= 1, "accumulators cover the rows");
-static_assert(THREADS % WARP == 0 && THREADS % ROW_THREADS == 0, "rows end at warp boundaries");
+static_assert(THREADS % WARP == 0 && ROWS <= THREADS, "every row has a thread, and whole warps share rows");
 
 struct Stage {
     uint4 key[KV_TILE * KV_STRIDE];
@@ -76,13 +77,12 @@ struct PagedKV {
 
 // Find the rows of the tile that starts at key `tile`. Table entries at or past `end` are never read.
 __device__ __forceinline__ void find_rows(Shared& shared, const PagedKV& kv, int tile, int end) {
-    for (int row = threadIdx.x; row < KV_TILE; row += THREADS) {
-        const int position = tile + row;
-        if (position < end) {
-            const long long block = kv.block_table[kv.shape.block_of(position)];
-            const int offset = kv.shape.offset_of(position) * HEAD_DIM;  // within the block: at most 2^16
-            shared.stage.row_offset[row] = block * kv.shape.block_stride() + offset;
-        }
+    const int row = threadIdx.x;
+    const int position = tile + row;
+    if (row < KV_TILE && position < end) {
+        const long long block = kv.block_table[kv.shape.block_of(position)];
+        const int offset = kv.shape.offset_of(position) * HEAD_DIM;  // within the block: at most 2^16
+        shared.stage.row_offset[row] = block * kv.shape.block_stride() + offset;
     }
 }
 
@@ -246,7 +246,7 @@ __device__ __forceinline__ void attend(Shared& shared, const PagedKV& kv, int be
     if (share.any()) {
 #pragma unroll
         for (int i = 0; i < ROWS_PER_THREAD; ++i) {
-            store_floats(&shared.partial[share.key_slice][share.row(i)][share.column * VEC], sum[i]);
+            store_floats_shared(&shared.partial[share.key_slice][share.row(i)][share.column * VEC], sum[i]);
         }
     }
     const int row = threadIdx.x / ROW_THREADS;

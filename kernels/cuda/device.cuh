@@ -12,12 +12,13 @@ constexpr int WARP = 32;
 constexpr unsigned FULL_MASK = 0xffffffffu;
 #define NEGATIVE_INFINITY (-CUDART_INF_F)
 
-// Load 16 bytes that some thread block may also write in this launch. `address` is a multiple of 16.
+// Load 16 bytes from any memory. Here and below `address` is a multiple of 16.
 __device__ __forceinline__ uint4 load16(const void* address) {
     return *static_cast<const uint4*>(address);
 }
 
-// Load 16 bytes that nothing writes in this launch and this multiprocessor reads once: past the L1 cache.
+// Load 16 bytes of global memory that nothing writes in this launch and that this multiprocessor reads once: the
+// read-only path, past the L1 cache.
 __device__ __forceinline__ uint4 load16_streaming(const void* address) {
 #ifdef KV_HOST
     return load16(address);
@@ -30,8 +31,20 @@ __device__ __forceinline__ uint4 load16_streaming(const void* address) {
 #endif
 }
 
-__device__ __forceinline__ void store16(void* address, uint4 bits) {
+// Store 16 bytes to shared memory.
+__device__ __forceinline__ void store16_shared(void* address, uint4 bits) {
     *static_cast<uint4*>(address) = bits;
+}
+
+// Store 16 bytes to global memory, in one access: left to itself the compiler may take four.
+__device__ __forceinline__ void store16(void* address, uint4 bits) {
+#ifdef KV_HOST
+    *static_cast<uint4*>(address) = bits;
+#else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
+#endif
 }
 
 // e^x to about 2 ulp of the result for small |x|; exactly 0 for -infinity.
@@ -128,13 +141,21 @@ __device__ __forceinline__ void load_floats(const E* address, float (&out)[COUNT
     for (int i = 0; i < COUNT; i += SIZE) Vec16<E>::unpack(load16(address + i), out + i);
 }
 
-// Round COUNT floats to E and store them. `address` is a multiple of 16, COUNT of Vec16<E>::SIZE.
+// Round COUNT floats to E and store them to global memory. `address` is a multiple of 16, COUNT of Vec16<E>::SIZE.
 template <int COUNT, typename E>
 __device__ __forceinline__ void store_floats(E* address, const float (&in)[COUNT]) {
     constexpr int SIZE = Vec16<E>::SIZE;
     static_assert(COUNT % SIZE == 0, "store_floats writes whole 16-byte vectors");
 #pragma unroll
     for (int i = 0; i < COUNT; i += SIZE) store16(address + i, Vec16<E>::pack(in + i));
+}
+
+// The same to shared memory, as float.
+template <int COUNT>
+__device__ __forceinline__ void store_floats_shared(float* address, const float (&in)[COUNT]) {
+    static_assert(COUNT % 4 == 0, "store_floats_shared writes whole 16-byte vectors");
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) store16_shared(address + i, Vec16<float>::pack(in + i));
 }
 
 // Reduce over aligned runs of WIDTH lanes (a power of two); every lane of the warp takes part.

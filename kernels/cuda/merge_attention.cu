@@ -3,15 +3,13 @@
 //   out = sum_i exp(lse_i - lse) * out_i,   lse = log sum_i exp(lse_i)
 //
 // A part with log-sum-exp -infinity saw no keys: nothing else of it is read. A row without keys in any part gives
-// output 0 and log-sum-exp -infinity. A thread takes 16 bytes of one output row; grid ceil(rows * vectors /
-// THREADS).
+// output 0 and log-sum-exp -infinity. A thread takes 16 bytes of one output row.
 //
 // Versions
-// 1  each thread walks the parts of its row; the log-sum-exps are re-read by the row's threads (from cache).
-//      Not yet timed on a GPU. sm_90: @SM90@
+//   1  each thread walks the parts of its row; the row's threads read the same log-sum-exps (from cache).
+//      Not yet timed on a GPU. Compiled for sm_90: 32 registers, no shared memory, no spills.
 //
-// Specialised by: T (output), PART (parts: float between the splits of one call, T between calls), HEAD_DIM,
-// THREADS
+// Specialised by: T (outputs), PART (parts: float between the splits of one call, T between calls), HEAD_DIM, THREADS
 
 #include "device.cuh"
 
