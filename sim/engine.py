@@ -51,6 +51,11 @@ def simulate(
             raise ValueError(
                 f"request_id ({request.request_id}) must be the request's place in the trace ({row})"
             )
+        if row and request.arrival_ps < requests[row - 1].arrival_ps:
+            raise ValueError(
+                f"arrival_ps ({request.arrival_ps}) of request {row} must not be before its predecessor's "
+                f"({requests[row - 1].arrival_ps})"
+            )
     manager = _make_manager(build, cache, num_blocks)
     replica = _Replica(requests, manager, Scheduler(manager, build, engine), engine, cost, progress)
     environment = simpy.Environment()

@@ -138,20 +138,24 @@ class Scheduler:
 
     def quiet_steps(self) -> int:
         """Return how many steps like the one just scheduled, which only decodes, can follow it: until somebody
-        finishes, the pool runs out, or something is cached that a waiting job could hit.
+        finishes, the pool runs out, or something is cached or evicted that lets the first waiting job start.
         """
-        batch, manager = self.batch, self.manager
-        steps = self._next_end() - batch.tick
-        if self._named and self._could_start_first():
-            # a block can be hit in the very step that fills it, so that step is not like this one
-            steps = min(steps, batch.ticks_until_fill() - 1)
-        available = manager.available_blocks
-        if steps <= 0 or self._most_blocks(steps) <= available:
+        steps = self._next_end() - self.batch.tick
+        blocks = self.manager.available_blocks
+        if self._could_start_first():
+            if self._named:
+                # a block can be hit in the very step that fills it, so that step is not like this one
+                steps = min(steps, self.batch.ticks_until_fill() - 1)
+            match = self.waiting[0].match
+            if match is not None and match.repeated_blocks:
+                # nor is one that evicts a block which the job would have held beside its own
+                blocks = self.manager.pool.num_free
+        if steps <= 0 or self._most_blocks(steps) <= blocks:
             return steps
         enough, too_many = 0, steps
         while too_many - enough > 1:
             middle = (enough + too_many) // 2
-            if self._most_blocks(middle) <= available:
+            if self._most_blocks(middle) <= blocks:
                 enough = middle
             else:
                 too_many = middle
