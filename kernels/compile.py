@@ -1,8 +1,62 @@
-"""Compile CUDA sources, for a GPU through CuPy or for the CPU through a C++ compiler.
+r"""Compile CUDA sources, for a GPU through CuPy or for the CPU through a C++ compiler.
 
 A kernel file is plain CUDA. What specialises it (types, head dim, tile sizes) is put in front of the untouched text
 as a few `constexpr` and `using` lines, so specialisation is visible in one place and the file reads as it is run.
-"""
+
+A kernel of your own, run without a GPU:
+
+>>> import numpy as np
+>>> from kernels.compile import KernelError, compile_source
+>>> source = r'''
+... extern "C" __global__ void block_sum(const float* x, float* sums, int n) {
+...     __shared__ float part[THREADS];
+...     const int i = blockIdx.x * THREADS + threadIdx.x;
+...     part[threadIdx.x] = i < n ? x[i] : 0.0f;
+...     for (int half = THREADS / 2; half > 0; half /= 2) {
+...         __syncthreads();
+...         if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+...     }
+...     if (threadIdx.x == 0) sums[blockIdx.x] = part[0];
+... }
+... '''
+>>> def total(source, sanitize=None, seed=None):
+...     x, sums = np.arange(1000, dtype=np.float32), np.full(8, np.nan, np.float32)
+...     module = compile_source(
+...         source, constants={"THREADS": 128}, backend="cpu", sanitize=sanitize, name="block_sum.cu"
+...     )
+...     try:
+...         module.launch("block_sum", (8, 1, 1), (128, 1, 1), [x, sums, x.size], seed=seed)
+...     except KernelError as error:
+...         return str(error)
+...     return float(sums.sum())
+>>> total(source)
+499500.0
+
+Broken, it says where. A read beyond the array, under AddressSanitizer:
+
+>>> print(total(source.replace("i < n ? x[i] : 0.0f", "x[i]"), sanitize="address"))
+kernel block_sum, block (7, 0, 0), thread (104, 0, 0), block_sum.cu:5: reads 4 bytes just past the end of x (4000 bytes)
+
+Shared memory that no thread wrote: NaN in the plain mode, located in the mode that watches it:
+
+>>> unwritten = source.replace("part[threadIdx.x] = i < n ? x[i] : 0.0f;", "if (i < n) part[threadIdx.x] = x[i];")
+>>> total(unwritten)
+nan
+>>> print(total(unwritten, sanitize="memory"))
+kernel block_sum, block (7, 0, 0), thread (40, 0, 0), block_sum.cu:8: reads 4 bytes of shared memory that no thread of the block has written (byte 416 of part)
+
+A barrier that some threads skip, in every mode:
+
+>>> print(total(source.replace("        __syncthreads();", "        if (threadIdx.x < 2 * half) __syncthreads();")))
+kernel block_sum, block (0, 0, 0), thread (0, 0, 0), block_sum.cu:7: __syncthreads is not reached by every thread: thread (96, 0, 0) has exited
+
+No barrier at all breaks no rule that these modes check, but the answer now depends on the order of threads, which a
+seed shuffles:
+
+>>> racy = source.replace("__syncthreads();", "")
+>>> len({total(racy, seed=seed) for seed in range(5)}), {total(source, seed=seed) for seed in range(5)}
+(5, {499500.0})
+"""  # noqa: E501  what the runner prints is one line
 
 from __future__ import annotations
 

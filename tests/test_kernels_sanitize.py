@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 from functools import cache
 
 import numpy as np
 import pytest
 
+from kernels import compile as kernels_compile
 from kernels.compile import KernelError, Module, backend_available, compile_source
 
 pytestmark = pytest.mark.skipif(not backend_available("cpu"), reason="no C++ compiler or no CUDA headers")
@@ -163,3 +165,9 @@ def test_an_empty_array_has_no_first_element() -> None:
     module = compile_source(source, backend="cpu", sanitize="address", name="first.cu")
     with pytest.raises(KernelError, match=r"first.cu:2: writes 4 bytes just past the end of x \(0 bytes\)"):
         module.launch("first", (1, 1, 1), (1, 1, 1), [np.zeros(0, np.float32)])
+
+
+def test_the_example_in_the_documentation_prints_what_it_says() -> None:
+    failed, tried = doctest.testmod(kernels_compile)
+    assert failed == 0
+    assert tried > 10
