@@ -91,9 +91,12 @@ class KVSequence:
     def content(self, num_tokens: int | None = None) -> Content:
         """Return its first `num_tokens` tokens as a prompt, to be computed again after a preemption.
 
-        The default is all that have a slot; one more includes the token sampled last.
+        The default is all that have a slot, and the rest of the prompt if its prefill is incomplete; one more
+        includes the token sampled last.
         """
-        return self.history.content(self.num_tokens if num_tokens is None else num_tokens)
+        if num_tokens is None:
+            num_tokens = max(self.num_tokens, self.num_prompt_tokens)
+        return self.history.content(num_tokens)
 
     def slots(self, first: int, last: int) -> NDArray[np.int64]:
         """Return the slots of tokens first … last − 1, int64 [last − first]."""
