@@ -50,20 +50,22 @@ from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, PromptSpec, ShadowKV, State, Story
 
-MAX_LIVE = 8
+MAX_LIVE = 7
 """Sequences that run at once in a machine: more than a tiny pool feeds."""
 
 _prompts = st.builds(
     PromptSpec,
     kind=st.sampled_from(["runs", "tokens", "chunks", "unique"]),
-    symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5),
-    cut=st.integers(0, 4),
+    symbols=st.lists(st.integers(0, 1), min_size=1, max_size=4),
+    cut=st.integers(0, 3),
     named=st.booleans(),
-    granularity=st.sampled_from([1, 2, 3, 4, 6, 8]),
+    granularity=st.sampled_from([1, 2, 3, 4, 6]),
 )
 _salts = st.sampled_from(["", "", "", "other"])
 _index = st.integers(0, MAX_LIVE - 1)
 _some = st.integers(1, 9)
+_chunks = st.sampled_from([1, 2, 3, 5, 9, 99])
+_few = st.sampled_from([1, 1, 1, 2, 3, 5])
 _token_bits = st.none() | st.integers(0, 15)
 
 
@@ -134,7 +136,7 @@ class ManagerMachine(RuleBasedStateMachine):
     # ------------------------------------------------ state
 
     @initialize(
-        num_blocks=st.integers(3, 10),
+        num_blocks=st.integers(3, 12),
         tokens_per_block=st.sampled_from([1, 2, 4]),
         reuse=st.sampled_from([True, True, True, False]),
         policy=st.integers(0, 99),
@@ -439,18 +441,18 @@ class ManagerMachine(RuleBasedStateMachine):
         if any(sequence is writer for writer, _, _ in self.writes):
             self.flush()
 
-    @rule(prompt=_prompts, salt=_salts, chunk=_some)
+    @rule(prompt=_prompts, salt=_salts, chunk=_chunks)
     def admit(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
         """Admit a new prompt."""
         made = self.learn(prompt.make(self.size))
-        if self.admit_prompt(made, salt, 2 * chunk):
+        if self.admit_prompt(made, salt, chunk):
             self.did("admit")
 
     @precondition(lambda self: self.prompts)
-    @rule(index=_index, salt=_salts, chunk=_some)
+    @rule(index=_index, salt=_salts, chunk=_chunks)
     def admit_again(self, index: int, salt: str, chunk: int) -> None:
         """Admit a prompt that was seen before."""
-        if self.admit_prompt(self.prompts[index % len(self.prompts)], salt, 2 * chunk):
+        if self.admit_prompt(self.prompts[index % len(self.prompts)], salt, chunk):
             self.did("admit again")
 
     @precondition(lambda self: not all(self.complete(s) for s in self.stories))
@@ -488,7 +490,7 @@ class ManagerMachine(RuleBasedStateMachine):
         return True
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
-    @rule(chosen=st.integers(1, 2**MAX_LIVE - 1), count=st.integers(1, 5), bits=_token_bits)
+    @rule(chosen=st.integers(1, 2**MAX_LIVE - 1), count=_few, bits=_token_bits)
     def append(self, chosen: int, count: int, bits: int | None) -> None:
         """Decode some of the sequences that are in no batch, the later ones first every other time."""
         ready = [s for s in self.stories if self.alone(s)]
@@ -498,12 +500,21 @@ class ManagerMachine(RuleBasedStateMachine):
         if sequences and self.append_to(sequences, count, bits):
             self.did("append")
 
+    @precondition(lambda self: any(self.alone(s) for s in self.stories))
+    @rule(bits=_token_bits)
+    def decode(self, bits: int | None) -> None:
+        """Let all sequences that are in no batch go on by a token."""
+        if self.append_to([s for s in self.stories if self.alone(s)], 1, bits):
+            self.did("decode")
+
     @precondition(lambda self: self.stories)
-    @rule(index=_index)
-    def release(self, index: int) -> None:
-        """End a sequence."""
-        sequence = self.live(index)
-        if sequence is not None:
+    @rule(index=_index, count=st.integers(1, 4))
+    def release(self, index: int, count: int) -> None:
+        """End a sequence, or several: that makes room."""
+        for _ in range(count):
+            sequence = self.live(index)
+            if sequence is None:
+                break
             self.end_step_of(sequence)
             self.manager.release(sequence)
             del self.stories[sequence]
@@ -559,11 +570,11 @@ class ReuseRules(ManagerMachine):
         self.did("lookup")
 
     @precondition(lambda self: self.matches)
-    @rule(index=_index, chunk=_some)
+    @rule(index=_index, chunk=_chunks)
     def admit_with_match(self, index: int, chunk: int) -> None:
         """Admit with a match that may be stale by now."""
         prompt, salt, match = self.matches[index % len(self.matches)]
-        if self.admit_prompt(prompt, salt, 2 * chunk, match):
+        if self.admit_prompt(prompt, salt, chunk, match):
             self.did("admit with a match")
 
     @precondition(lambda self: self.stories)
@@ -580,11 +591,11 @@ class ReuseRules(ManagerMachine):
             self.did("preempt")
 
     @precondition(lambda self: self.waiting)
-    @rule(chunk=_some)
+    @rule(chunk=_chunks)
     def readmit(self, chunk: int) -> None:
         """Admit the sequence preempted last again."""
         prompt, salt = self.waiting[-1]
-        if self.admit_prompt(prompt, salt, 3 * chunk, readmission=True):
+        if self.admit_prompt(prompt, salt, chunk, readmission=True):
             self.waiting.pop()
             self.did("readmit")
 
@@ -608,6 +619,18 @@ class SharingRules(ManagerMachine):
         self.flush()
         self.forked(sequence, self.manager.fork(sequence, n))
         self.did("fork")
+
+    @precondition(lambda self: any(self.alone(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
+    @rule(index=_index, n=st.integers(1, 3), bits=_token_bits)
+    def sample(self, index: int, n: int, bits: int | None) -> None:
+        """Fork a sequence and let parent and children decode at once: parallel sampling."""
+        sequence = self.live(index, self.alone)
+        assert sequence is not None
+        self.flush()
+        children = self.manager.fork(sequence, min(n, MAX_LIVE - len(self.stories)))
+        self.forked(sequence, children)
+        self.append_to([sequence, *children], 1, bits)
+        self.did("sample")
 
     @precondition(lambda self: len(self.stories) > 1)
     @rule(index=_index, width=st.integers(2, 4), parents=st.lists(_index, min_size=4, max_size=4))
@@ -654,26 +677,30 @@ class SharingRules(ManagerMachine):
 class BatchRules(ManagerMachine):
     """Sequences that decode in lockstep."""
 
-    @precondition(lambda self: any(self.alone(s) for s in self.stories))
+    @precondition(lambda self: any(self.complete(s) for s in self.stories))
+    @rule()
+    def join_all(self) -> None:
+        """Let all join that can."""
+        for sequence in self.stories:
+            if self.alone(sequence):
+                self.batch.add(sequence)
+                self.did("join")
+
+    @precondition(lambda self: any(self.complete(s) for s in self.stories))
     @rule(index=_index)
-    def join(self, index: int) -> None:
-        """Let a sequence join the batch."""
-        sequence = self.live(index, self.alone)
-        if sequence is not None:
+    def join_or_leave(self, index: int) -> None:
+        """Let a sequence join the batch, or leave it."""
+        sequence = self.live(index, self.complete)
+        assert sequence is not None
+        if sequence in self.batch:
+            self.batch.remove(sequence)
+            self.did("leave")
+        else:
             self.batch.add(sequence)
             self.did("join")
 
     @precondition(lambda self: len(self.batch) > 0)
-    @rule(index=_index)
-    def leave(self, index: int) -> None:
-        """Take a sequence out of the batch."""
-        sequence = self.live(index, lambda s: s in self.batch)
-        if sequence is not None:
-            self.batch.remove(sequence)
-            self.did("leave")
-
-    @precondition(lambda self: len(self.batch) > 0)
-    @rule(count=st.integers(1, 6), bits=_token_bits)
+    @rule(count=_few, bits=_token_bits)
     def append_batch(self, count: int, bits: int | None) -> None:
         """Decode the whole batch for a step or several."""
         if self.append_to(self.batch, count, bits):
@@ -697,27 +724,35 @@ class AllocatorMachine(ReuseRules, SharingRules, BatchRules):
 
 
 def run_machine(
-    machine: type[ManagerMachine], steps: int, seed_: int = 0, *, steps_per_program: int = 80
+    machine: type[ManagerMachine],
+    steps: int,
+    seed_: int = 0,
+    *,
+    steps_per_program: int = 80,
+    tally: Tally | None = None,
 ) -> Tally:
     """Run programs of a machine, without shrinking, until `steps` steps are done; return what they did.
 
-    The same seed runs the same programs. A failure is raised as it was found.
+    The same seed runs the same programs. A failure is raised as it was found, with the program in its notes;
+    `tally`, if given, then still says after how many steps.
     """
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     began = time.perf_counter()
     counted = type(machine.__name__, (machine,), {"tally": tally})
-    while tally.steps < steps:
-        programs = min(max(1, (steps - tally.steps) // (steps_per_program + 1)), 500)
-        run_state_machine_as_test(
-            seed(seed_ + tally.steps)(counted),
-            settings=settings(
-                max_examples=programs,
-                stateful_step_count=steps_per_program,
-                deadline=None,
-                database=None,
-                phases=(Phase.generate,),
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-    tally.seconds = time.perf_counter() - began
+    try:
+        while tally.steps < steps:
+            programs = min(max(1, (steps - tally.steps) // (steps_per_program + 1)), 500)
+            run_state_machine_as_test(
+                seed(seed_ + tally.steps)(counted),
+                settings=settings(
+                    max_examples=programs,
+                    stateful_step_count=steps_per_program,
+                    deadline=None,
+                    database=None,
+                    phases=(Phase.generate,),
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+    finally:
+        tally.seconds = time.perf_counter() - began
     return tally

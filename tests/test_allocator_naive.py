@@ -177,7 +177,7 @@ class BesideNaive(AllocatorMachine):
 class ReuseBesideNaive(BesideNaive, ReuseMachine):
     """As above; the rules of sharing are switched off, so that hits and evictions come quickly."""
 
-    fork = reorder_beams = truncate = join = leave = append_batch = None  # type: ignore[assignment]
+    fork = sample = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
 
 
 class SharingBesideNaive(BesideNaive, SharingMachine):

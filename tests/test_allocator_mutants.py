@@ -1,0 +1,333 @@
+"""Planted bugs: each has to be found by the fuzz machines, or the machines are worth nothing.
+
+A mutant is a change of source text. It is applied to a copy of the package, and the machines of that copy run in
+a process of their own. Text that is no longer there fails the test: the mutant has to follow the code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import allocator
+
+STEPS = 6000
+"""Per machine, at most; nearly all bugs are found within some hundreds."""
+
+RUNNER = """
+import sys
+from pathlib import Path
+from allocator import fuzz
+
+assert Path(fuzz.__file__).is_relative_to(Path.cwd()), fuzz.__file__
+for name in sys.argv[2:]:
+    tally = fuzz.Tally()
+    try:
+        fuzz.run_machine(getattr(fuzz, name), int(sys.argv[1]), 1, tally=tally)
+    except Exception as error:
+        print(f"killed by {name} after {tally.steps} steps: {type(error).__name__} {error}".splitlines()[0])
+        break
+else:
+    print("survived")
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replace `old`, which occurs once in `file`, by `new`; `machines` are tried in turn."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    machines: str = "AllocatorMachine"
+
+
+MUTANTS = [
+    Mutant(
+        "copy_on_write_skipped",
+        "tables.py",
+        "        tail = self.shared_tail(sequence)\n        if tail is None:\n            return\n",
+        "        return\n",
+        "SharingMachine",
+    ),
+    Mutant(
+        "hit_block_freed_by_taking_first",
+        "manager.py",
+        """        for extent, blocks in match.path:
+            if blocks * extent.width""",
+        """        fresh = self.pool.take(-(-(match.hit_tokens + num_tokens) // self.tokens_per_block) - match.hit_blocks)
+        self.pool.give(fresh)
+        for extent, blocks in match.path:
+            if blocks * extent.width""",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "released_head_first",
+        "pool.py",
+        "for each in list(extent.path()):",
+        "for each in reversed(list(extent.path())):",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "slot_off_by_one",
+        "sequence.py",
+        "* size + positions % size",
+        "* size + (positions + 1) % size",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "registered_under_the_wrong_parent",
+        "prefix.py",
+        "            anchor = child\n            at += matched\n",
+        "            at += matched\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "child_registered_under_the_root",
+        "manager.py",
+        "            table.extend(extent.ids)\n            anchor = extent\n",
+        "            table.extend(extent.ids)\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "stale_entry_after_eviction",
+        "prefix.py",
+        "        ids.reverse()\n        del extent.ids[keep:]\n",
+        "        ids.reverse()\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "evicted_block_still_counts_as_computed",
+        "matching.py",
+        "live = sum(blocks for extent, blocks in walked if extent.ids)",
+        "live = sum(blocks for extent, blocks in walked)",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "hit_block_reset_on_touch",
+        "pool.py",
+        "        self.acquire(extent)\n        extent.sealed = True\n",
+        "        self.acquire(extent)\n        extent.references = 1\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "nothing_left_to_compute_on_a_full_hit",
+        "matching.py",
+        "usable = (prompt - 1) // tokens_per_block",
+        "usable = prompt // tokens_per_block",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "duplicate_freed_under_its_table",
+        "tables.py",
+        "                sequence.twins.update(range(extent.start, extent.end))\n",
+        "                self.pool.give(sequence.table[extent.start : extent.end])\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "shared_blocks_counted_as_evictable",
+        "matching.py",
+        "return sum(blocks for extent, blocks in self.path if not extent.references)",
+        "return sum(blocks for extent, blocks in self.path)",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "hits_not_counted_against_what_is_available",
+        "matching.py",
+        "return sum(blocks for extent, blocks in self.path if not extent.references)",
+        "return 0",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "tokens_of_a_hit_as_if_blocks_had_one",
+        "sequence.py",
+        "return self.hit_blocks * self.history.tokens_per_block",
+        "return self.hit_blocks",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "fork_frees_a_live_block",
+        "tables.py",
+        "[table[p] for p in positions if not pool.unshare(table[p])]",
+        "[table[p] for p in positions if pool.unshare(table[p]) or True]",
+        "SharingMachine",
+    ),
+    Mutant(
+        "truncation_frees_the_block_it_cuts",
+        "manager.py",
+        "        keep = -(-num_tokens // size)\n        self.tables.free_private(sequence, keep)\n",
+        "        keep = -(-num_tokens // size)\n        self.tables.free_private(sequence, num_tokens // size)\n",
+        "SharingMachine",
+    ),
+    Mutant(
+        "partial_block_becomes_evictable",
+        "manager.py",
+        "        full = sequence.num_tokens // self.tokens_per_block\n        if full > sequence.anchor.end:",
+        "        full = -(-sequence.num_tokens // self.tokens_per_block)\n        if full > sequence.anchor.end:",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "double_free_on_abort",
+        "manager.py",
+        "        self.tables.release(sequence)\n        self._logical_blocks",
+        "        self.tables.free_private(sequence, sequence.anchored)\n        self.tables.release(sequence)\n"
+        "        self._logical_blocks",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "refused_append_leaves_traces",
+        "manager.py",
+        "        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)\n        self._record",
+        "        self._check_room(self._growth(sequences, num_tokens), sequences)\n        self._record",
+        "SharingMachine",
+    ),
+    Mutant(
+        "content_indexed_before_all_have_copied",
+        "manager.py",
+        "        for sequence in sequences:\n            self.tables.own_tail(sequence)\n        for sequence in sequences:\n",
+        "        for sequence in sequences:\n            self.tables.own_tail(sequence)\n",
+        "SharingMachine AllocatorMachine",
+    ),
+    Mutant(
+        "stale_match_used",
+        "manager.py",
+        "return match.version == self.index.version",
+        "return True",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "copy_of_too_few_tokens",
+        "tables.py",
+        "self.copies.add(source, destination, valid, extent)",
+        "self.copies.add(source, destination, valid - 1, extent)",
+        "SharingMachine",
+    ),
+    Mutant(
+        "copied_source_not_kept",
+        "copies.py",
+        "        if extent is None:\n            self._pin(source)\n",
+        "        if extent is None:\n            pass\n",
+        "SharingMachine AllocatorMachine",
+    ),
+    Mutant(
+        "salt_ignored",
+        "manager.py",
+        "(content.family(), salt) if self.reuse",
+        '(content.family(), "") if self.reuse',
+        "ReuseMachine",
+    ),
+    Mutant(
+        "fork_says_what_its_parent_says",
+        "manager.py",
+        "sequence.history.diverge(max(tokens, sequence.num_prompt_tokens)),",
+        "sequence.history,",
+        "SharingMachine",
+    ),
+    Mutant(
+        "truncated_sequence_keeps_its_stream",
+        "manager.py",
+        "        sequence.history = sequence.history.diverge(num_tokens)\n",
+        "",
+        "SharingMachine",
+    ),
+    Mutant(
+        "beams_forget_to_swap_their_content",
+        "manager.py",
+        '("history", "anchor", "table",',
+        '("anchor", "table",',
+        "SharingMachine",
+    ),
+    Mutant(
+        "batch_member_not_checked_after_a_fork",
+        "manager.py",
+        "        if sequence.batch is not None:\n            sequence.batch.unready[sequence] = None\n        return children",
+        "        return children",
+        "BatchMachine",
+    ),
+    Mutant(
+        "batch_counts_a_tick_too_few",
+        "batch.py",
+        "1 + (num_tokens - 1 - offset) // size",
+        "1 + (num_tokens - 2 - offset) // size",
+        "BatchMachine",
+    ),
+    Mutant(
+        "split_head_unreferenced",
+        "prefix.py",
+        "        head.references = extent.references\n",
+        "",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "revived_ghost_not_counted_as_a_child",
+        "prefix.py",
+        "        ghost.sealed = False\n        ghost.parent.live_children += 1\n",
+        "        ghost.sealed = False\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "lru_keeps_what_is_referenced_again",
+        "eviction/lru.py",
+        "        self._order.pop(extent, None)\n\n    def evicted",
+        "        pass\n\n    def evicted",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "fifo_takes_a_parent_before_its_child",
+        "eviction/fifo.py",
+        "and not extent.references and not extent.live_children",
+        "and not extent.references",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "prefill_ends_unnoticed",
+        "manager.py",
+        "        self.index.version += 1  # what others miss is now in flight, or no longer\n",
+        "",
+        "ReuseMachine",
+    ),
+]
+
+
+def _run(folder: Path, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, *arguments],
+        cwd=folder,
+        env=environment | {"PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def _copy(folder: Path) -> Path:
+    source = Path(allocator.__file__).parent
+    return Path(shutil.copytree(source, folder / "allocator", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_bug_is_found(mutant: Mutant, tmp_path: Path) -> None:
+    path = _copy(tmp_path) / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, (
+        f"the text that {mutant.name} changes occurs {text.count(mutant.old)} times"
+    )
+    path.write_text(text.replace(mutant.old, mutant.new))
+    outcome = _run(tmp_path, str(STEPS), *mutant.machines.split())
+    print(f"{mutant.name}: {outcome}")
+    assert outcome.startswith("killed by"), f"{mutant.name} {outcome}"
+
+
+def test_the_package_itself_survives(tmp_path: Path) -> None:
+    _copy(tmp_path)
+    assert _run(tmp_path, "300", "AllocatorMachine") == "survived"
