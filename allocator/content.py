@@ -97,7 +97,7 @@ class TokenContent(Content):
     """Token ids, int32 and not negative.
 
     `token_ids` may go on beyond `num_prompt_tokens` (default: all of them): the tokens that will be
-    generated, where a trace names them. Raises ValueError for a negative id or too few ids.
+    generated, where a trace names them. Raises ValueError for an id that is negative or does not fit, or too few.
     """
 
     __slots__ = ("_ids",)
@@ -106,9 +106,14 @@ class TokenContent(Content):
         self, token_ids: Iterable[int] | NDArray[np.integer], num_prompt_tokens: int | None = None
     ) -> None:
         if isinstance(token_ids, np.ndarray):
+            if token_ids.size and token_ids.max() >= 2**31:
+                raise ValueError(f"token_ids ({token_ids.max()}) must be less than 2**31")
             ids = array("i", np.ascontiguousarray(token_ids, dtype=np.int32).tobytes())
         else:
-            ids = array("i", token_ids)
+            try:
+                ids = array("i", token_ids)
+            except OverflowError:
+                raise ValueError("token_ids must all be less than 2**31, and none negative") from None
         super().__init__(len(ids) if num_prompt_tokens is None else num_prompt_tokens)
         if len(ids) < self.num_prompt_tokens:
             raise ValueError(
@@ -257,7 +262,7 @@ def _stream_key(stream: int) -> bytes:
 class ChunkHistory(History):
     """Chunk ids, then layers: (position, stream) pairs, each overriding all before it from there on."""
 
-    __slots__ = ("_granularity", "_ids", "_layers", "_named", "_unit", "named_keys")
+    __slots__ = ("_granularity", "_ids", "_layers", "_named", "_tail", "_unit", "named_keys")
 
     def __init__(
         self, ids: NDArray[np.int64], granularity: int, named: int, layers: _Layers, tokens_per_block: int
@@ -270,6 +275,9 @@ class ChunkHistory(History):
         self.key_width = 8 * (tokens_per_block // self._unit)
         self._named = min(named, layers[0][0]) if layers else named
         self.named_keys: bytes | None = None
+        self._tail: tuple[int, bytes] | None = (
+            None  # first block written by the last stream alone, and its key
+        )
 
     def keys(self, first: int, last: int) -> bytes:
         """Return the keys of blocks first … last − 1.
@@ -277,9 +285,16 @@ class ChunkHistory(History):
         A unit has the id of its chunk if it ends within the named tokens, else the stream of the last layer
         that begins before its end.
         """
+        tail = self._tail
+        if tail is None:
+            start, stream = self._last_layer()
+            tail = self._tail = (
+                -(-start // self.tokens_per_block),
+                _stream_key(stream) * (self.key_width // 8),
+            )
+        if first >= tail[0]:  # the common case while decoding
+            return tail[1] * (last - first)
         width = self.key_width
-        if first * self.tokens_per_block >= self._last_layer():  # the common case while decoding
-            return _stream_key(self._layers[-1][1]) * ((last - first) * width // 8)
         if self.named_keys is None:
             self.named_keys = self.expand()
         whole = len(self.named_keys) // width
@@ -287,10 +302,10 @@ class ChunkHistory(History):
             return self.named_keys[first * width : last * width]
         return self._tail_keys(first, last)
 
-    def _last_layer(self) -> int:
+    def _last_layer(self) -> tuple[int, int]:
         if not self._layers:
             self._layers = ((self._named, _new_stream()),)
-        return self._layers[-1][0]
+        return self._layers[-1]
 
     def expand(self) -> bytes:
         """Return the keys of all units that end within the named tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 
 from allocator.prefix import Extent
 
@@ -24,11 +25,12 @@ class Lifetimes:
 
     def filled(self, extent: Extent, num_blocks: int, now: int) -> None:
         """Note that the last `num_blocks` blocks of `extent` were filled just now."""
-        born = array("q", (now,)) * num_blocks
         if extent.born is None:
-            extent.born = born
+            extent.born = array("q", (now,)) * num_blocks
+        elif num_blocks == 1:
+            extent.born.append(now)
         else:
-            extent.born.extend(born)
+            extent.born.extend(array("q", (now,)) * num_blocks)
 
     def hit(self, extent: Extent, now: int) -> None:
         """Note a hit on all of `extent`, before it is referenced."""
@@ -38,14 +40,10 @@ class Lifetimes:
     def evicted(self, extent: Extent, num_blocks: int, now: int) -> None:
         """Note that the last `num_blocks` blocks of `extent` are about to be evicted."""
         self.idle_before_evict.append((now - extent.touched, num_blocks))
-        assert extent.born is not None
-        run_start, run = extent.born[-num_blocks], 0
-        if run_start == extent.born[-1]:  # filled at once, as a prefill chunk is
-            self.lifetime.append((now - run_start, num_blocks))
-            return
-        for moment in extent.born[-num_blocks:]:
-            if moment != run_start:
-                self.lifetime.append((now - run_start, run))
-                run_start, run = moment, 0
-            run += 1
-        self.lifetime.append((now - run_start, run))
+        born = extent.born
+        assert born is not None
+        first, end = len(born) - num_blocks, len(born)
+        while first < end:  # moments never fall along an extent, so equal ones are found by bisection
+            after = bisect_right(born, born[first], first)
+            self.lifetime.append((now - born[first], after - first))
+            first = after

@@ -337,7 +337,7 @@ class KVCacheManager:
                 self._logical_blocks += len(bucket)
             else:
                 for sequence in bucket:
-                    self.tables.index_full(sequence, len(sequence.table))
+                    self.tables.index_last(sequence)
         batch.tick += num_tokens
         self._logical_tokens += num_tokens * len(batch)
 

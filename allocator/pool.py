@@ -55,6 +55,8 @@ class BlockPool:
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         self.limbo: list[int] = []  # freed, but pinned by a copy that has not been taken yet
         self._pins: dict[int, int] = {}
+        # Called for every block that fills up: not at all where the policy does not care.
+        self._notes_cached = type(policy).cached is not EvictionPolicy.cached
         self._freed = array("i")  # a stack
         self._fresh = 0  # blocks from here on have never been used
 
@@ -100,6 +102,8 @@ class BlockPool:
             while count:
                 evicted = self._evict(count)
                 count -= len(evicted)
+                if not count and not taken:
+                    return evicted
                 taken.extend(evicted)
         return taken
 
@@ -149,7 +153,8 @@ class BlockPool:
         """Note that `num_blocks` referenced blocks were appended to `extent` in the index."""
         if self.lifetimes is not None:
             self.lifetimes.filled(extent, num_blocks, self.now)
-        self.policy.cached(extent, num_blocks)
+        if self._notes_cached:
+            self.policy.cached(extent, num_blocks)
 
     def uncached(self, extent: Extent) -> None:
         """Note that a referenced extent's last block was taken out of the index by its only holder."""

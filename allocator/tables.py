@@ -35,6 +35,19 @@ class Tables:
 
     # -------------------------------------------------------- caching what is full
 
+    def index_last(self, sequence: KVSequence) -> None:
+        """Put a sequence's last block, which has just filled up, into the index."""
+        anchor, table = sequence.anchor, sequence.table
+        full = len(table)
+        # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
+        if anchor.references == 1 and not anchor.sealed and not anchor.children and anchor.parent is not None:
+            self.index.version += 1
+            anchor.keys += sequence.history.keys(full - 1, full)
+            anchor.ids.append(table[-1])
+            self.pool.cached(anchor, 1)
+        else:
+            self.index_full(sequence, full)
+
     def index_full(self, sequence: KVSequence, full: int) -> None:
         """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins."""
         anchor = sequence.anchor
