@@ -67,6 +67,13 @@ def test_the_allocator_example_prints_this() -> None:
     assert printed.getvalue() == block("allocator output")
 
 
+def test_the_kernel_example_prints_this() -> None:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(block("kernel"), "README.md", "exec"), {})
+    assert printed.getvalue() == block("kernel output")
+
+
 @pytest.fixture
 def policy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_policy.py").write_text(block("policy"))
@@ -90,7 +97,7 @@ def test_the_policy_simulates(policy_folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "module", sorted({m.strip(".") for m in re.findall(r"python -m ((?:sim|experiments)[a-z_.]*)", TEXT)})
+    "module", sorted({m.strip(".") for m in re.findall(r"python -m ((?:sim|experiments|kernels)[a-z_.]*)", TEXT)})
 )
 def test_every_command_explains_itself(module: str) -> None:
     done = subprocess.run(
