@@ -185,7 +185,7 @@ class AddressModule(HostModule):
             head += size
 
 
-_FRAME = re.compile(r"^\s+#\d+ 0x[0-9a-f]+ in .*? (\S+):(\d+)(?::\d+)?$", re.MULTILINE)
+_FRAME = re.compile(r"^\s+#\d+ 0x[0-9a-f]+ in .*? (\S+?):(\d+)(?::\d+)?$", re.MULTILINE)
 _UNDEFINED = re.compile(r"^(\S+?):(\d+):\d+: runtime error: (.*)$", re.MULTILINE)
 _ACCESS = re.compile(r"^(READ|WRITE) of size (\d+) at (0x[0-9a-f]+)", re.MULTILINE)
 _AT = re.compile(r"^cuda_host: at (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)$", re.MULTILINE)

@@ -22,17 +22,17 @@ inline CUDA_HOST_UNWATCHED T exchange_loop(T* address, Update update) {
 }  // namespace cuda_host
 
 #define CUDA_HOST_FETCH(T, function, builtin) \
-    inline CUDA_HOST_UNWATCHED T function(T* address, T value, CUDA_HOST_SITE) { \
+    CUDA_HOST_UNWATCHED_CALL T function(T* address, T value, CUDA_HOST_SITE) { \
         cuda_host::before_atomic(address, #function, CUDA_HOST_HERE); \
         return builtin(address, value, __ATOMIC_SEQ_CST); \
     }
 #define CUDA_HOST_UPDATE(T, Bits, function, expression) \
-    inline CUDA_HOST_UNWATCHED T function(T* address, T value, CUDA_HOST_SITE) { \
+    CUDA_HOST_UNWATCHED_CALL T function(T* address, T value, CUDA_HOST_SITE) { \
         cuda_host::before_atomic(address, #function, CUDA_HOST_HERE); \
         return cuda_host::exchange_loop<T, Bits>(address, [value](T old) CUDA_HOST_UNWATCHED -> T { return expression; }); \
     }
 #define CUDA_HOST_CAS(T, function) \
-    inline CUDA_HOST_UNWATCHED T function(T* address, T compare, T value, CUDA_HOST_SITE) { \
+    CUDA_HOST_UNWATCHED_CALL T function(T* address, T compare, T value, CUDA_HOST_SITE) { \
         cuda_host::before_atomic(address, #function, CUDA_HOST_HERE); \
         __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
         return compare; \
@@ -83,7 +83,7 @@ CUDA_HOST_ATOMICS(_system)
 #undef CUDA_HOST_UPDATE
 #undef CUDA_HOST_FETCH
 
-inline CUDA_HOST_UNWATCHED void __threadfence(CUDA_HOST_SITE) {
+CUDA_HOST_UNWATCHED_CALL void __threadfence(CUDA_HOST_SITE) {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     cuda_host::spin_point("__threadfence", CUDA_HOST_HERE);
 }

@@ -105,10 +105,17 @@ void watch_atomic(const void* address, size_t bytes, Site site);
 #pragma GCC visibility pop
 
 // What the code around an atomic is compiled with, so that the atomic itself is left to watch_atomic.
-#ifdef CUDA_HOST_WATCH
-#define CUDA_HOST_UNWATCHED __attribute__((no_sanitize("thread")))
-#else
+#ifndef CUDA_HOST_WATCH
 #define CUDA_HOST_UNWATCHED
+#define CUDA_HOST_UNWATCHED_CALL inline
+#else
+#ifdef __clang__
+#define CUDA_HOST_UNWATCHED __attribute__((disable_sanitizer_instrumentation))
+#else
+#define CUDA_HOST_UNWATCHED __attribute__((no_sanitize("thread")))
+#endif
+// Inlined into a kernel, the code would be watched.
+#define CUDA_HOST_UNWATCHED_CALL inline CUDA_HOST_UNWATCHED __attribute__((noinline))
 #endif
 
 constexpr unsigned SPINS_PER_SWITCH = 32;

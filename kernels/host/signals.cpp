@@ -10,14 +10,15 @@ namespace cuda_host {
 static struct sigaction faults_before[NSIG];
 constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE};
 
+#define STUCK "no thread of the block has got any further for %g s: a loop that never ends"
+
 void spin_point_slow(const char* name, Site site) {
     Lane* const me = current;
     RunningBlock& block = *running();
     me->name = name;
     me->site = site;
     if (block.worker->stuck_seconds >= block.worker->launch->spec->spin_seconds)
-        fail(*me, site, "%s: no thread of the block has got any further for %g s: a loop that never ends", name,
-             block.worker->launch->spec->spin_seconds);
+        fail(*me, site, STUCK, block.worker->launch->spec->spin_seconds);
     give_way(block, me);
 }
 
@@ -54,8 +55,8 @@ static void tick(int, siginfo_t*, void* context) {
         pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
         worker->in_lanes = false;
         char message[256];
-        snprintf(message, sizeof message, "%s for %g s: a loop that never ends",
-                 stuck ? "no thread of the block has got any further" : "the block has run", stuck ? limit : limit * BLOCK_LIMITS);
+        snprintf(message, sizeof message, stuck ? STUCK : "the block has run for %g s: a loop that never ends",
+                 stuck ? limit : limit * BLOCK_LIMITS);
         record(*worker->launch, block, me->thread, Place{Site{nullptr, 0}, address, 0, 0}, message);
         switch_to_worker(me);
     }
