@@ -12,6 +12,9 @@ from kernels.layout import DTYPES, HEAD_DIMS
 Constants = dict[str, int | bool | float | str]
 
 THREADS = 128
+# Attention blocks that share a multiprocessor: what 168 registers a thread leave room for. Without being told,
+# the compiler may aim for four and spill.
+MIN_BLOCKS = 3
 # Query heads that one thread block of decode attention serves; a larger group takes several blocks.
 HEAD_TILES = (1, 2, 4, 8, 16)
 # Shared memory of one key tile, of one value tile, and of a prefill block's queries, in bytes. Together with
@@ -60,6 +63,7 @@ def paged_attention(dtype: str, head_dim: int, group: int) -> Constants:
         "ROWS": rows,
         "KV_TILE": _rows_within(TILE_BYTES, dtype, head_dim),
         "THREADS": THREADS,
+        "MIN_BLOCKS": MIN_BLOCKS,
     }
 
 
@@ -71,6 +75,7 @@ def paged_prefill(dtype: str, head_dim: int) -> Constants:
         "ROWS": _rows_within(QUERY_BYTES, dtype, head_dim),
         "KV_TILE": min(32, _rows_within(TILE_BYTES, dtype, head_dim)),
         "THREADS": THREADS,
+        "MIN_BLOCKS": MIN_BLOCKS,
     }
 
 

@@ -12,10 +12,11 @@
 //                of the keys
 //
 // Specialised by (kernels/specialise.py):
-//   T, HEAD_DIM, ROWS, KV_TILE, THREADS
+//   T, HEAD_DIM, ROWS, KV_TILE, THREADS (and MIN_BLOCKS in the launch bounds)
 // Chosen by the kernel that includes this:
 //   QueryElement              type of the queries in shared memory
 //   SCORE_ROWS, SCORE_KEYS    what one thread takes in the score stage
+//   ACCUMULATORS              how many output elements one thread sums, at most
 #pragma once
 
 #include "device.cuh"
@@ -36,8 +37,7 @@ constexpr int SCORE_STRIDE = KV_TILE + 2;
 constexpr int ROW_THREADS = THREADS / ROWS < WARP ? THREADS / ROWS : WARP;
 constexpr int KEYS_PER_LANE = (KV_TILE + ROW_THREADS - 1) / ROW_THREADS;
 
-// 64 accumulators a thread; with the rest some 165 registers, so three blocks of 128 threads a multiprocessor.
-constexpr int ROWS_PER_THREAD = ROWS * VEC < 64 ? ROWS : 64 / VEC;
+constexpr int ROWS_PER_THREAD = ROWS * VEC < ACCUMULATORS ? ROWS : ACCUMULATORS / VEC;
 constexpr int ROW_SLICES = ROWS / ROWS_PER_THREAD;
 constexpr int SPARE_SLICES = THREADS / (ROW_VECS * ROW_SLICES);
 constexpr int KEY_SLICES = SPARE_SLICES < KV_TILE ? SPARE_SLICES : KV_TILE;

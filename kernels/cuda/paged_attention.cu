@@ -12,15 +12,16 @@
 //      Compiled for sm_90, half, head dim 128, ROWS 1 / 2 / 4 / 8 / 16: 56 / 60 / 96 / 160 / 166 registers,
 //      18 / 19 / 22 / 32 / 34 KiB of shared memory, no spills: 3 blocks a multiprocessor or more, 48 KiB in flight.
 //
-// Specialised by: T, HEAD_DIM, ROWS (query heads a block), KV_TILE, THREADS
+// Specialised by: T, HEAD_DIM, ROWS (query heads a block), KV_TILE, THREADS, MIN_BLOCKS
 
 using QueryElement = float;  // converted once, read ROWS x KV_TILE times
 constexpr int SCORE_ROWS = ROWS;
 constexpr int SCORE_KEYS = 1;
+constexpr int ACCUMULATORS = 32;
 
 #include "attention.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_attention(
     // [num_seqs, num_kv_heads * group, HEAD_DIM]; written when num_splits is 1
     T* out,
     // [num_seqs, num_kv_heads * group]; written when num_splits is 1

@@ -12,11 +12,12 @@
 //   1  synchronous 16-byte loads of an 8 KiB key and an 8 KiB value tile, 16 KiB of queries, float32 FMA; not yet
 //      timed on a GPU. Compiled for sm_90, half, head dim 128: 167 registers, 44 KiB of shared memory, no spills.
 //
-// Specialised by: T, HEAD_DIM, ROWS (query rows a block), KV_TILE, THREADS
+// Specialised by: T, HEAD_DIM, ROWS (query rows a block), KV_TILE, THREADS, MIN_BLOCKS
 
 using QueryElement = T;  // as floats they would not fit beside the tiles
 constexpr int SCORE_ROWS = 4;
 constexpr int SCORE_KEYS = 4;
+constexpr int ACCUMULATORS = 64;
 
 #include "attention.cuh"
 
@@ -25,7 +26,7 @@ __device__ __forceinline__ int first_tile(const int* query_start, int sequence, 
     return static_cast<int>(static_cast<long long>(query_start[sequence]) * group / ROWS) + sequence;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) paged_prefill(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_prefill(
     // [num_tokens, num_kv_heads * group, HEAD_DIM]
     T* out,
     // [num_tokens, num_kv_heads * group]

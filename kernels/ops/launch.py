@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from kernels.compile import Backend, load
+from kernels.specialise import MIN_BLOCKS
 
 # A numpy.ndarray or a cupy.ndarray.
 Array = Any
 
 MAX_GRID_YZ = 65535
 
-# Thread blocks that fill one multiprocessor: what the registers of the widest specialisation leave room for.
-_BLOCKS_PER_MULTIPROCESSOR = 3
 # The same number on every machine, so that a run on the CPU does not depend on its cores.
 _BLOCKS_ON_CPU = 8
 
@@ -62,7 +61,7 @@ def blocks_to_fill(backend: Backend) -> int:
     if backend == "gpu":
         import cupy
 
-        return _multiprocessors(int(cupy.cuda.Device().id)) * _BLOCKS_PER_MULTIPROCESSOR
+        return _multiprocessors(int(cupy.cuda.Device().id)) * MIN_BLOCKS
     return _BLOCKS_ON_CPU
 
 
