@@ -616,7 +616,7 @@ class SharingRules(ManagerMachine):
         if sequence is None or len(self.stories) == MAX_LIVE:
             return
         n = min(n, MAX_LIVE - len(self.stories))
-        self.flush()
+        self.end_step_of(sequence)
         self.forked(sequence, self.manager.fork(sequence, n))
         self.did("fork")
 
@@ -626,7 +626,7 @@ class SharingRules(ManagerMachine):
         """Fork a sequence and let parent and children decode at once: parallel sampling."""
         sequence = self.live(index, self.alone)
         assert sequence is not None
-        self.flush()
+        self.end_step_of(sequence)
         children = self.manager.fork(sequence, min(n, MAX_LIVE - len(self.stories)))
         self.forked(sequence, children)
         self.append_to([sequence, *children], 1, bits)
@@ -649,7 +649,8 @@ class SharingRules(ManagerMachine):
             and self.stories[s].salt == story.salt
         ][:width]
         chosen = [parent % len(beams) for parent in parents[: len(beams)]]
-        self.flush()
+        for beam in beams:
+            self.end_step_of(beam)
         stories = [self.stories[beams[parent]].fork() for parent in chosen]
         self.manager.reorder_beams(beams, chosen)
         for i, (beam, heir) in enumerate(zip(beams, stories, strict=True)):
@@ -668,7 +669,7 @@ class SharingRules(ManagerMachine):
         length = 1 + keep % story.length
         if length == story.length:
             return
-        self.flush()
+        self.end_step_of(sequence)
         self.manager.truncate(sequence, length)
         story.truncate(length)
         self.did("truncate")

@@ -189,13 +189,6 @@ MUTANTS = [
         "SharingMachine",
     ),
     Mutant(
-        "content_indexed_before_all_have_copied",
-        "manager.py",
-        "        for sequence in sequences:\n            self.tables.own_tail(sequence)\n        for sequence in sequences:\n",
-        "        for sequence in sequences:\n            self.tables.own_tail(sequence)\n",
-        "SharingMachine AllocatorMachine",
-    ),
-    Mutant(
         "stale_match_used",
         "manager.py",
         "return match.version == self.index.version",

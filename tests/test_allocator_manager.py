@@ -1,0 +1,329 @@
+"""KVCacheManager: one life of a sequence after another, and what the fuzz machines once found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from allocator.config import CacheConfig
+from allocator.content import ChunkContent, TokenContent, UniqueContent
+from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
+
+
+def admit_all(manager: KVCacheManager, ids: list[int], salt: str = "") -> KVSequence:
+    """Admit a prompt of these tokens and compute all that is not cached."""
+    content = TokenContent(ids)
+    match = manager.lookup(content, salt)
+    return manager.admit(content, len(ids) - match.hit_tokens, match, salt)
+
+
+def test_a_life() -> None:
+    manager = KVCacheManager(8, 4)
+    sequence = manager.admit(TokenContent(range(10)), 6)
+    assert manager.prefill_slots(sequence).tolist() == [0, 1, 2, 3, 4, 5]
+    assert manager.extend(sequence, 4).tolist() == [6, 7, 8, 9]
+    assert manager.append([sequence], [7]).tolist() == [10]
+    assert manager.append([sequence], [[8, 9, 10]], 3).tolist() == [11, 12, 13]
+    assert sequence.block_table.tolist() == [0, 1, 2, 3]
+    assert sequence.num_tokens == 14
+    stats = manager.stats()
+    assert (stats.free_blocks, stats.referenced_blocks, stats.kv_tokens) == (4, 4, 14)
+    manager.release(sequence)
+    stats = manager.stats()
+    assert (stats.free_blocks, stats.evictable_blocks, stats.kv_tokens) == (5, 3, 0)
+    again = manager.lookup(TokenContent([*range(10), 7, 8, 99]))
+    assert (again.hit_blocks, again.miss_blocks) == (3, {"short_of_block": 1})
+    manager.check_invariants()
+
+
+def test_the_last_token_is_always_computed() -> None:
+    manager = KVCacheManager(8, 4)
+    manager.release(admit_all(manager, [1] * 8))
+    match = manager.lookup(TokenContent([1] * 8))
+    assert (match.hit_tokens, match.query_blocks, match.miss_blocks) == (4, 2, {"last_token": 1})
+    assert manager.lookup(TokenContent([1] * 9)).hit_tokens == 8
+
+
+def test_miss_causes() -> None:
+    manager = KVCacheManager(4, 2, ghost_blocks=2)
+    manager.release(admit_all(manager, [1, 1, 2, 2]))
+    assert manager.lookup(TokenContent([1, 1, 2, 2, 3]), "other").miss_blocks == {
+        "isolated": 2,
+        "short_of_block": 1,
+    }
+    assert manager.lookup(TokenContent([5, 5, 5])).miss_blocks == {"cold": 1, "short_of_block": 1}
+    filling = manager.admit(TokenContent([7] * 8), 1)
+    assert manager.lookup(TokenContent([7] * 6)).miss_blocks == {"in_flight": 3}
+    manager.release(filling)
+    assert manager.lookup(TokenContent([7] * 6)).miss_blocks == {"cold": 3}
+    manager.release(admit_all(manager, [3] * 8))  # evicts both, tail first, and leaves two ghosts
+    assert manager.lookup(TokenContent([1, 1, 2, 2, 4])).miss_blocks == {"evicted": 2, "short_of_block": 1}
+    manager.release(admit_all(manager, [4] * 8))  # evicts four more: only two ghosts are remembered
+    assert manager.lookup(TokenContent([1, 1, 2, 2, 4])).miss_blocks == {"unknown": 2, "short_of_block": 1}
+    assert manager.lookup(TokenContent([3] * 8)).miss_blocks == {"evicted": 2, "unknown": 2}
+    manager.check_invariants()
+
+
+def test_without_reuse_nothing_is_found_or_kept() -> None:
+    manager = KVCacheManager(8, 2, CacheConfig(enable_block_reuse=False))
+    sequence = admit_all(manager, [1] * 6)
+    assert manager.lookup(TokenContent([1] * 6)).miss_blocks == {"cold": 3}
+    twin = manager.admit(TokenContent([1] * 6), 6)
+    manager.check_invariants()
+    manager.release(sequence)
+    manager.release(twin)
+    assert manager.stats().free_blocks == 8
+    assert not manager.index.roots
+
+
+def test_refusals_change_nothing() -> None:
+    manager = KVCacheManager(4, 2)
+    sequence = admit_all(manager, [1] * 6)
+    match = manager.lookup(TokenContent([2] * 4))
+    assert not manager.can_admit(match, 4)
+    assert manager.can_admit(match, 2)
+    with pytest.raises(OutOfBlocks) as refused:
+        manager.admit(TokenContent([2] * 4), 4)
+    assert (refused.value.needed, refused.value.available) == (2, 1)
+    with pytest.raises(OutOfBlocks, match="2 blocks needed, 1 free or evictable"):
+        manager.append([sequence], None, 3)
+    assert sequence.num_tokens == 6
+    assert manager.append([sequence], None, 2).tolist() == [6, 7]
+
+
+def test_hits_count_against_what_is_available() -> None:
+    manager = KVCacheManager(4, 2)
+    manager.release(admit_all(manager, [1] * 8))
+    match = manager.lookup(TokenContent([1] * 6 + [2] * 4))
+    assert match.hit_blocks == 3
+    assert manager.blocks_needed(match, 4) == 5
+    with pytest.raises(OutOfBlocks):
+        manager.admit(match.content, 4, match)
+    assert manager.admit(match.content, 2, match).block_table.tolist() == [0, 1, 2, 3]
+
+
+def test_copy_on_write() -> None:
+    manager = KVCacheManager(8, 4)
+    parent = admit_all(manager, [1] * 6)
+    one, two = manager.fork(parent, 2)
+    assert manager.stats().logical_blocks == 6
+    assert manager.append([parent, one, two]).tolist() == [10, 14, 6]
+    assert manager.pending_copies().tolist() == [[1, 2, 2], [1, 3, 2]]
+    assert manager.pending_copies().shape == (0, 3)
+    assert manager.stats().cow_tokens == 4
+    assert manager.block_tables([parent, one, two]).tolist() == [[0, 2], [0, 3], [0, 1]]
+
+
+def test_a_pending_copy_keeps_its_source_from_reuse() -> None:
+    manager = KVCacheManager(4, 4)
+    parent = admit_all(manager, [1] * 2)
+    (child,) = manager.fork(parent)
+    manager.append([child])
+    manager.release(parent)
+    stats = manager.stats()
+    assert (stats.free_blocks, stats.in_transfer_blocks) == (2, 1)
+    other = admit_all(manager, [2] * 2)
+    assert set(manager.fork(other)[0].table) == {2}
+    manager.append([other])
+    assert manager.pending_copies().tolist() == [[0, 1, 2], [2, 3, 2]]
+    assert manager.stats().in_transfer_blocks == 0
+    manager.check_invariants()
+
+
+def test_a_copy_cannot_be_a_source_before_it_is_made() -> None:
+    manager = KVCacheManager(8, 4)
+    parent = admit_all(manager, [1] * 2)
+    (child,) = manager.fork(parent)
+    manager.append([child])
+    (grandchild,) = manager.fork(child)
+    with pytest.raises(
+        ValueError, match=r"block 1 is still to be copied into: take pending_copies\(\) first"
+    ):
+        manager.append([grandchild])
+    manager.pending_copies()
+    manager.append([grandchild])
+    assert manager.pending_copies().tolist() == [[1, 2, 3]]
+
+
+def test_beams() -> None:
+    manager = KVCacheManager(16, 2)
+    first = admit_all(manager, [1] * 5)
+    beams = [first, *manager.fork(first, 2)]
+    manager.append(beams, [5, 6, 7])
+    manager.reorder_beams(beams, [2, 2, 0])
+    manager.pending_copies()
+    assert len({beam.table[2] for beam in beams}) == 2
+    assert [beam.history.keys(2, 3)[4:] for beam in beams] == [np.int32(x).tobytes() for x in (7, 7, 5)]
+    manager.check_invariants()
+    manager.append(beams)
+    manager.check_invariants()
+    for beam in beams:
+        manager.release(beam)
+    assert manager.available_blocks == 16
+
+
+def test_truncation_into_a_cached_block() -> None:
+    manager = KVCacheManager(8, 4)
+    sequence = admit_all(manager, [1] * 8)
+    manager.truncate(sequence, 6)
+    assert manager.append([sequence], [2]).tolist() == [6], (
+        "nobody else holds the block: it is written in place"
+    )
+    assert manager.lookup(TokenContent([1] * 9)).hit_blocks == 1
+    manager.append([sequence], [2])
+    assert manager.lookup(TokenContent([1] * 6 + [2] * 3)).hit_blocks == 2
+    other = admit_all(manager, [1] * 6 + [2] * 3)
+    manager.truncate(other, 5)
+    assert manager.append([other], [3]).tolist() == [4 * other.table[1] + 1]
+    assert manager.pending_copies().tolist() == [[1, other.table[1], 1]]
+    manager.check_invariants()
+
+
+def test_equal_content_computed_twice_is_cached_once() -> None:
+    manager = KVCacheManager(8, 2)
+    one = manager.admit(TokenContent([1] * 4), 1)
+    two = manager.admit(TokenContent([1] * 4), 1)
+    manager.extend(one, 3)
+    manager.extend(two, 3)
+    assert set(one.table).isdisjoint(two.table)
+    stats = manager.stats()
+    assert (stats.free_blocks, stats.referenced_blocks) == (4, 4)
+    manager.release(two)
+    assert manager.stats().free_blocks == 6
+    manager.append([one], [1])
+    assert manager.lookup(TokenContent([1] * 6)).hit_blocks == 2
+    manager.check_invariants()
+
+
+def test_a_fork_in_the_middle_of_a_prefill_says_the_same_prompt() -> None:
+    manager = KVCacheManager(8, 2)
+    for content in (TokenContent([1] * 6), ChunkContent([7], 6, 6), UniqueContent(6)):
+        parent = manager.admit(content, 3)
+        (child,) = manager.fork(parent)
+        manager.extend(parent, 3)
+        manager.extend(child, 3)
+        manager.pending_copies()
+        assert child.history.keys(0, 3) == parent.history.keys(0, 3)
+        manager.append([parent, child], None, 2)
+        assert child.history.keys(3, 4) != parent.history.keys(3, 4)
+        manager.check_invariants()
+        manager.release(parent)
+        manager.release(child)
+
+
+def test_preempted_in_the_middle_of_its_prefill_a_prompt_stays_whole() -> None:
+    manager = KVCacheManager(8, 2)
+    content = UniqueContent(7)
+    sequence = manager.admit(content, 3)
+    resumed = sequence.content()
+    manager.release(sequence)
+    assert resumed.num_prompt_tokens == 7
+    assert resumed.prompt_keys(2) == content.prompt_keys(2)
+
+
+# ------------------------------------------------ found by the fuzz machines
+
+
+def test_all_leave_their_shared_blocks_before_any_content_is_indexed() -> None:
+    """What the first writes becomes equal to the cached block that the second was to take out of the index."""
+    manager = KVCacheManager(2, 2)
+    cut = admit_all(manager, [0, 1])
+    manager.truncate(cut, 1)
+    filling = admit_all(manager, [0])
+    assert manager.available_blocks == 0
+    assert manager.append([filling, cut], [1, 0]).tolist() == [3, 1]
+    assert manager.lookup(TokenContent([0, 1, 5])).hit_blocks == 1
+    assert manager.lookup(TokenContent([0, 0, 5])).hit_blocks == 1
+    manager.check_invariants()
+
+
+def test_a_match_grows_stale_when_a_prefill_begins_or_ends() -> None:
+    manager = KVCacheManager(8, 4)
+    content = TokenContent([1] * 8)
+    match = manager.lookup(content)
+    filling = manager.admit(content, 1)  # fills no block, but is about to
+    assert not manager.is_current(match)
+    match = manager.lookup(content)
+    assert match.miss_blocks == {"in_flight": 2}
+    manager.release(filling)
+    assert not manager.is_current(match)
+
+
+def test_tokens_of_a_block_that_is_a_tail_here_and_full_there() -> None:
+    manager = KVCacheManager(8, 4)
+    cached = admit_all(manager, [1] * 4)
+    twin = manager.admit(TokenContent([1] * 4), 4)
+    (child,) = manager.fork(twin)
+    manager.truncate(child, 2)
+    assert child.table == twin.table != cached.table
+    assert manager.kv_tokens == 8
+    manager.release(twin)
+    assert manager.kv_tokens == 6
+
+
+# ------------------------------------------------ bad input
+
+
+def test_bad_input_is_named() -> None:
+    for size in (0, 3, -4):
+        with pytest.raises(ValueError, match=rf"tokens_per_block \({size}\) must be a power of two"):
+            KVCacheManager(4, size)
+    with pytest.raises(ValueError, match=r"num_blocks \(0\) must be at least 1"):
+        KVCacheManager(0, 4)
+    with pytest.raises(ValueError, match=r"ghost_blocks \(-1\) must not be negative"):
+        KVCacheManager(4, 4, ghost_blocks=-1)
+    with pytest.raises(ValueError, match=r"window \(8\) must be None"):
+        KVCacheManager(4, 4, CacheConfig(window=8))
+
+    manager = KVCacheManager(8, 4)
+    content = TokenContent([1] * 6)
+    for tokens in (0, 7):
+        with pytest.raises(
+            ValueError, match=rf"num_tokens \({tokens}\) must be between 1 and .* remaining 6"
+        ):
+            manager.admit(content, tokens)
+    with pytest.raises(ValueError, match="match must come from a lookup of the same content and salt"):
+        manager.admit(content, 1, manager.lookup(content), "salt")
+    sequence = manager.admit(content, 4)
+    with pytest.raises(ValueError, match="must have its prompt of 6 complete"):
+        manager.append([sequence])
+    with pytest.raises(ValueError, match="past its prefill to be truncated"):
+        manager.truncate(sequence, 3)
+    with pytest.raises(ValueError, match=r"num_tokens \(3\) must be between 1 and .* remaining 2"):
+        manager.extend(sequence, 3)
+    manager.extend(sequence, 2)
+    with pytest.raises(ValueError, match=r"num_tokens \(0\) must be at least 1"):
+        manager.append([sequence], None, 0)
+    with pytest.raises(ValueError, match=r"sequences \(2\) must be distinct"):
+        manager.append([sequence, sequence])
+    with pytest.raises(ValueError, match=r"tokens \(2 of them\) must be as many as sequences \(1\)"):
+        manager.append([sequence], [1, 2])
+    with pytest.raises(ValueError, match=r"tokens \(1 for a sequence\) must be num_tokens \(2\)"):
+        manager.append([sequence], [[1]], 2)
+    with pytest.raises(ValueError, match=r"tokens \(-1\) must not be negative"):
+        manager.append([sequence], [-1])
+    for length in (0, 7):
+        with pytest.raises(
+            ValueError, match=rf"num_tokens \({length}\) must be between 1 and the sequence's 6"
+        ):
+            manager.truncate(sequence, length)
+    with pytest.raises(ValueError, match=r"n \(0\) must be at least 1"):
+        manager.fork(sequence, 0)
+    with pytest.raises(ValueError, match=r"parents \(2 of them\) must be as many as sequences \(1\)"):
+        manager.reorder_beams([sequence], [0, 0])
+    with pytest.raises(ValueError, match=r"parents \(\[1\]\) must index the 1 sequences"):
+        manager.reorder_beams([sequence], [1])
+    manager.release(sequence)
+    for refused in (manager.release, manager.fork, lambda s: manager.append([s])):
+        with pytest.raises(ValueError, match="must not be released"):
+            refused(sequence)
+    manager.check_invariants()
+    assert manager.append([]).shape == (0,)
+    assert manager.block_tables([]).shape == (0, 0)
+
+
+def test_out_of_blocks_survives_a_process_boundary() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(OutOfBlocks(3, 2)))
+    assert (error.needed, error.available, str(error)) == (3, 2, "3 blocks needed, 2 free or evictable")
