@@ -47,7 +47,7 @@ extern "C" __global__ void bugs(float* x, const float* y, int mode) {
     if (mode == 16) { part[i] = 1; __syncthreads(); x[i] = sized[i]; }  // BUG 16
     if (mode == 17) { atomicAdd(&part[i], 1.0f); }  // BUG 17
     if (mode == 18) { sized[i] = 1; __syncthreads(); x[i] = reinterpret_cast<float4*>(sized)[i % 8].y; }
-    if (mode == 19) { stage.tile[i % 4] = 1; __syncthreads(); x[i] = reinterpret_cast<double*>(&stage)[i % 4]; }  // BUG 19
+    if (mode == 19) { stage.tile[i % 4] = 1; __syncthreads(); x[i] = ((double*)&stage)[i % 4]; }  // BUG 19
     if (mode == 20) { reinterpret_cast<unsigned char*>(part)[4 * i] = 1; __syncthreads(); x[i] = part[i]; }  // BUG 20
 }
 """

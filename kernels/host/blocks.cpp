@@ -93,11 +93,6 @@ void Worker::need_stacks(unsigned count) {
         if (mprotect(stacks + i * STACK_BYTES, GUARD_BYTES, PROT_NONE) != 0) break;
 }
 
-Worker::~Worker() {
-    if (stacks) munmap(stacks, num_stacks * STACK_BYTES);
-    free(dynamic_shared.begin);
-}
-
 static uint64_t mixed(uint64_t x) {
     // splitmix64's finaliser.
     x += 0x9e3779b97f4a7c15ull;
@@ -115,7 +110,7 @@ static void poison(SharedMemory& shared) {
     if (shared.bytes) memset(shared.begin, POISON, shared.bytes);
 #endif
 #ifdef CUDA_HOST_WATCH
-    shared.written.assign(shared.bytes, 0);
+    if (shared.bytes) memset(shared.written, 0, shared.bytes);
 #endif
 }
 
@@ -173,7 +168,7 @@ bool Worker::run_block(uint64_t number) {
     in_lanes = false;
     current_block = nullptr;
     current = nullptr;
-    return block.exited == block.count && !launch->failed.load();
+    return block.exited == block.count && !__atomic_load_n(&launch->failed, __ATOMIC_SEQ_CST);
 }
 
 }  // namespace cuda_host

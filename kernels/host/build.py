@@ -171,6 +171,8 @@ def build(
     includes besides the runner's and NVIDIA's. Raises CompileError with the compiler's own words.
     """
     compiler = find_compiler()
+    if compiler.family == "zig":
+        flags = [*flags, "-fno-sanitize=undefined"]  # zig's default
     includes = find_includes(source, include_dirs)
     target = cache_dir() / f"{stem}-{_key(source, includes.digest(), flags, link, libraries)}{suffix}"
     if target.is_file():
@@ -185,7 +187,13 @@ def build(
         unit = Path(scratch) / f"{stem}.cpp"
         unit.write_text(source)
         output = Path(scratch) / target.name
-        inputs = [str(unit), "-o", str(output), *map(str, libraries)]
-        _run([*compiler.command, *flags, *link, *front, *inputs], scratch, stem)
+        if compiler.family == "zig" and "-shared" in link:
+            # Linked as C: as C++, zig first builds a C++ library that nothing here needs.
+            _run([*compiler.command, *flags, "-c", str(unit), "-o", f"{unit}.o"], scratch, stem)
+            c_compiler = [*compiler.command[:-1], "cc"]
+            _run([*c_compiler, *link, f"{unit}.o", "-o", str(output), *map(str, libraries)], scratch, stem)
+        else:
+            inputs = [str(unit), "-o", str(output), *map(str, libraries)]
+            _run([*compiler.command, *flags, *link, *front, *inputs], scratch, stem)
         os.replace(output, target)
     return target

@@ -19,7 +19,7 @@ struct Place {
 
 static void record(Launch& launch, const RunningBlock& block, const uint3& thread, const Place& place,
                    const char* message) {
-    std::lock_guard<std::mutex> hold(launch.failure_lock);
+    const Lock hold(launch.failure_lock);
     CudaHostFailure& failure = *launch.failure;
     if (failure.failed && failure.block_number <= block.number) return;
     failure.failed = 1;
@@ -34,7 +34,7 @@ static void record(Launch& launch, const RunningBlock& block, const uint3& threa
     memcpy(failure.thread, t, sizeof t);
     snprintf(failure.file, sizeof failure.file, "%s", place.site.file ? place.site.file : "");
     snprintf(failure.message, sizeof failure.message, "%s", message);
-    launch.failed.store(true);
+    __atomic_store_n(&launch.failed, true, __ATOMIC_SEQ_CST);
 }
 
 static void switch_to_worker(Lane* from) {

@@ -1,11 +1,9 @@
 // The machine that runs a kernel on the CPU: what launches, workers, blocks and warps hold.
 #pragma once
 
+#include <pthread.h>
 #include <stdint.h>
-
-#include <atomic>
-#include <mutex>
-#include <vector>
+#include <stdlib.h>
 
 #include "runtime.h"
 
@@ -47,7 +45,18 @@ struct CudaHostFailure {
 
 }  // extern "C"
 
+// Only the C library is used, so that no C++ library need be there (the ziglang wheel would first build its own).
 namespace cuda_host {
+
+class Lock {
+public:
+    explicit Lock(pthread_mutex_t& mutex) : mutex_(mutex) { pthread_mutex_lock(&mutex_); }
+    ~Lock() { pthread_mutex_unlock(&mutex_); }
+    Lock(const Lock&) = delete;
+
+private:
+    pthread_mutex_t& mutex_;
+};
 
 constexpr unsigned MAX_THREADS = 1024;
 constexpr size_t STACK_BYTES = 256 * 1024;
@@ -97,18 +106,18 @@ struct RunningBlock : Block {
 struct Launch {
     const CudaHostLaunch* spec;
     CudaHostFailure* failure;
-    std::mutex failure_lock;
-    std::atomic<bool> failed{false};
-    std::atomic<uint64_t> next{0};
+    pthread_mutex_t failure_lock = PTHREAD_MUTEX_INITIALIZER;
+    bool failed = false;  // this and the next: atomic accesses only
+    uint64_t next = 0;
     uint64_t num_blocks;
-    std::vector<uint32_t> order;  // empty: as numbered
+    uint32_t* order = nullptr;  // null: as numbered
 };
 
 // A stretch of shared memory, and (where watched) which of its bytes the block has written.
 struct SharedMemory {
     char* begin = nullptr;
     size_t bytes = 0;
-    std::vector<unsigned char> written;
+    unsigned char* written = nullptr;
 };
 
 struct Worker {
@@ -137,7 +146,6 @@ struct Worker {
     uintptr_t code_low = 0;
     uintptr_t code_high = 0;
 
-    ~Worker();
     void need_stacks(unsigned count);
     void find_memory();
     void poison_shared();

@@ -36,7 +36,7 @@ static inline void access(const void* address, size_t bytes, bool write, const P
     }
     const size_t first = static_cast<size_t>(at - shared->begin);
     if (bytes > shared->bytes - first) bytes = shared->bytes - first;
-    unsigned char* const written = shared->written.data() + first;
+    unsigned char* const written = shared->written + first;
     if (write) {
         memset(written, 1, bytes);
     } else if (memchr(written, 0, bytes)) {

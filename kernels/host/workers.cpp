@@ -7,8 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <condition_variable>
-#include <thread>
+#include <initializer_list>
+#include <new>
 
 #include "schedule.h"
 
@@ -72,13 +72,18 @@ void Worker::find_memory() {
         static_shared.begin = shared.begin;
         static_shared.bytes = shared.bytes;
     }
-    if (spec.shared_bytes == dynamic_shared.bytes) return;
-    free(dynamic_shared.begin);
-    // Exactly as long as asked for, so that a sanitizer sees the first byte beyond.
-    void* memory = nullptr;
-    if (spec.shared_bytes && posix_memalign(&memory, 128, spec.shared_bytes) != 0) abort();
-    dynamic_shared.begin = static_cast<char*>(memory);
-    dynamic_shared.bytes = spec.shared_bytes;
+    if (spec.shared_bytes != dynamic_shared.bytes) {
+        free(dynamic_shared.begin);
+        // Exactly as long as asked for, so that a sanitizer sees the first byte beyond.
+        void* memory = nullptr;
+        if (spec.shared_bytes && posix_memalign(&memory, 128, spec.shared_bytes) != 0) abort();
+        dynamic_shared.begin = static_cast<char*>(memory);
+        dynamic_shared.bytes = spec.shared_bytes;
+    }
+#ifdef CUDA_HOST_WATCH
+    for (SharedMemory* shared : {&static_shared, &dynamic_shared})
+        shared->written = static_cast<unsigned char*>(realloc(shared->written, shared->bytes + 1));
+#endif
 }
 
 void Worker::run(Launch& given) {
@@ -123,76 +128,96 @@ void Worker::run(Launch& given) {
     progress_seen = progress;
     stuck_seconds = 0;
 
-    while (!given.failed.load(std::memory_order_relaxed)) {
-        const uint64_t at = given.next.fetch_add(1);
+    while (!__atomic_load_n(&given.failed, __ATOMIC_RELAXED)) {
+        const uint64_t at = __atomic_fetch_add(&given.next, 1, __ATOMIC_RELAXED);
         if (at >= given.num_blocks) break;
-        if (!run_block(given.order.empty() ? at : given.order[at])) break;
+        if (!run_block(given.order ? given.order[at] : at)) break;
     }
     if (has_timer) timer_delete(timer);
     sigaltstack(&before, nullptr);
     this_worker = nullptr;
 }
 
+template <class T>
+static T* make() {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, sizeof(T)) != 0) abort();
+    return new (memory) T;
+}
+
 // Threads that live as long as the process. A forked child has none of them, and starts its own.
 class Pool {
 public:
     void run(Launch& launch, unsigned workers) {
-        std::lock_guard<std::mutex> one_launch(launching_);
-        if (!own_) own_ = new Worker;
-        while (threads_ + 1 < workers) {
-            std::thread(&Pool::serve, this, threads_).detach();
-            threads_++;
-        }
+        const Lock one_launch(launching_);
+        if (!own_) own_ = make<Worker>();
+        while (threads_ + 1 < workers && start_thread()) threads_++;
+        if (workers > threads_ + 1) workers = threads_ + 1;
         {
-            std::lock_guard<std::mutex> hold(lock_);
+            const Lock hold(lock_);
             launch_ = &launch;
-            wanted_ = workers - 1;
-            busy_ = workers - 1;
+            wanted_ = busy_ = workers - 1;
             turn_++;
         }
-        if (workers > 1) start_.notify_all();
+        if (workers > 1) pthread_cond_broadcast(&start_);
         own_->run(launch);
-        std::unique_lock<std::mutex> hold(lock_);
-        done_.wait(hold, [this] { return busy_ == 0; });
+        const Lock hold(lock_);
+        while (busy_ != 0) pthread_cond_wait(&done_, &lock_);
     }
 
 private:
-    void serve(unsigned number) {
-        auto* worker = new Worker;
-        uint64_t seen = 0;
-        for (;;) {
+    struct Member {
+        Pool* pool;
+        unsigned number;
+        uint64_t turn;
+    };
+
+    bool start_thread() {
+        auto* member = make<Member>();
+        *member = Member{this, threads_, turn_};
+        pthread_t thread;
+        if (pthread_create(&thread, nullptr, [](void* given) -> void* { serve(*static_cast<Member*>(given)); }, member) != 0)
+            return false;
+        pthread_detach(thread);
+        return true;
+    }
+
+    [[noreturn]] static void serve(const Member& member) {
+        Pool& pool = *member.pool;
+        auto* worker = make<Worker>();
+        for (uint64_t seen = member.turn;;) {
             Launch* launch;
             {
-                std::unique_lock<std::mutex> hold(lock_);
-                start_.wait(hold, [&] { return turn_ != seen && number < wanted_; });
-                seen = turn_;
-                launch = launch_;
+                const Lock hold(pool.lock_);
+                while (pool.turn_ == seen || member.number >= pool.wanted_) pthread_cond_wait(&pool.start_, &pool.lock_);
+                seen = pool.turn_;
+                launch = pool.launch_;
             }
             worker->run(*launch);
-            {
-                std::lock_guard<std::mutex> hold(lock_);
-                busy_--;
-            }
-            done_.notify_one();
+            const Lock hold(pool.lock_);
+            pool.busy_--;
+            pthread_cond_signal(&pool.done_);
         }
     }
 
-    std::mutex launching_, lock_;
-    std::condition_variable start_, done_;
+    pthread_mutex_t launching_ = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t start_ = PTHREAD_COND_INITIALIZER;
+    pthread_cond_t done_ = PTHREAD_COND_INITIALIZER;
     Launch* launch_ = nullptr;
     Worker* own_ = nullptr;
     unsigned threads_ = 0, wanted_ = 0, busy_ = 0;
     uint64_t turn_ = 0;
 };
 
-static Pool* pool = new Pool;
+static Pool* pool = make<Pool>();
 
 static bool prepare() {
     struct sigaction action {};
     action.sa_sigaction = tick;
     action.sa_flags = SA_SIGINFO | SA_RESTART;
     sigaction(tick_signal(), &action, nullptr);
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] { pool = make<Pool>(); });
     return true;
 }
 [[maybe_unused]] static const bool prepared = prepare();
@@ -203,7 +228,8 @@ static void run_launch(const CudaHostLaunch* spec, CudaHostFailure* failure) {
     launch.failure = failure;
     launch.num_blocks = static_cast<uint64_t>(spec->grid[0]) * spec->grid[1] * spec->grid[2];
     if (spec->shuffled) {
-        launch.order.resize(launch.num_blocks);
+        launch.order = static_cast<uint32_t*>(malloc(launch.num_blocks * sizeof(uint32_t)));
+        if (!launch.order) abort();
         uint64_t state = mixed(spec->seed);
         for (uint64_t i = 0; i < launch.num_blocks; i++) {
             state = mixed(state);
@@ -221,6 +247,7 @@ static void run_launch(const CudaHostLaunch* spec, CudaHostFailure* failure) {
     for (const int number : FAULTS) sigaction(number, &action, &faults_before[number]);
 #endif
     pool->run(launch, workers);
+    free(launch.order);
 #ifndef CUDA_HOST_ADDRESS
     for (const int number : FAULTS) sigaction(number, &faults_before[number], nullptr);
 #endif
