@@ -239,25 +239,26 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
 
 @st.composite
 def _requests(draw: st.DrawFn, longest: int) -> list[Request]:
-    """Requests whose prompts and outputs are much alike, most of them described in one and the same way."""
+    """Requests whose prompts and outputs are much alike, nearly all of them described in one and the same way."""
     requests: list[Request] = []
     arrival = 0
     granularity = draw(st.sampled_from([1, 1, 2, 3, 4]))
-    kind = draw(st.sampled_from(["chunks", "chunks", "chunks", "tokens"]))
-    for row in range(draw(st.integers(1, 7))):
-        arrival += draw(st.sampled_from([0, 0, 10, 15, 30, 200]))
-        prompt = draw(st.one_of(st.just(1), st.integers(1, longest)))
-        output = draw(st.one_of(st.just(1), st.integers(1, longest)))
-        named = prompt + draw(st.one_of(st.just(output), st.integers(0, output)))
-        fields: dict[str, object] = {}
-        content = draw(st.sampled_from([kind, kind, kind, kind, kind, "tokens", "unknown"]))
-        if content == "chunks":
+    kind = draw(st.sampled_from(["chunks", "chunks", "tokens"]))
+    one_in_ten = st.integers(0, 9).map(lambda number: number == 9)
+    length = st.one_of(st.integers(1, longest), st.integers(longest // 2, longest), st.just(1))
+    for row in range(draw(st.integers(2, 8))):
+        arrival += draw(st.sampled_from([0, 10, 15, 30, 120]))
+        prompt, output = draw(length), draw(length)
+        named = prompt + (draw(st.integers(0, output)) if draw(one_in_ten) else output)
+        fields: dict[str, object] = {"named_tokens": named}
+        if draw(one_in_ten):
+            fields = {}
+        elif kind == "chunks":
             ids = draw(_symbols(-(-named // granularity)))
-            fields = {"chunk_ids": np.array(ids, dtype=np.int64), "granularity": granularity}
-        elif content == "tokens":
-            fields = {"token_ids": np.array(draw(_symbols(named)), dtype=np.int32)}
-        if fields:
-            fields["named_tokens"] = named
+            fields.update(chunk_ids=np.array(ids, dtype=np.int64), granularity=granularity)
+        else:
+            fields.update(token_ids=np.array(draw(_symbols(named)), dtype=np.int32))
+        has_parent = row and draw(one_in_ten)
         requests.append(
             Request(
                 request_id=row,
@@ -265,9 +266,9 @@ def _requests(draw: st.DrawFn, longest: int) -> list[Request]:
                 prompt_tokens=prompt,
                 output_tokens=output,
                 num_samples=draw(st.sampled_from([1, 1, 1, 2, 3])),
-                parent=draw(st.one_of(st.just(-1), st.just(-1), st.integers(-1, row - 1))),
-                think_ps=draw(st.sampled_from([0, 5, 50])),
-                salt=draw(st.sampled_from(["", "", "", "", "a"])),
+                parent=draw(st.integers(0, row - 1)) if has_parent else -1,
+                think_ps=draw(st.sampled_from([0, 50])) if has_parent else 0,
+                salt="other" if draw(one_in_ten) else "",
                 **fields,  # type: ignore[arg-type]
             )
         )
@@ -286,38 +287,37 @@ def _symbols(draw: st.DrawFn, count: int) -> list[int]:
 @st.composite
 def scenarios(draw: st.DrawFn) -> Scenario:
     """Everything at once: a few requests that share content, in a pool that is hardly large enough."""
-    longest = draw(st.sampled_from([4, 8, 16]))
+    longest = draw(st.sampled_from([16, 24, 8]))
     requests = draw(_requests(longest))
-    size = draw(st.sampled_from([1, 2, 4, 8]))
-    max_batch_size = draw(st.sampled_from([1, 2, 3, 8]))
+    size = draw(st.sampled_from([2, 1, 4, 4, 8]))
+    paged = draw(st.integers(0, 9)) != 9
+    max_batch_size = draw(st.sampled_from([2, 3, 4, 8]))
     build = BuildConfig(
         max_batch_size=max_batch_size,
         max_num_tokens=max_batch_size + draw(st.sampled_from([0, 1, 3, 30])),
-        max_seq_len=draw(st.sampled_from([2 * longest, 2 * longest, longest + 2])),
-        enable_paged_kv_cache=draw(st.sampled_from([True] * 7 + [False])),
+        max_seq_len=2 * longest - draw(st.sampled_from([0, 0, 0, longest // 2])),
+        enable_paged_kv_cache=paged,
         tokens_per_block=size,
     )
-    needed = max(-(-(r.prompt_tokens + r.output_tokens - 1) // size) for r in requests)
-    if not build.enable_paged_kv_cache:
-        needed = -(-build.max_seq_len // size)
-    num_blocks = max(1, needed + draw(st.sampled_from([-1, 0, 0, 1, 2, 4, 8])) * bool(needed))
-    if not build.enable_paged_kv_cache:
-        num_blocks = max(num_blocks, needed)
+    if paged:
+        needed = max(-(-(r.prompt_tokens + r.output_tokens - 1) // size) for r in requests)
+        num_blocks = max(1, needed + draw(st.sampled_from([0, 1, 2, needed // 2, needed, 2 * needed, -1])))
+    else:
+        num_blocks = -(-build.max_seq_len // size) * draw(st.integers(1, 3))
     engine = EngineConfig(
         admission=draw(st.sampled_from(["guaranteed_no_evict", "max_utilization"])),
-        enable_chunked_prefill=draw(st.booleans()),
-        watermark=draw(st.sampled_from([0.0, 0.0, 0.2, 0.5])),
+        enable_chunked_prefill=draw(st.sampled_from([True, True, False])),
+        watermark=draw(st.sampled_from([0.0, 0.0, 0.2])),
         block_map_samples=draw(st.sampled_from([0, 3])),
     )
     cache = CacheConfig(
-        enable_block_reuse=draw(st.sampled_from([True, True, True, False])),
-        policy=draw(st.sampled_from(["lru", "fifo"])),
+        enable_block_reuse=draw(st.integers(0, 9)) != 9, policy=draw(st.sampled_from(["lru", "fifo"]))
     )
     cost = LinearCost(
         base=draw(st.sampled_from([10, 10, 3, 0])),
         sequence=draw(st.sampled_from([0, 0, 1])),
         key=draw(st.sampled_from([0, 0, 1])),
         prefill=draw(st.sampled_from([0, 0, 1])),
-        affine=draw(st.sampled_from([True, True, True, False])),
+        affine=draw(st.integers(0, 9)) != 9,
     )
     return Scenario(requests, build, num_blocks, cache, engine, cost)

@@ -188,15 +188,7 @@ def test_a_preempted_job_goes_before_those_who_wait() -> None:
         (0, 10, 1, 0, 12, 2, 0),
         (10, 20, 1, 1, 0, 1, 2),  # B is preempted: in this step nobody starts
         (20, 60, 4, 1, 0, 1, 2),  # B would hold 3 blocks, and A leaves 2: C waits as well
-        (
-            60,
-            70,
-            1,
-            0,
-            9,
-            2,
-            0,
-        ),  # A has ended: B computes 5 again, its tail was evicted; then C starts, and ends
+        (60, 70, 1, 0, 9, 2, 0),  # A has ended: of B, whose tail was evicted, 5; then C starts, and ends
         (70, 100, 3, 1, 0, 1, 0),
     ]
     assert _column(result, "admit_ps") == [0, 0, 60]
