@@ -63,10 +63,10 @@ class PendingCopies:
         self._held.clear()
         return copies
 
+    def blocks(self) -> set[int]:
+        """Return the sources and destinations: none of them may be reused yet."""
+        return {block for source, destination, _ in self._copies for block in (source, destination)}
+
     def held_extents(self) -> list[Extent]:
         """Return the cached sources' extents; each holds one reference on its path."""
         return list(self._held)
-
-    def pinned_blocks(self) -> list[int]:
-        """Return the pinned blocks, once for every pin."""
-        return list(self._pinned)

@@ -64,6 +64,7 @@ _prompts = st.builds(
 _salts = st.sampled_from(["", "", "", "other"])
 _index = st.integers(0, MAX_LIVE - 1)
 _some = st.integers(1, 9)
+_waits = st.sampled_from([0, 0, 0, 2, 4])
 _chunks = st.sampled_from([1, 2, 3, 5, 9, 99])
 _few = st.sampled_from([1, 1, 1, 2, 3, 5])
 _token_bits = st.none() | st.integers(0, 15)
@@ -471,8 +472,13 @@ class ManagerMachine(RuleBasedStateMachine):
             self.note(sequence, slots.tolist(), story.say(count))
             self.did("extend")
 
-    def append_to(self, sequences: Sequence[KVSequence], count: int, bits: int | None) -> bool:
-        """Append to some sequences, or to the batch; return whether they advanced."""
+    def append_to(self, sequences: Sequence[KVSequence], count: int, bits: int | None, wait: int) -> bool:
+        """Append to some sequences, or to the batch; return whether they advanced.
+
+        The step stays open for `wait` more rules: its copies and writes are only then executed.
+        """
+        if not self.hold:
+            self.hold = wait
         if any(not isinstance(s.content(), TokenContent) for s in sequences):
             bits = None
         named = _named(bits, count)
@@ -490,21 +496,21 @@ class ManagerMachine(RuleBasedStateMachine):
         return True
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
-    @rule(chosen=st.integers(1, 2**MAX_LIVE - 1), count=_few, bits=_token_bits)
-    def append(self, chosen: int, count: int, bits: int | None) -> None:
+    @rule(chosen=st.integers(1, 2**MAX_LIVE - 1), count=_few, bits=_token_bits, wait=_waits)
+    def append(self, chosen: int, count: int, bits: int | None, wait: int) -> None:
         """Decode some of the sequences that are in no batch, the later ones first every other time."""
         ready = [s for s in self.stories if self.alone(s)]
         sequences = [s for i, s in enumerate(ready) if chosen >> i & 1] or ready[:1]
         if chosen & 1:
             sequences.reverse()
-        if sequences and self.append_to(sequences, count, bits):
+        if sequences and self.append_to(sequences, count, bits, wait):
             self.did("append")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
-    @rule(bits=_token_bits)
-    def decode(self, bits: int | None) -> None:
+    @rule(bits=_token_bits, wait=_waits)
+    def decode(self, bits: int | None, wait: int) -> None:
         """Let all sequences that are in no batch go on by a token."""
-        if self.append_to([s for s in self.stories if self.alone(s)], 1, bits):
+        if self.append_to([s for s in self.stories if self.alone(s)], 1, bits, wait):
             self.did("decode")
 
     @precondition(lambda self: self.stories)
@@ -519,13 +525,6 @@ class ManagerMachine(RuleBasedStateMachine):
             self.manager.release(sequence)
             del self.stories[sequence]
             self.did("release")
-
-    @precondition(lambda self: not self.hold and len(self.stories) > 1)
-    @rule(rules=st.integers(2, 6))
-    def hold_step(self, rules: int) -> None:
-        """Keep the step open for some rules: copies and writes wait."""
-        self.hold = rules + 1
-        self.did("hold step")
 
     @precondition(lambda self: self.stories)
     @rule(index=_index)
@@ -621,15 +620,18 @@ class SharingRules(ManagerMachine):
         self.did("fork")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
-    @rule(index=_index, n=st.integers(1, 3), bits=_token_bits)
-    def sample(self, index: int, n: int, bits: int | None) -> None:
-        """Fork a sequence and let parent and children decode at once: parallel sampling."""
+    @rule(index=_index, n=st.integers(1, 3), bits=_token_bits, wait=_waits, ends=st.booleans())
+    def sample(self, index: int, n: int, bits: int | None, wait: int, ends: bool) -> None:
+        """Fork a sequence and let the children decode at once, with their parent unless that `ends`."""
         sequence = self.live(index, self.alone)
         assert sequence is not None
         self.end_step_of(sequence)
         children = self.manager.fork(sequence, min(n, MAX_LIVE - len(self.stories)))
         self.forked(sequence, children)
-        self.append_to([sequence, *children], 1, bits)
+        writers = children if ends else [sequence, *children]
+        if self.append_to(writers, 1, bits, wait) and ends:
+            self.manager.release(sequence)
+            del self.stories[sequence]
         self.did("sample")
 
     @precondition(lambda self: len(self.stories) > 1)
@@ -701,10 +703,10 @@ class BatchRules(ManagerMachine):
             self.did("join")
 
     @precondition(lambda self: len(self.batch) > 0)
-    @rule(count=_few, bits=_token_bits)
-    def append_batch(self, count: int, bits: int | None) -> None:
+    @rule(count=_few, bits=_token_bits, wait=_waits)
+    def append_batch(self, count: int, bits: int | None, wait: int) -> None:
         """Decode the whole batch for a step or several."""
-        if self.append_to(self.batch, count, bits):
+        if self.append_to(self.batch, count, bits, wait):
             self.did("append batch")
 
 

@@ -16,6 +16,7 @@ def check_invariants(manager: KVCacheManager) -> None:
 
     - every block is exactly one of free, cached, private to tables, or in transfer;
     - an extent is referenced by exactly the sequences (and pending copies) whose path leads through it;
+    - neither end of a pending copy is free;
     - a private block has as many holders as tables that name it;
     - the counters (evictable, referenced, logical) say what a recount says;
     - a table names the cached block at every anchored position that is not a twin's;
@@ -36,6 +37,8 @@ def check_invariants(manager: KVCacheManager) -> None:
     assert not twice, f"blocks {twice} are in two states at once"
     assert set(owners) == set(range(pool.num_blocks)), f"{pool.num_blocks - len(owners)} blocks are lost"
     assert len(free) == pool.num_free
+    reused = manager.tables.copies.blocks().intersection(free)
+    assert not reused, f"blocks {sorted(reused)} are free, but still to be copied"
 
     for block, holders in private.items():
         assert pool.shared.get(block, 1) == holders, f"block {block} has {holders} holders"

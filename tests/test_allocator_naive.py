@@ -12,7 +12,7 @@ from naive_manager import NaiveManager, NaiveSequence
 
 from allocator.batch import Batch
 from allocator.content import Content
-from allocator.fuzz import AllocatorMachine, ReuseMachine, SharingMachine
+from allocator.fuzz import AllocatorMachine, ReuseMachine, SharingMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt
@@ -184,6 +184,20 @@ class SharingBesideNaive(BesideNaive, SharingMachine):
     """As above, without matches and preemptions."""
 
     lookup = admit_with_match = preempt = readmit = None  # type: ignore[assignment]
+
+
+class WithAnotherPolicy(ReuseBesideNaive):
+    """What the comparison has to notice."""
+
+    def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
+        pair = super().make_manager(num_blocks, tokens_per_block, reuse)
+        pair.naive.policy = {"lru": "fifo", "fifo": "lru"}[pair.naive.policy]
+        return pair
+
+
+def test_another_policy_is_noticed() -> None:
+    with pytest.raises(AssertionError):
+        run_machine(WithAnotherPolicy, 6000)
 
 
 TestBesideNaive = BesideNaive.TestCase
