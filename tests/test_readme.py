@@ -97,7 +97,8 @@ def test_the_policy_simulates(policy_folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "module", sorted({m.strip(".") for m in re.findall(r"python -m ((?:sim|experiments|kernels)[a-z_.]*)", TEXT)})
+    "module",
+    sorted({m.strip(".") for m in re.findall(r"python -m ((?:sim|experiments|kernels)[a-z_.]*)", TEXT)}),
 )
 def test_every_command_explains_itself(module: str) -> None:
     done = subprocess.run(
