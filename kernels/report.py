@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m kernels.compile",
         description="Compile every specialised kernel, without a GPU, and print what it uses.",
     )
-    parser.add_argument("files", nargs="*", metavar="FILE.cu", help="only these sources (default: all)")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE.cu", help="only these sources (default: all); before --arch"
+    )
     parser.add_argument(
         "--arch", nargs="+", required=True, metavar="sm_XX", help="architectures to compile for"
     )
@@ -81,5 +83,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{count} kernels compiled for {len(options.arch)} architectures, {spilling} with spills")
+    print(f"{count} kernels compiled for {', '.join(options.arch)}: {spilling} with spills")
     return 1 if spilling else 0

@@ -79,6 +79,7 @@ cuda_host_lane_start:
 
 void Worker::need_stacks(unsigned count) {
     if (count <= num_stacks) return;
+    while (count & (count - 1)) count += count & -count;  // to a power of two, so that stacks are seldom made anew
     if (stacks) munmap(stacks, num_stacks * STACK_BYTES);
     void* memory = mmap(nullptr, count * STACK_BYTES, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -88,8 +89,9 @@ void Worker::need_stacks(unsigned count) {
     }
     stacks = static_cast<char*>(memory);
     num_stacks = count;
-    // A guard page a stack, as far as the kernel's limit on mappings goes.
-    for (unsigned i = 0; i < count; i++)
+    // A guard page a stack, up to what leaves most of the system's limit on mappings (65,530) to others.
+    static unsigned guards;
+    for (unsigned i = 0; i < count && __atomic_fetch_add(&guards, 1, __ATOMIC_RELAXED) < 16384; i++)
         if (mprotect(stacks + i * STACK_BYTES, GUARD_BYTES, PROT_NONE) != 0) break;
 }
 
