@@ -181,6 +181,24 @@ def test_max_utilization_preempts_who_started_last_and_computes_it_again() -> No
     assert result.gaps_ps.tolist() == [90]  # B's first token came at 10, its second at 100
 
 
+def test_a_preempted_job_may_be_chunked_even_if_prompts_may_not() -> None:
+    """Nine tokens a step, nothing reused: B, preempted, has 12 tokens to compute, and would wait for ever."""
+    engine = EngineConfig(admission="max_utilization", enable_chunked_prefill=False)
+    no_reuse = CacheConfig(enable_block_reuse=False)
+    result = _run(unlike((0, 1, 12), (0, 8, 6)), num_blocks=4, tokens=9, engine=engine, cache=no_reuse)
+    assert _schedule(result) == [
+        (0, 10, 1, 0, 9, 2, 0),
+        (10, 40, 3, 2, 0, 2, 0),  # the first of these steps gives B the last free block
+        (40, 50, 1, 1, 0, 1, 1),  # A has filled its block: B goes, with 4 tokens sampled and 11 written
+        (50, 120, 7, 1, 0, 1, 1),
+        (120, 130, 1, 0, 9, 1, 0),  # A has ended
+        (130, 140, 1, 0, 3, 1, 0),
+        (140, 150, 1, 1, 0, 1, 0),
+    ]
+    assert _column(result, "recomputed_tokens") == [0, 11]
+    assert result.gaps_ps.tolist() == [100]  # B's fourth token came at 40, its fifth at 140
+
+
 def test_a_preempted_job_goes_before_those_who_wait() -> None:
     """C arrives before B is preempted, and is small enough to start; but B is first."""
     result = _run(unlike((0, 4, 6), (0, 8, 5), (5, 4, 1)), num_blocks=4, engine=GREEDY)
