@@ -25,7 +25,7 @@ test: install
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto $(if $(TRACES),--traces $(TRACES))
+	$(BIN)/python -m pytest -n auto tests $(if $(TRACES),--traces=$(TRACES))
 
 bench: install
 	$(BIN)/python -m experiments.bench.simulator

@@ -54,7 +54,7 @@ def traces_dir(request: pytest.FixtureRequest) -> Path:
     """Return the folder of public traces, or skip: the project ships none of them."""
     given = request.config.getoption("--traces")
     if not given:
-        pytest.skip("public traces not given: pass --traces DIR (see README)")
+        pytest.skip("public traces not given: pass --traces=DIR (see README)")
     folder = Path(given)
     if not folder.is_dir():
         pytest.fail(f"--traces ({given}) is not a folder")
