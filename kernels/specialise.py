@@ -12,9 +12,10 @@ from kernels.layout import DTYPES, HEAD_DIMS
 Constants = dict[str, int | bool | float | str]
 
 THREADS = 128
-# Attention blocks that share a multiprocessor: what 168 registers a thread leave room for. Without being told,
-# the compiler may aim for four and spill.
-MIN_BLOCKS = 3
+# Attention blocks that share a multiprocessor, by the rows of a block: as many as the registers leave room for
+# (80, 96 and 168 a thread). Left to itself the compiler may aim for more and spill, or for fewer.
+_MIN_BLOCKS = {1: 6, 2: 5}
+_MIN_BLOCKS_OF_MANY_ROWS = 3
 # Query heads that one thread block of decode attention serves; a larger group takes several blocks.
 HEAD_TILES = (1, 2, 4, 8, 16)
 # Shared memory of one key tile, of one value tile, and of a prefill block's queries, in bytes. Together with
@@ -63,7 +64,7 @@ def paged_attention(dtype: str, head_dim: int, group: int) -> Constants:
         "ROWS": rows,
         "KV_TILE": _rows_within(TILE_BYTES, dtype, head_dim),
         "THREADS": THREADS,
-        "MIN_BLOCKS": MIN_BLOCKS,
+        "MIN_BLOCKS": _MIN_BLOCKS.get(rows, _MIN_BLOCKS_OF_MANY_ROWS),
     }
 
 
@@ -75,7 +76,7 @@ def paged_prefill(dtype: str, head_dim: int) -> Constants:
         "ROWS": _rows_within(QUERY_BYTES, dtype, head_dim),
         "KV_TILE": min(32, _rows_within(TILE_BYTES, dtype, head_dim)),
         "THREADS": THREADS,
-        "MIN_BLOCKS": MIN_BLOCKS,
+        "MIN_BLOCKS": _MIN_BLOCKS_OF_MANY_ROWS,
     }
 
 

@@ -276,9 +276,9 @@ def make_case(dtype: str, head_dim: int, sizes: Sizes) -> AttentionCase:
     ids = rng.permutation(num_blocks).astype(np.int32)
     if sizes.shared_blocks:  # several sequences, and one sequence at several places, name the same block
         ids = rng.choice(ids, size=num_blocks).astype(np.int32)
-    tables = rng.choice(
-        GARBAGE_IDS, size=(len(needed), max(1, max(needed, default=0)) + int(rng.integers(0, 3)))
-    )
+    columns = max(1, max(needed, default=0)) + int(rng.integers(0, 3))
+    wide = rng.choice(GARBAGE_IDS, size=(len(needed), columns + int(rng.integers(0, 3))))
+    tables = wide[:, :columns]  # rows that lie further apart than they are long
     taken = 0
     for sequence, blocks in enumerate(needed):
         tables[sequence, :blocks] = ids[taken : taken + blocks]

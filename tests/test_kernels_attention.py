@@ -33,6 +33,7 @@ from kernel_cases import (
 from kernels import ops, reference, specialise
 from kernels.compile import KernelError
 from kernels.layout import DTYPES, HEAD_DIMS, CacheLayout
+from kernels.ops.attention import choose_splits
 from kernels.tolerance import NUMPY_DTYPES
 
 # (dtype, head_dim, groups): every head tile, ragged ones, and groups of more than one tile.
@@ -193,12 +194,11 @@ def test_offsets_past_2_to_the_31(tmp_path: Path) -> None:
 
 
 def test_chosen_splits_fill_the_device_and_stay_long() -> None:
-    from kernels.ops.attention import _choose_splits
-
-    assert _choose_splits("cpu", blocks_per_split=100, max_keys=10**6, kv_tile=32) == 1
-    assert _choose_splits("cpu", blocks_per_split=1, max_keys=31, kv_tile=32) == 1
-    assert _choose_splits("cpu", blocks_per_split=1, max_keys=32 * 4 * 3, kv_tile=32) == 3
-    assert _choose_splits("cpu", blocks_per_split=2, max_keys=10**6, kv_tile=32) == 4
+    assert choose_splits(8, blocks_per_split=100, max_keys=10**6, kv_tile=32) == 1
+    assert choose_splits(8, blocks_per_split=1, max_keys=31, kv_tile=32) == 1
+    assert choose_splits(8, blocks_per_split=1, max_keys=32 * 4 * 3, kv_tile=32) == 3
+    assert choose_splits(8, blocks_per_split=3, max_keys=10**6, kv_tile=32) == 3
+    assert choose_splits(792, blocks_per_split=1, max_keys=10**6, kv_tile=32) == 128
 
 
 # merge_attention

@@ -9,8 +9,9 @@
 //
 // Versions
 //   1  synchronous 16-byte loads of an 8 KiB key and an 8 KiB value tile, float32 FMA; not yet timed on a GPU.
-//      Compiled for sm_90, half, head dim 128, ROWS 1 / 2 / 4 / 8 / 16: 56 / 60 / 96 / 160 / 166 registers,
-//      18 / 19 / 22 / 32 / 34 KiB of shared memory, no spills: 3 blocks a multiprocessor or more, 48 KiB in flight.
+//      Compiled for sm_90, half, head dim 128, ROWS 1 / 2 / 4 / 8 / 16: 72 / 88 / 106 / 140 / 146 registers,
+//      18 / 19 / 22 / 26 / 34 KiB of shared memory, no spills: 6 / 5 / 3 / 3 / 3 blocks a multiprocessor or more, each
+//      with 16 KiB of loads in flight.
 //
 // Specialised by: T, HEAD_DIM, ROWS (query heads a block), KV_TILE, THREADS, MIN_BLOCKS
 

@@ -10,7 +10,7 @@
 //
 // Versions
 //   1  synchronous 16-byte loads of an 8 KiB key and an 8 KiB value tile, 16 KiB of queries, float32 FMA; not yet
-//      timed on a GPU. Compiled for sm_90, half, head dim 128: 167 registers, 44 KiB of shared memory, no spills.
+//      timed on a GPU. Compiled for sm_90, half, head dim 128: 163 registers, 44 KiB of shared memory, no spills.
 //
 // Specialised by: T, HEAD_DIM, ROWS (query rows a block), KV_TILE, THREADS, MIN_BLOCKS
 

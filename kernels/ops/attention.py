@@ -31,12 +31,12 @@ def _head_tiles(group: int, rows: int) -> int:
     return -(-group // rows)
 
 
-def _choose_splits(backend: Backend, blocks_per_split: int, max_keys: int, kv_tile: int) -> int:
+def choose_splits(blocks_wanted: int, blocks_per_split: int, max_keys: int, kv_tile: int) -> int:
     """Return how many parts to cut each context into, so that the device is full and no part is tiny.
 
     Lengths live on the device, so `max_keys` is what the block table can hold.
     """
-    wanted = -(-blocks_to_fill(backend) // blocks_per_split)
+    wanted = -(-blocks_wanted // blocks_per_split)
     return max(1, min(wanted, max_keys // (kv_tile * _MIN_TILES_PER_SPLIT), _MAX_SPLITS))
 
 
@@ -81,7 +81,8 @@ def paged_attention(
     head_blocks = layout.num_kv_heads * _head_tiles(group, int(constants["ROWS"]))
     if num_splits is None:
         max_keys = int(block_tables.shape[1]) * layout.tokens_per_block
-        num_splits = _choose_splits(backend, num_seqs * head_blocks, max_keys, int(constants["KV_TILE"]))
+        wanted = blocks_to_fill(backend, int(constants["MIN_BLOCKS"]))
+        num_splits = choose_splits(wanted, num_seqs * head_blocks, max_keys, int(constants["KV_TILE"]))
     elif not 1 <= num_splits <= MAX_GRID_YZ:
         raise ValueError(f"num_splits ({num_splits}) must be in 1..{MAX_GRID_YZ}")
     part_outs = part_maxima = part_totals = None

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from kernels.compile import Backend, load
-from kernels.specialise import MIN_BLOCKS
 
 # A numpy.ndarray or a cupy.ndarray.
 Array = Any
@@ -56,12 +55,12 @@ def _multiprocessors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
-def blocks_to_fill(backend: Backend) -> int:
+def blocks_to_fill(backend: Backend, per_multiprocessor: int) -> int:
     """Return how many thread blocks keep the whole of the current device busy."""
     if backend == "gpu":
         import cupy
 
-        return _multiprocessors(int(cupy.cuda.Device().id)) * MIN_BLOCKS
+        return _multiprocessors(int(cupy.cuda.Device().id)) * per_multiprocessor
     return _BLOCKS_ON_CPU
 
 
