@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -306,7 +307,8 @@ class KVCacheManager:
         self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)
         self._record(sequences, rows)
         size = self.tokens_per_block
-        # All leave their shared blocks first: what one puts into the index can hang on another's last block.
+        # Nothing is indexed before all have their blocks: what one puts into the index can hang on another's
+        # last block, or repeat an evictable block that the others counted on.
         for sequence in sequences:
             self.tables.own_tail(sequence)
         for sequence in sequences:
@@ -317,8 +319,10 @@ class KVCacheManager:
                 self._logical_blocks += growth
             sequence.num_tokens = tokens
             self._logical_tokens += num_tokens
-            if tokens // size > sequence.anchor.end:
-                self.tables.index_full(sequence, tokens // size)
+        for sequence in sequences:
+            full = sequence.num_tokens // size
+            if full > sequence.anchor.end:
+                self.tables.index_full(sequence, full)
 
     def _record(self, sequences: Sequence[KVSequence], rows: list[Sequence[int]] | None) -> None:
         if rows is not None:
@@ -330,9 +334,17 @@ class KVCacheManager:
             self.tables.own_tail(sequence)
         batch.unready.clear()
         pool = self.pool
+        # A block that fills can repeat an evictable one, which is then held. Where that could leave too few for
+        # the ticks to come, all blocks are taken before anything fills.
+        stock = None
+        if num_tokens > 1:
+            growth = batch.growth(num_tokens)
+            if growth + len(batch) * (num_tokens // self.tokens_per_block + 1) > pool.available:
+                stock = iter(pool.take(growth))
         for bucket, starts in batch.events(num_tokens):
             if starts:
-                for sequence, block in zip(bucket, pool.take(len(bucket)), strict=True):
+                blocks = pool.take(len(bucket)) if stock is None else islice(stock, len(bucket))
+                for sequence, block in zip(bucket, blocks, strict=True):
                     sequence.table.append(block)
                 self._logical_blocks += len(bucket)
             else:

@@ -184,9 +184,9 @@ class NaiveManager:
         self.sequences.append(sequence)
         return sequence
 
-    def grow(self, sequence: NaiveSequence, count: int) -> None:
+    def grow(self, sequence: NaiveSequence, count: int, early: list[int] | None = None) -> None:
         for _ in range(count):
-            block = self.take()
+            block = early.pop(0) if early else self.take()
             self.holders[block] = 1
             sequence.table.append(block)
 
@@ -280,6 +280,7 @@ class NaiveManager:
         for sequence, row, count in zip(sequences, rows, growth, strict=True):
             self.grow(sequence, count)
             sequence.tokens += row
+        for sequence in sequences:
             self.index(sequence)
 
     def write_batch(self, rows: dict[int, Sequence[Hashable]], count: int) -> None:
@@ -290,9 +291,13 @@ class NaiveManager:
         for sequence in self.unready.values():
             self.own_tail(sequence)
         self.unready.clear()
+        # Where blocks are scarce, all are taken first: a block that fills can hold on to an evictable one.
+        scarce = growth + len(self.batch) * (count // self.size + 1) > self.available
+        early = [self.take() for _ in range(growth)] if count > 1 and scarce else []
         for tick in range(count):
             for sequence in self.batch:
-                self.grow(sequence, self.growth(sequence, 1))
+                if self.growth(sequence, 1):
+                    self.grow(sequence, 1, early)
             for sequence in self.batch:
                 sequence.tokens.append(rows[id(sequence)][tick])
                 self.index(sequence)

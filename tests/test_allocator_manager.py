@@ -237,6 +237,27 @@ def test_all_leave_their_shared_blocks_before_any_content_is_indexed() -> None:
     manager.check_invariants()
 
 
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_all_have_their_blocks_before_any_content_is_indexed(in_batch: bool) -> None:
+    """What the first writes repeats an evictable block, which the second was to get."""
+    manager = KVCacheManager(6, 1)
+    one, two = admit_all(manager, [0]), admit_all(manager, [5])
+    (cached,) = manager.fork(one)
+    manager.append([cached], [1])
+    manager.release(cached)
+    other = admit_all(manager, [7])
+    assert (manager.stats().free_blocks, manager.stats().evictable_blocks) == (2, 1)
+    manager.append([other])
+    if in_batch:
+        batch = manager.batch()
+        batch.add(one)
+        manager.append(batch, [[1, 1]], 2)
+    else:
+        manager.append([one, two], [1, 1])
+    assert manager.available_blocks == 0
+    manager.check_invariants()
+
+
 def test_a_match_grows_stale_when_a_prefill_begins_or_ends() -> None:
     manager = KVCacheManager(8, 4)
     content = TokenContent([1] * 8)
