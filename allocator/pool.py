@@ -59,6 +59,7 @@ class BlockPool:
         self._notes_cached = type(policy).cached is not EvictionPolicy.cached
         self._freed = array("i")  # a stack
         self._fresh = 0  # blocks from here on have never been used
+        policy.attached(num_blocks)
 
     @property
     def num_free(self) -> int:

@@ -21,6 +21,9 @@ class EvictionPolicy(ABC):
     or O(log extents) to be of use.
     """
 
+    def attached(self, num_blocks: int) -> None:
+        """Note the size of the pool that is going to ask. Comes before everything else."""
+
     def cached(self, extent: Extent, num_blocks: int) -> None:
         """Note that `num_blocks` blocks were appended to `extent` (all it has, if it is new). It is referenced."""
 

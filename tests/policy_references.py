@@ -1,0 +1,125 @@
+"""The published algorithms, a block at a time and as plainly as possible: the oracle for allocator/eviction/.
+
+A reference sees single blocks by their identity (nested pairs of parent and content), and looks at everything.
+`victim` chooses among `leaves`, the evictable blocks without cached children. `PolicyManager` is the naive block
+manager with a reference in place of its own order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from naive_manager import Identity, NaiveManager, NaiveSequence
+
+
+class Reference:
+    """What a block manager tells a reference; `self.order` has the evictable blocks as they were released."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.order: OrderedDict[Identity, None] = OrderedDict()
+
+    def cached(self, block: Identity) -> None: ...
+    def hit(self, block: Identity) -> None: ...
+    def released(self, block: Identity) -> None:
+        self.order[block] = None
+
+    def referenced(self, block: Identity) -> None:
+        del self.order[block]
+
+    def evicted(self, block: Identity) -> None:
+        """Forget a block that was taken; `order` no longer has it."""
+
+    def uncached(self, block: Identity) -> None:
+        """Forget a referenced block that its holder took out of the cache."""
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        raise NotImplementedError
+
+
+class LRU(Reference):
+    def victim(self, leaves: set[Identity]) -> Identity:
+        return next(block for block in self.order if block in leaves)
+
+
+class MRU(Reference):
+    def victim(self, leaves: set[Identity]) -> Identity:
+        return next(block for block in reversed(self.order) if block in leaves)
+
+
+class LFU(Reference):
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.hits: Counter[Identity] = Counter()
+
+    def hit(self, block: Identity) -> None:
+        self.hits[block] += 1
+
+    def evicted(self, block: Identity) -> None:
+        del self.hits[block]
+
+    uncached = evicted
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        return min((block for block in self.order if block in leaves), key=lambda block: self.hits[block])
+
+
+class _Noted(dict):  # type: ignore[type-arg]
+    """The naive manager's cached blocks; tells the reference what enters and what is taken back."""
+
+    reference: Reference
+
+    def __setitem__(self, block: Identity, value: Any) -> None:
+        super().__setitem__(block, value)
+        self.reference.cached(block)
+
+    def __delitem__(self, block: Identity) -> None:
+        super().__delitem__(block)
+        self.reference.uncached(block)
+
+
+class PolicyManager(NaiveManager):
+    """The naive manager, evicting what the reference says."""
+
+    def __init__(self, num_blocks: int, size: int, reference: Reference, reuse: bool, ghosts: int) -> None:
+        super().__init__(num_blocks, size, "", reuse, ghosts)
+        self.reference = reference
+        self.cached = _Noted()
+        self.cached.reference = reference
+
+    def take(self) -> int:
+        if self.free:
+            return self.free.pop()
+        parents = {one[0] for one in self.cached}
+        victim = self.reference.victim({one for one in self.idle if one not in parents})
+        del self.reference.order[victim]
+        self.reference.evicted(victim)
+        del self.idle[victim]
+        self.evicted.append(victim)
+        self.ghosts[victim] = None
+        while len(self.ghosts) > self.ghost_capacity:
+            self.ghosts.popitem(last=False)
+            self.forgot = True
+        return self.cached.pop(victim).block
+
+    def hold(self, one: Identity) -> None:
+        if one in self.idle:
+            self.reference.referenced(one)
+        super().hold(one)
+
+    def drop(self, one: Identity) -> None:
+        super().drop(one)
+        if one in self.idle:
+            self.reference.released(one)
+
+    def admit(self, prompt: Sequence[Hashable], salt: Hashable, num_tokens: int) -> NaiveSequence:
+        hits, _ = self.lookup(prompt, salt)
+        sequence = super().admit(prompt, salt, num_tokens)
+        for one in sequence.path[:hits]:
+            self.reference.hit(one)
+        return sequence
+
+
+REFERENCES: dict[str, type[Reference]] = {"lru": LRU, "mru": MRU, "lfu": LFU}

@@ -1,0 +1,198 @@
+"""Every policy evicts, block by block, what its published algorithm evicts, and not what another does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from naive_manager import Identity, NaiveSequence, Refused
+from policy_references import REFERENCES, PolicyManager, Reference
+from test_allocator_naive import BesideNaive, Pair
+
+from allocator.content import TokenContent
+from allocator.eviction import EvictionPolicy
+from allocator.eviction.lfu import LFU
+from allocator.eviction.lru import LRU
+from allocator.eviction.mru import MRU
+from allocator.fuzz import AllocatorMachine, run_machine
+from allocator.manager import KVCacheManager, OutOfBlocks
+from allocator.sequence import KVSequence
+
+CLASSES: dict[str, type[EvictionPolicy]] = {"lru": LRU, "mru": MRU, "lfu": LFU}
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Requests one after the other; each is (prompt, tokens to decode, sequences that may run beside it)."""
+
+    num_blocks: int
+    tokens_per_block: int
+    requests: list[tuple[Tokens, Tokens, int]]
+
+
+def random_program(seed: int, requests: int = 120) -> Program:
+    """Return a program in which few prompts recur often, and many do not."""
+    random = Random(seed)
+    size = random.choice([1, 2])
+    known: list[Tokens] = [()]
+    rows = []
+    for _ in range(requests):
+        prefix = known[int(len(known) * random.random() ** 3)]
+        prompt = prefix[: random.randint(0, len(prefix))]
+        prompt += tuple(random.randint(0, 2) for _ in range(random.randint(1, 3 * size)))
+        prompt = prompt[: 6 * size]
+        known.append(prompt)
+        rows.append((prompt, tuple(random.randint(0, 1) for _ in range(random.randint(0, 3))), 2))
+    return Program(random.randint(10, 20), size, rows)
+
+
+_symbols = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
+programs = st.builds(
+    Program,
+    num_blocks=st.integers(10, 16),
+    tokens_per_block=st.sampled_from([1, 2]),
+    requests=st.lists(
+        st.tuples(_symbols, st.lists(st.integers(0, 1), max_size=3).map(tuple), st.integers(0, 2)),
+        min_size=10,
+        max_size=40,
+    ),
+) | st.integers(0, 2**32).map(random_program)
+
+
+class Both:
+    """A real manager with a policy and the naive one with a reference; what they evict, by content."""
+
+    def __init__(self, program: Program, policy: EvictionPolicy, reference: Reference) -> None:
+        self.size = program.tokens_per_block
+        self.real = KVCacheManager(program.num_blocks, self.size, policy=policy)
+        self.naive = PolicyManager(program.num_blocks, self.size, reference, True, 16 * program.num_blocks)
+        self.running: list[tuple[KVSequence, NaiveSequence]] = []
+        self.evicted: list[Tokens] = []
+        choose = policy.victim
+
+        def victim(wanted: int) -> Any:
+            extent, count = choose(wanted)
+            keys = b"".join(bytes(each.keys) for each in reversed(list(extent.path())))
+            tokens = tuple(np.frombuffer(keys, np.int32).tolist())
+            self.evicted += [tokens[: len(tokens) - i * self.size] for i in range(count)]
+            return extent, count
+
+        policy.victim = victim  # type: ignore[method-assign]
+
+    @staticmethod
+    def said(block: Identity) -> Tokens:
+        tokens: Tokens = ()
+        while block[0] != "root":
+            tokens = (*block[1], *tokens)
+            block = block[0]
+        return tokens
+
+    def release(self, count: int) -> None:
+        for real, naive in self.running[:count]:
+            self.real.release(real)
+            self.naive.release(naive)
+        del self.running[:count]
+
+    def admit(self, prompt: Tokens) -> bool:
+        content = TokenContent(prompt)
+        new = len(prompt) - self.real.lookup(content).hit_tokens
+        try:
+            real = self.real.admit(content, new)
+        except OutOfBlocks:
+            with pytest.raises(Refused):
+                self.naive.admit(prompt, "", new)
+            return False
+        self.running.append((real, self.naive.admit(prompt, "", new)))
+        return True
+
+    def decode(self, token: int) -> bool:
+        real, naive = self.running[-1]
+        try:
+            self.real.append([real], [token])
+        except OutOfBlocks:
+            with pytest.raises(Refused):
+                self.naive.write([naive], [[token]])
+            return False
+        self.naive.write([naive], [[token]])
+        return True
+
+    def request(self, prompt: Tokens, answer: Tokens, beside: int) -> None:
+        self.release(max(0, len(self.running) - beside))
+        while not self.admit(prompt):
+            self.release(1)
+        for token in answer:
+            while not self.decode(token):
+                self.release(1)
+
+
+def disagreement(program: Program, policy: EvictionPolicy, reference: Reference) -> int | None:
+    """Run a program; return before which request policy and reference evicted different blocks, if they did."""
+    both = Both(program, policy, reference)
+    for i, request in enumerate(program.requests):
+        both.request(*request)
+        if both.evicted != [Both.said(block) for block in both.naive.evicted]:
+            return i
+    both.release(len(both.running))
+    both.real.check_invariants()
+    return None
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+@given(program=programs)
+def test_every_eviction_is_the_references(name: str, program: Program) -> None:
+    assert disagreement(program, CLASSES[name](), REFERENCES[name](program.num_blocks)) is None
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("other", sorted(CLASSES))
+def test_no_policy_is_another(name: str, other: str) -> None:
+    found = [
+        disagreement(program, CLASSES[name](), REFERENCES[other](program.num_blocks))
+        for program in map(random_program, range(8))
+    ]
+    assert any(at is not None for at in found) == (name != other)
+
+
+class LFUThatNeverCounts(LFU):
+    def hit(self, extent: Any) -> None: ...
+
+
+def test_an_lfu_that_never_counts_is_an_lru() -> None:
+    program = random_program(0)
+    assert disagreement(program, LFUThatNeverCounts(), REFERENCES["lru"](program.num_blocks)) is None
+    assert disagreement(program, LFUThatNeverCounts(), REFERENCES["lfu"](program.num_blocks)) is not None
+
+
+def beside_reference(name: str) -> Any:
+    """Return the machine with every operation, beside the naive manager with the policy's reference."""
+
+    class BesideReference(BesideNaive):
+        policies: ClassVar = (CLASSES[name],)
+
+        def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
+            ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
+            real = AllocatorMachine.make_manager(self, num_blocks, tokens_per_block, reuse)
+            reference = REFERENCES[name](num_blocks)
+            return Pair(self, real, PolicyManager(num_blocks, tokens_per_block, reference, reuse, ghosts))
+
+    return BesideReference
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_forks_beams_and_truncation_change_nothing(name: str) -> None:
+    tally = run_machine(beside_reference(name), 800, seed_=2)
+    assert tally.evictions > 20
+    assert tally.copies > 0
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_policies_survive_the_fuzz_machine(name: str) -> None:
+    machine = type("Fuzzed", (AllocatorMachine,), {"policies": (CLASSES[name],)})
+    assert run_machine(machine, 800, seed_=4).evictions > 20
