@@ -66,6 +66,91 @@ class LFU(Reference):
         return min((block for block in self.order if block in leaves), key=lambda block: self.hits[block])
 
 
+class FIFO(Reference):
+    """`self.queue` has all cached blocks, referenced or not, the oldest first."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.queue: list[Identity] = []
+
+    def cached(self, block: Identity) -> None:
+        self.queue.append(block)
+
+    def evicted(self, block: Identity) -> None:
+        self.queue.remove(block)
+
+    uncached = evicted
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        return next(block for block in self.queue if block in leaves)
+
+
+class SIEVE(Reference):
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.queue: list[Identity] = []
+        self.marked: set[Identity] = set()
+        self.hand = 0
+
+    def cached(self, block: Identity) -> None:
+        self.queue.append(block)
+
+    def hit(self, block: Identity) -> None:
+        self.marked.add(block)
+
+    def evicted(self, block: Identity) -> None:
+        self.hand -= self.queue.index(block) < self.hand
+        self.queue.remove(block)
+        self.marked.discard(block)
+
+    uncached = evicted
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        while True:
+            block = self.queue[self.hand % len(self.queue)]
+            self.hand = self.hand % len(self.queue) + 1
+            if block in leaves and block not in self.marked:
+                return block
+            if block in leaves:
+                self.marked.remove(block)
+
+
+class SLRU(Reference):
+    share = 0.8
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.marked: set[Identity] = set()
+        self.protected: OrderedDict[Identity, None] = OrderedDict()
+        self.probation: OrderedDict[Identity, None] = OrderedDict()
+
+    def hit(self, block: Identity) -> None:
+        self.marked.add(block)
+
+    def released(self, block: Identity) -> None:
+        super().released(block)
+        (self.protected if block in self.marked else self.probation)[block] = None
+        if len(self.protected) > int(self.num_blocks * self.share):
+            demoted, _ = self.protected.popitem(last=False)
+            self.marked.remove(demoted)
+            self.probation[demoted] = None
+
+    def referenced(self, block: Identity) -> None:
+        super().referenced(block)
+        self.protected.pop(block, None)
+        self.probation.pop(block, None)
+
+    def evicted(self, block: Identity) -> None:
+        self.marked.discard(block)
+        self.protected.pop(block, None)
+        self.probation.pop(block, None)
+
+    uncached = evicted
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        return next(block for block in [*self.probation, *self.protected] if block in leaves)
+
+
 class _Noted(dict):  # type: ignore[type-arg]
     """The naive manager's cached blocks; tells the reference what enters and what is taken back."""
 
@@ -122,4 +207,11 @@ class PolicyManager(NaiveManager):
         return sequence
 
 
-REFERENCES: dict[str, type[Reference]] = {"lru": LRU, "mru": MRU, "lfu": LFU}
+REFERENCES: dict[str, type[Reference]] = {
+    "fifo": FIFO,
+    "lfu": LFU,
+    "lru": LRU,
+    "mru": MRU,
+    "sieve": SIEVE,
+    "slru": SLRU,
+}

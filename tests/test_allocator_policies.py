@@ -16,14 +16,24 @@ from test_allocator_naive import BesideNaive, Pair
 
 from allocator.content import TokenContent
 from allocator.eviction import EvictionPolicy
+from allocator.eviction.fifo import FIFO
 from allocator.eviction.lfu import LFU
 from allocator.eviction.lru import LRU
 from allocator.eviction.mru import MRU
+from allocator.eviction.sieve import SIEVE
+from allocator.eviction.slru import SLRU
 from allocator.fuzz import AllocatorMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks
 from allocator.sequence import KVSequence
 
-CLASSES: dict[str, type[EvictionPolicy]] = {"lru": LRU, "mru": MRU, "lfu": LFU}
+CLASSES: dict[str, type[EvictionPolicy]] = {
+    "fifo": FIFO,
+    "lfu": LFU,
+    "lru": LRU,
+    "mru": MRU,
+    "sieve": SIEVE,
+    "slru": SLRU,
+}
 
 Tokens = tuple[int, ...]
 
@@ -148,6 +158,20 @@ def disagreement(program: Program, policy: EvictionPolicy, reference: Reference)
 @given(program=programs)
 def test_every_eviction_is_the_references(name: str, program: Program) -> None:
     assert disagreement(program, CLASSES[name](), REFERENCES[name](program.num_blocks)) is None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+@given(program=programs)
+def test_a_small_protected_segment_demotes(share: float, program: Program) -> None:
+    reference = REFERENCES["slru"](program.num_blocks)
+    reference.share = share  # type: ignore[attr-defined]
+    assert disagreement(program, SLRU(share), reference) is None
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5])
+def test_a_protected_share_is_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"protected_share \({share}\) must lie between 0 and 1"):
+        SLRU(share)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
