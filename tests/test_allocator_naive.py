@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import naive_manager
 import pytest
@@ -141,6 +141,8 @@ class Pair:
 
 class BesideNaive(AllocatorMachine):
     """Every rule, on both managers."""
+
+    policies: ClassVar = ("fifo", "lru")
 
     def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
         ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
