@@ -151,6 +151,90 @@ class SLRU(Reference):
         return next(block for block in [*self.probation, *self.protected] if block in leaves)
 
 
+class S3FIFO(Reference):
+    share = 0.1
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.room = max(1, int(num_blocks * self.share))
+        self.small: list[Identity] = []
+        self.main: list[Identity] = []
+        self.ghosts: list[Identity] = []
+        self.hits: Counter[Identity] = Counter()
+
+    def cached(self, block: Identity) -> None:
+        (self.main if block in self.ghosts else self.small).append(block)
+        self.ghosts = [ghost for ghost in self.ghosts if ghost != block]
+
+    def hit(self, block: Identity) -> None:
+        self.hits[block] = min(self.hits[block] + 1, 3)
+
+    def evicted(self, block: Identity) -> None:
+        if block in self.small:
+            room = self.num_blocks - self.room
+            self.ghosts = [*self.ghosts, block][-room:] if room else []
+        self.uncached(block)
+
+    def uncached(self, block: Identity) -> None:
+        (self.small if block in self.small else self.main).remove(block)
+        del self.hits[block]
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        found = None
+        if len(self.small) >= self.room or not leaves & set(self.main):
+            found = self.victim_of_small(leaves)
+        return found or self.victim_of_main(leaves)
+
+    def victim_of_small(self, leaves: set[Identity]) -> Identity | None:
+        while leaves & set(self.small):
+            block = next(block for block in self.small if block in leaves)
+            if self.hits[block] <= 1:
+                return block
+            self.small.remove(block)
+            self.main.append(block)
+            self.hits[block] = 0
+            if len(self.main) > self.num_blocks - self.room:
+                return None
+        return None
+
+    def victim_of_main(self, leaves: set[Identity]) -> Identity:
+        while True:
+            block = next(block for block in self.main if block in leaves)
+            if not self.hits[block]:
+                return block
+            self.main.remove(block)
+            self.main.append(block)
+            self.hits[block] -= 1
+
+
+class GDSF(Reference):
+    attention_blocks = 800
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.clock = 0
+        self.uses: Counter[Identity] = Counter()
+        self.values: dict[Identity, int] = {}
+
+    def cached(self, block: Identity) -> None:
+        self.uses[block] = 1
+
+    def hit(self, block: Identity) -> None:
+        self.uses[block] += 1
+
+    def released(self, block: Identity) -> None:
+        super().released(block)
+        depth, above = 0, block[0]
+        while above[0] != "root":
+            depth, above = depth + 1, above[0]
+        self.values[block] = self.clock + self.uses[block] * (self.attention_blocks + depth)
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        block = min((block for block in self.order if block in leaves), key=lambda block: self.values[block])
+        self.clock = max(self.clock, self.values[block])
+        return block
+
+
 class _Noted(dict):  # type: ignore[type-arg]
     """The naive manager's cached blocks; tells the reference what enters and what is taken back."""
 
@@ -209,9 +293,11 @@ class PolicyManager(NaiveManager):
 
 REFERENCES: dict[str, type[Reference]] = {
     "fifo": FIFO,
+    "gdsf": GDSF,
     "lfu": LFU,
     "lru": LRU,
     "mru": MRU,
+    "s3fifo": S3FIFO,
     "sieve": SIEVE,
     "slru": SLRU,
 }

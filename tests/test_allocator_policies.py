@@ -17,9 +17,11 @@ from test_allocator_naive import BesideNaive, Pair
 from allocator.content import TokenContent
 from allocator.eviction import EvictionPolicy
 from allocator.eviction.fifo import FIFO
+from allocator.eviction.gdsf import GDSF
 from allocator.eviction.lfu import LFU
 from allocator.eviction.lru import LRU
 from allocator.eviction.mru import MRU
+from allocator.eviction.s3fifo import S3FIFO
 from allocator.eviction.sieve import SIEVE
 from allocator.eviction.slru import SLRU
 from allocator.fuzz import AllocatorMachine, run_machine
@@ -28,9 +30,11 @@ from allocator.sequence import KVSequence
 
 CLASSES: dict[str, type[EvictionPolicy]] = {
     "fifo": FIFO,
+    "gdsf": GDSF,
     "lfu": LFU,
     "lru": LRU,
     "mru": MRU,
+    "s3fifo": S3FIFO,
     "sieve": SIEVE,
     "slru": SLRU,
 }
