@@ -1,0 +1,413 @@
+"""Oracle: drives a KV cache manager beside a shadow of its pool, and says when the two disagree.
+
+It is what the state machines of `allocator.fuzz` share, and knows nothing of Hypothesis. It sees which slots the
+manager returns, what its copy list says and what its tables name; it does not know how the manager decides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from allocator.config import CacheConfig
+from allocator.content import TokenContent
+from allocator.eviction import POLICIES, EvictionPolicy, make_policy
+from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch
+from allocator.sequence import KVSequence
+from allocator.shadow import Prompt, ShadowKV, State, Story
+
+MAX_LIVE = 7
+"""Sequences that run at once: more than a tiny pool feeds."""
+
+
+@dataclass
+class Tally:
+    """What a run did: how often each operation happened, and what the manager had to do for it."""
+
+    steps: int = 0
+    programs: int = 0
+    operations: Counter[str] = field(default_factory=Counter)
+    evictions: int = 0
+    copies: int = 0
+    refusals: int = 0
+    hit_blocks: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rows = [("steps", self.steps), ("programs", self.programs), ("evictions", self.evictions)]
+        rows += [("copies", self.copies), ("refusals", self.refusals), ("hit blocks", self.hit_blocks)]
+        rows += [(f"  {name}", count) for name, count in sorted(self.operations.items())]
+        lines = [f"{name:<24}{count:>10,}" for name, count in rows]
+        return "\n".join([*lines, f"{'seconds':<24}{self.seconds:>10.1f}"])
+
+
+def _named(bits: int | None, count: int) -> list[int] | None:
+    return None if bits is None else [bits >> i % 4 & 1 for i in range(count)]
+
+
+class Oracle:
+    """The manager under test, what its sequences say, and the shadow.
+
+    `begin` makes all of it; every operation goes to the manager and into the shadow. A subclass for another
+    policy sets `policies`; one for another manager replaces the first three methods.
+    """
+
+    policies: ClassVar[Sequence[str | type[EvictionPolicy]]] = tuple(sorted(POLICIES))
+    tally: ClassVar[Tally] = Tally()
+
+    # ------------------------------------------------ what a subclass may replace
+
+    def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
+        """Return the manager under test."""
+        policy = self.policy if isinstance(self.policy, str) else "lru"
+        return KVCacheManager(
+            num_blocks,
+            tokens_per_block,
+            CacheConfig(enable_block_reuse=reuse, policy=policy),
+            policy=make_policy(policy) if isinstance(self.policy, str) else self.policy(),
+            ghost_blocks=self.ghosts,
+        )
+
+    def cached_blocks(self) -> set[int]:
+        """Return the blocks that a lookup could find, or that full blocks of running sequences are known by."""
+        return {block for extent in self.manager.index.extents() for block in extent.ids}
+
+    def snapshot(self) -> object:
+        """Return all that a refused call must leave as it was."""
+        manager = self.manager
+        return (
+            manager.stats(),
+            manager.pool.free_ids().tolist(),
+            list(manager.pool.limbo),
+            dict(manager.pool.shared),
+            len(manager.tables.copies),
+            [
+                (s, s.num_tokens, s.table[:], s.anchored, set(s.twins), s.history, s.batch is None)
+                for s in manager.sequences
+            ],
+            [(bytes(e.keys), e.ids[:], e.start, e.references) for e in manager.index.extents()],
+        )
+
+    # ------------------------------------------------ state
+
+    def begin(
+        self, num_blocks: int, tokens_per_block: int, reuse: bool, policy: int, ghosts: int | None
+    ) -> None:
+        """Make the manager and an empty shadow; `policy` picks one of `policies`, None is the default of ghosts."""
+        self.policy = self.policies[policy % len(self.policies)]
+        self.ghosts = ghosts
+        self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)
+        self.size = tokens_per_block
+        self.num_blocks = num_blocks
+        self.reuse = reuse
+        self.shadow = ShadowKV(tokens_per_block)
+        self.stories: dict[KVSequence, Story] = {}
+        self.prompts: list[Prompt] = []  # to be admitted again
+        self.known: dict[int, Prompt] = {}  # all of them, by the id of the content
+        self.waiting: list[tuple[Prompt, Hashable]] = []  # preempted
+        self.matches: list[tuple[Prompt, Hashable, PrefixMatch]] = []
+        self.batch = self.manager.batch()
+        self.writes: list[tuple[KVSequence, list[int], list[State]]] = []  # of the step being scheduled
+        self.hold = 0  # rules for which the step stays open
+        self.copies = self.copied_tokens = 0
+        self.queried_tokens = self.queried_blocks = self.hit_tokens = self.hit_blocks = 0
+        self.refusals = 0
+
+    def did(self, operation: str) -> None:
+        """Count an operation."""
+        self.tally.operations[operation] += 1
+
+    def learn(self, prompt: Prompt) -> Prompt:
+        """Remember a prompt, so that it can be admitted again."""
+        self.prompts = [*self.prompts[-7:], prompt]
+        self.known[id(prompt.content)] = prompt
+        return prompt
+
+    def live(self, index: int, allow: Callable[[KVSequence], bool] = lambda _: True) -> KVSequence | None:
+        """Return one of the running sequences that `allow` admits, or None."""
+        found = [sequence for sequence in self.stories if allow(sequence)]
+        return found[index % len(found)] if found else None
+
+    def complete(self, sequence: KVSequence) -> bool:
+        """Return whether a sequence's prompt is complete."""
+        story = self.stories[sequence]
+        return story.length >= story.prompt
+
+    def alone(self, sequence: KVSequence) -> bool:
+        """Return whether a sequence decodes by itself: prompt complete, in no batch."""
+        return self.complete(sequence) and sequence not in self.batch
+
+    # ------------------------------------------------ oracles
+
+    def flush(self) -> bool:
+        """Run the step that is being scheduled, the copies, then the writes; return whether there were copies."""
+        copies = [tuple(map(int, row)) for row in self.manager.pending_copies()]
+        sources, destinations = {c[0] for c in copies}, [c[1] for c in copies]
+        assert len(set(destinations)) == len(destinations), f"{copies} writes a block twice"
+        assert not sources & set(destinations), f"{copies} reads what it writes"
+        self.copies += len(copies)
+        self.copied_tokens += sum(valid for _, _, valid in copies)
+        self.shadow.copy([(source, destination, valid) for source, destination, valid in copies])
+        for _, slots, states in self.writes:
+            self.shadow.write(slots, states)
+        self.writes.clear()
+        return bool(copies)
+
+    def table(self, sequence: KVSequence) -> list[int]:
+        """Return a sequence's block table."""
+        return list(map(int, sequence.block_table))
+
+    def cached_states(self) -> dict[State, int]:
+        """Return which history each cached block ends. Only between steps."""
+        found: dict[State, int] = {}
+        for block in self.cached_blocks():
+            state = self.shadow.block(block)
+            assert state, f"block {block} is cached, but does not hold one prefix"
+            assert state not in found or not self.reuse, f"blocks {block} and {found[state]} cache the same"
+            found[state] = block
+        return found
+
+    def available(self) -> tuple[int, int]:
+        """Recount (free, evictable) from tables and content. Only between steps."""
+        tables = {block for sequence in self.stories for block in self.table(sequence)}
+        held = {state for story in self.stories.values() for state in story.full_states()}
+        cached = self.cached_blocks()
+        idle = [block for block in cached - tables if self.shadow.block(block) not in held]
+        return self.num_blocks - len(tables | cached), len(idle)
+
+    def longest_hit(self, prompt: Prompt, salt: Hashable) -> list[int]:
+        """Return the blocks that a lookup has to find. Only between steps."""
+        if not self.reuse:
+            return []
+        cached = self.cached_states()
+        states = self.shadow.states(salt, prompt.tokens[: prompt.num_tokens - 1])
+        blocks: list[int] = []
+        for state in states[self.size - 1 :: self.size]:
+            if state not in cached:
+                break
+            blocks.append(cached[state])
+        return blocks
+
+    def check_match(self, prompt: Prompt, salt: Hashable, match: PrefixMatch) -> None:
+        """Compare a fresh match with what is really there."""
+        assert match.query_blocks == -(-prompt.num_tokens // self.size)
+        assert match.hit_tokens == match.hit_blocks * self.size < prompt.num_tokens
+        assert match.hit_blocks + sum(match.miss_blocks.values()) == match.query_blocks
+        assert all(count > 0 for count in match.miss_blocks.values())
+        if not self.writes:
+            assert match.hit_blocks == len(self.longest_hit(prompt, salt)), "not the longest hit"
+
+    def copies_due(self, writers: Sequence[KVSequence]) -> tuple[int, int]:
+        """Return the fewest and the most copies that a write by these sequences can need.
+
+        A partly written last block has to be left while another table names it; of all the holders of one
+        that is not cached, the last may keep it. A cached one has to be left while other content hangs on it.
+        """
+        holders = Counter(block for s in self.stories for block in self.table(s))
+        cached = self.cached_blocks()
+        leaving: Counter[int] = Counter()
+        least = most = 0
+        for sequence in writers:
+            if sequence.num_tokens % self.size == 0:
+                continue
+            tail = self.table(sequence)[-1]
+            if tail not in cached:
+                leaving[tail] += 1
+            elif holders[tail] > 1 or self.has_heirs(tail, cached):
+                least, most = least + 1, most + 1
+            else:
+                most += 1  # remembered evicted content below may keep it in place
+        private = sum(count - (count == holders[block]) for block, count in leaving.items())
+        return least + private, most + private
+
+    def has_heirs(self, block: int, cached: set[int]) -> bool:
+        """Return whether cached blocks or running sequences build on what a cached block says."""
+        if not self.reuse:  # equal content is not shared, and forks are seen in the tables
+            return False
+        state = self.shadow.block(block)
+        if any(state in story.full_states() for story in self.stories.values()):
+            return True
+        return any(self.shadow.block_before(self.shadow.block(other)) == state for other in cached)
+
+    def refusing(self, least: int, most: int, call: Callable[[], Any]) -> Any:
+        """Call, expecting OutOfBlocks exactly if more is needed than there is; None if it was refused.
+
+        The number needed lies between `least` and `most`.
+        """
+        exact = not self.writes  # else the shadow does not know yet what is cached
+        available = sum(self.available()) if exact else 0
+        before = self.snapshot()
+        refused = None
+        try:
+            result = call()
+        except OutOfBlocks as error:
+            refused = error
+        if refused is None:
+            assert not exact or least <= available, f"{least} blocks out of {available}"
+            return result
+        self.refusals += 1
+        assert self.snapshot() == before, "a refused call changed something"
+        assert refused.needed > refused.available
+        if exact:
+            assert refused.available == available
+            assert least <= refused.needed <= most, f"{refused.needed} needed, not {least} to {most}"
+        return None
+
+    def check_all(self) -> None:
+        """Check everything that holds after every operation; run the step unless it is to stay open."""
+        self.manager.check_invariants()
+        if self.hold:
+            self.hold -= 1
+        else:
+            if self.flush():
+                self.manager.check_invariants()
+            self.check_reads()
+        self.check_counters()
+
+    def check_reads(self) -> None:
+        """Let every sequence read all it said, and recount the blocks. Only between steps."""
+        for sequence, story in self.stories.items():
+            table = self.table(sequence)
+            assert sequence.num_tokens == story.length
+            assert len(table) == -(-story.length // self.size)
+            found = self.shadow.read(table, story.length)
+            assert found == story.states, f"{sequence} reads the KV of other tokens"
+        self.cached_states()
+        stats = self.manager.stats()
+        assert (stats.free_blocks, stats.evictable_blocks) == self.available()
+        assert stats.in_transfer_blocks == 0
+        assert (stats.cow_copies, stats.cow_tokens) == (self.copies, self.copied_tokens)
+
+    def check_counters(self) -> None:
+        """Compare the counters with a recount."""
+        stats = self.manager.stats()
+        blocks = [
+            stats.free_blocks,
+            stats.evictable_blocks,
+            stats.referenced_blocks,
+            stats.in_transfer_blocks,
+        ]
+        assert sum(blocks) == stats.num_blocks == self.num_blocks
+        assert self.manager.available_blocks == stats.free_blocks + stats.evictable_blocks
+        tables = {sequence: self.table(sequence) for sequence in self.stories}
+        assert stats.logical_blocks == sum(map(len, tables.values()))
+        assert stats.logical_tokens == sum(story.length for story in self.stories.values())
+        written = {
+            block * self.size + i: None
+            for sequence, table in tables.items()
+            for p, block in enumerate(table)
+            for i in range(min(self.size, self.stories[sequence].length - p * self.size))
+        }
+        held = self.num_blocks - sum(blocks[:2]) - blocks[3]
+        assert len(written) <= stats.kv_tokens <= held * self.size
+        if held == len({slot // self.size for slot in written}) and not self.cached_blocks() & {
+            table[-1] for s, table in tables.items() if self.stories[s].length % self.size
+        }:
+            assert stats.kv_tokens == len(written)
+        assert (stats.query_tokens, stats.query_blocks) == (self.queried_tokens, self.queried_blocks)
+        assert (stats.hit_tokens, stats.hit_blocks) == (self.hit_tokens, self.hit_blocks)
+        assert sum(stats.miss_blocks.values()) == self.queried_blocks - self.hit_blocks
+
+    def drain(self) -> None:
+        """Release all, and see that nothing is left; add to the tally."""
+        self.flush()
+        stats = self.manager.stats()
+        tally = self.tally
+        tally.programs += 1
+        tally.evictions += stats.evicted_blocks
+        tally.copies += stats.cow_copies
+        tally.hit_blocks += stats.hit_blocks
+        tally.refusals += self.refusals
+        for sequence in list(self.stories):
+            self.manager.release(sequence)
+        self.manager.check_invariants()
+        stats = self.manager.stats()
+        assert stats.free_blocks + stats.evictable_blocks == self.num_blocks, "blocks leaked"
+        assert stats.logical_blocks == stats.logical_tokens == stats.kv_tokens == 0
+
+    # ------------------------------------------------ the life of a sequence
+
+    def admit_prompt(
+        self,
+        prompt: Prompt,
+        salt: Hashable,
+        chunk: int,
+        match: PrefixMatch | None = None,
+        readmission: bool = False,
+    ) -> bool:
+        """Admit a prompt with `chunk` tokens (or what is left) beyond its hits; return whether it ran."""
+        if len(self.stories) >= MAX_LIVE:
+            return False
+        found = self.manager.lookup(prompt.content, salt)
+        self.check_match(prompt, salt, found)
+        if match is not None and self.manager.is_current(match):
+            assert match.hit_blocks == found.hit_blocks
+            assert match.miss_blocks == found.miss_blocks
+            assert match.evictable_blocks == found.evictable_blocks
+        chunk = min(chunk, prompt.num_tokens - found.hit_tokens)
+        needed = -(-(found.hit_tokens + chunk) // self.size) - found.hit_blocks
+        if not self.writes:  # hits that nobody holds are no longer available
+            tables = {block for sequence in self.stories for block in self.table(sequence)}
+            held = {state for story in self.stories.values() for state in story.full_states()}
+            hits = self.longest_hit(prompt, salt)
+            needed += sum(b not in tables and self.shadow.block(b) not in held for b in hits)
+        else:
+            needed += found.evictable_blocks
+        fits = self.manager.can_admit(found, chunk)
+        sequence = self.refusing(
+            needed,
+            needed,
+            lambda: self.manager.admit(prompt.content, chunk, match, salt, readmission=readmission),
+        )
+        assert (sequence is not None) == fits, "can_admit does not tell what admit does"
+        if sequence is None:
+            return False
+        assert sequence.hit_tokens == found.hit_tokens
+        if not readmission:
+            self.queried_tokens += prompt.num_tokens
+            self.queried_blocks += found.query_blocks
+            self.hit_tokens += found.hit_tokens
+            self.hit_blocks += found.hit_blocks
+        story = Story(self.shadow, salt, list(prompt.tokens), prompt.num_tokens)
+        self.stories[sequence] = story
+        story.say(found.hit_tokens)
+        self.note(sequence, self.manager.prefill_slots(sequence).tolist(), story.say(chunk))
+        return True
+
+    def note(self, sequence: KVSequence, slots: list[int], states: list[State]) -> None:
+        """Remember what a step is going to write where."""
+        assert len(slots) == len(states)
+        assert all(0 <= slot < self.num_blocks * self.size for slot in slots)
+        self.writes.append((sequence, slots, states))
+
+    def end_step_of(self, sequence: KVSequence) -> None:
+        """Let the step run first if `sequence` takes part in it: what is scheduled cannot be taken back."""
+        if any(sequence is writer for writer, _, _ in self.writes):
+            self.flush()
+
+    def append_to(self, sequences: Sequence[KVSequence], count: int, bits: int | None, wait: int) -> bool:
+        """Append to some sequences, or to the batch; return whether they advanced.
+
+        The step stays open for `wait` more rules: its copies and writes are only then executed.
+        """
+        if not self.hold:
+            self.hold = wait
+        if any(not isinstance(s.content(), TokenContent) for s in sequences):
+            bits = None
+        named = _named(bits, count)
+        tokens = None if named is None else [named] * len(sequences)
+        growth = sum(-(-(s.num_tokens + count) // self.size) - len(self.table(s)) for s in sequences)
+        least, most = self.copies_due(sequences)
+        slots = self.refusing(
+            growth + least, growth + most, lambda: self.manager.append(sequences, tokens, count)
+        )
+        if slots is None:
+            return False
+        rows = np.reshape(slots, (len(sequences), count)).tolist()
+        for sequence, row in zip(sequences, rows, strict=True):
+            self.note(sequence, row, self.stories[sequence].say(count, named))
+        return True
