@@ -87,6 +87,11 @@ class Batch(Sequence[KVSequence]):
                 blocks += len(bucket) * (1 + (num_tokens - 1 - offset) // size)
         return blocks
 
+    def fills(self, num_tokens: int) -> int:
+        """Return how many blocks become full in the next `num_tokens` ticks."""
+        # a member fills a block one tick before it starts the next
+        return self.growth(num_tokens + 1) - self.growth(1)
+
     def ticks_until_fill(self) -> int:
         """Return after how many ticks a member next fills a block (0 for an empty batch)."""
         size, tick = self.tokens_per_block, self.tick

@@ -339,7 +339,7 @@ class KVCacheManager:
         stock = None
         if num_tokens > 1:
             growth = batch.growth(num_tokens)
-            if growth + len(batch) * (num_tokens // self.tokens_per_block + 1) > pool.available:
+            if growth + min(batch.fills(num_tokens), pool.num_evictable) > pool.available:
                 stock = iter(pool.take(growth))
         for bucket, starts in batch.events(num_tokens):
             if starts:

@@ -15,6 +15,7 @@ import pytest
 from engine_cases import LinearCost, Scenario, alike, assert_as_naive, assert_identical, scenarios, unlike
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from allocator.config import GIB, MODEL_PRESETS, BuildConfig, CacheConfig, MemoryBudget
 from sim.cost import RooflineCost
@@ -167,9 +168,7 @@ def test_a_pool_of_one_sequence_never_locks_up(admission: str, policy: str, reus
     """Prompts that fill whole blocks and repeat each other, outputs that do, and samples, all at once."""
     shapes = [(8, 1), (1, 8), (4, 5), (7, 2), (5, 4), (8, 1)]  # 8 tokens have KV at the end of each
     for samples, chunked, budget in itertools.product((1, 2, 3), (True, False), (0, 1, 8)):
-        requests = [
-            *alike(*((row, *shape, sum(shape), 1 + row % samples) for row, shape in enumerate(shapes)))
-        ]
+        requests = alike(*((row, *shape, sum(shape), 1 + row % samples) for row, shape in enumerate(shapes)))
         engine = EngineConfig(admission=admission, enable_chunked_prefill=chunked)  # type: ignore[arg-type]
         build = _build(4, 4 + budget, tokens_per_block=size)
         cache = CacheConfig(policy=policy, enable_block_reuse=reuse)
@@ -184,21 +183,22 @@ def test_a_pool_of_one_sequence_never_locks_up(admission: str, policy: str, reus
 # ------------------------------------------------------------------ queueing theory
 
 
-def _times(result: RunResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(result.requests[name] for name in ("arrival_ps", "admit_ps", "finish_ps"))  # type: ignore
+STEP_PS = 1000
 
 
-def _one_server(outputs: np.ndarray, mean_gap_ps: float, seed: int) -> RunResult:
-    """Serve Poisson arrivals one at a time: a request takes a step of `PS` for each output token."""
+def _times(result: RunResult) -> list[NDArray[np.int64]]:
+    """Return when requests arrived, started and ended, int64 [requests] each."""
+    return [result.requests[name].astype(np.int64) for name in ("arrival_ps", "admit_ps", "finish_ps")]
+
+
+def _one_server(outputs: NDArray[np.int64], mean_gap_ps: float, seed: int) -> RunResult:
+    """Serve Poisson arrivals one at a time: a request takes a step of `STEP_PS` for each output token."""
     rng = np.random.default_rng(seed)
     arrivals = np.cumsum(rng.exponential(mean_gap_ps, outputs.size).astype(np.int64))
     requests = [Request(i, int(arrivals[i]), 1, int(outputs[i])) for i in range(outputs.size)]
     build = _build(1, 1, tokens_per_block=64, max_seq_len=4096)
-    scenario = Scenario(requests, build, 64, CacheConfig(enable_block_reuse=False), cost=LinearCost(PS))
+    scenario = Scenario(requests, build, 64, CacheConfig(enable_block_reuse=False), cost=LinearCost(STEP_PS))
     return scenario.run()
-
-
-PS = 1000
 
 
 def test_one_at_a_time_follows_lindleys_recursion_to_the_picosecond() -> None:
@@ -208,12 +208,12 @@ def test_one_at_a_time_follows_lindleys_recursion_to_the_picosecond() -> None:
     wait = 0
     for i in range(outputs.size):
         if i:
-            wait = max(0, wait + int(outputs[i - 1]) * PS - int(arrival[i] - arrival[i - 1]))
+            wait = max(0, wait + int(outputs[i - 1]) * STEP_PS - int(arrival[i] - arrival[i - 1]))
         assert admit[i] - arrival[i] == wait
-        assert finish[i] - admit[i] == outputs[i] * PS
+        assert finish[i] - admit[i] == outputs[i] * STEP_PS
 
 
-def _assert_mean(values: np.ndarray, expected: float) -> None:
+def _assert_mean(values: NDArray[np.int64], expected: float) -> None:
     """Assert that the mean of correlated values is the expected one, within four of its standard errors.
 
     The error comes from the means of 20 batches, long enough to be all but independent; it must be small itself.
@@ -227,19 +227,19 @@ def _assert_mean(values: np.ndarray, expected: float) -> None:
 def test_constant_service_waits_as_m_d_1() -> None:
     """Mean wait ρ · D / (2 · (1 − ρ)) (Pollaczek–Khinchine)."""
     load = 0.6
-    arrival, admit, _ = _times(_one_server(np.ones(20_000, dtype=np.int64), PS / load, seed=3))
-    _assert_mean(admit - arrival, load * PS / (2 * (1 - load)))
+    arrival, admit, _ = _times(_one_server(np.ones(20_000, dtype=np.int64), STEP_PS / load, seed=3))
+    _assert_mean(admit - arrival, load * STEP_PS / (2 * (1 - load)))
 
 
 def test_geometric_service_waits_as_m_g_1_and_nearly_as_m_m_1() -> None:
     """Mean wait λ · E[S²] / (2 · (1 − ρ)); with a mean of 25 steps, nearly the exponential's ρ · S / (1 − ρ)."""
     mean, load = 25, 0.5
     outputs = np.random.default_rng(5).geometric(1 / mean, 20_000)
-    gap = mean * PS / load
+    gap = mean * STEP_PS / load
     arrival, admit, finish = _times(_one_server(outputs, gap, seed=7))
-    second_moment = PS**2 * (2 - 1 / mean) * mean**2
+    second_moment = STEP_PS**2 * (2 - 1 / mean) * mean**2
     _assert_mean(admit - arrival, second_moment / gap / (2 * (1 - load)))
-    _assert_mean(finish - arrival, mean * PS / (1 - load))
+    _assert_mean(finish - arrival, mean * STEP_PS / (1 - load))
 
 
 def test_littles_law() -> None:

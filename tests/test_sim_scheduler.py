@@ -157,13 +157,15 @@ def test_max_utilization_preempts_who_started_last_and_computes_it_again() -> No
     assert _schedule(result) == [
         (0, 10, 1, 0, 12, 2, 0),  # A: 1 block, B: 2
         (10, 20, 1, 1, 0, 1, 1),  # both fill their blocks, one is free: B goes, its 2 stay cached
-        (20, 90, 7, 1, 0, 1, 1),  # A's third block is B's second, the tail first
+        (20, 80, 6, 1, 0, 1, 1),  # A's third block is B's second, the tail first
+        (80, 90, 1, 1, 0, 1, 1),  # apart: were what A fills here like B's first block, both would be held
         (90, 100, 1, 0, 5, 1, 0),  # B again: 8 + 1 tokens, of which 4 are found
         (100, 130, 3, 1, 0, 1, 0),
     ]
     assert _blocks(result) == [
         (1, 0, 3),
         (0, 2, 2),
+        (0, 1, 3),
         (0, 1, 3),
         (0, 1, 3),  # of A's three blocks, two were evicted for B
         (0, 1, 3),
@@ -172,6 +174,7 @@ def test_max_utilization_preempts_who_started_last_and_computes_it_again() -> No
         (0, 0, 0),
         (1, 1, 0),
         (0, 0, 1),
+        (0, 0, 0),
         (0, 0, 2),
         (0, 0, 0),
     ]

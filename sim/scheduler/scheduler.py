@@ -164,13 +164,11 @@ class Scheduler:
     def _most_blocks(self, steps: int) -> int:
         """Return by how many blocks `steps` more steps of decoding may lessen what is available.
 
-        A named block that repeats what is cached takes one for itself, and keeps the cached one from eviction.
+        A block that repeats what is cached takes one for itself, and keeps the cached one from eviction. Within
+        this bound the manager takes blocks in the order of the steps.
         """
-        blocks = self.manager.blocks_to_advance(self.batch, steps)
-        if self._named:
-            filled = self.batch.growth(steps + 1) - self.batch.growth(1)
-            blocks += min(filled, self.manager.pool.num_evictable)
-        return blocks
+        fills = min(self.batch.fills(steps), self.manager.pool.num_evictable)
+        return self.manager.blocks_to_advance(self.batch, steps) + fills
 
     def _could_start_first(self) -> bool:
         """Return whether only blocks are lacking for the first waiting job."""
