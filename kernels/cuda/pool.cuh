@@ -1,11 +1,10 @@
 // Where a token's key and value lie in the pool.
 //
-// pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, HEAD_DIM], keys at 0 of axis 2, values at
-// 1
+//   pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, HEAD_DIM]; index 0 of axis 2: keys, 1: values
 //
-// tokens_per_block is a run-time value (as its base-2 logarithm): it costs one shift and one mask for each
-// row of HEAD_DIM elements, which no measurement would show, and saves compiling every kernel nine times.
-// Offsets count elements and are 64-bit: a pool of 32,768 blocks of 128 KiB already passes 2^31 bytes.
+// tokens_per_block is a run-time value (as its base-2 logarithm): one shift and one mask for a row of HEAD_DIM
+// elements that are then multiplied and added, against compiling every kernel nine times. Offsets count elements and
+// are 64-bit: 32,768 blocks of 128 KiB already pass 2^31 bytes.
 #pragma once
 
 struct PoolShape {
