@@ -25,12 +25,14 @@ class OutOfBlocks(Exception):
     """The pool cannot give as many blocks as were asked for. The call that raised it has changed nothing."""
 
     def __init__(self, needed: int, available: int) -> None:
-        super().__init__(f"{needed} blocks needed, {available} free or evictable")
+        super().__init__(
+            needed, available
+        )  # as they are: pickle and SimPy make exceptions anew from their args
         self.needed = needed
         self.available = available
 
-    def __reduce__(self) -> tuple[type[OutOfBlocks], tuple[int, int]]:
-        return type(self), (self.needed, self.available)
+    def __str__(self) -> str:
+        return f"{self.needed} blocks needed, {self.available} free or evictable"
 
 
 class BlockPool:

@@ -139,3 +139,10 @@ def test_a_split_leaves_counts_and_order_alone() -> None:
     assert pool.take(1).tolist() == [3], "the tail keeps its place before the second extent"
     pool.drop(head)
     assert pool.take(5).tolist() == [2, 5, 4, 1, 0]
+
+
+def test_out_of_blocks_can_be_made_anew_from_its_arguments() -> None:
+    error = OutOfBlocks(3, 2)
+    for again in (pickle.loads(pickle.dumps(error)), type(error)(*error.args)):
+        assert (again.needed, again.available) == (3, 2)
+        assert str(again) == "3 blocks needed, 2 free or evictable"
