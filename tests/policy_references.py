@@ -116,10 +116,9 @@ class SIEVE(Reference):
 
 
 class SLRU(Reference):
-    share = 0.8
-
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, share: float = 0.8) -> None:
         super().__init__(num_blocks)
+        self.room = int(num_blocks * share)
         self.marked: set[Identity] = set()
         self.protected: OrderedDict[Identity, None] = OrderedDict()
         self.probation: OrderedDict[Identity, None] = OrderedDict()
@@ -130,7 +129,7 @@ class SLRU(Reference):
     def released(self, block: Identity) -> None:
         super().released(block)
         (self.protected if block in self.marked else self.probation)[block] = None
-        if len(self.protected) > int(self.num_blocks * self.share):
+        if len(self.protected) > self.room:
             demoted, _ = self.protected.popitem(last=False)
             self.marked.remove(demoted)
             self.probation[demoted] = None
@@ -152,11 +151,9 @@ class SLRU(Reference):
 
 
 class S3FIFO(Reference):
-    share = 0.1
-
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, share: float = 0.1) -> None:
         super().__init__(num_blocks)
-        self.room = max(1, int(num_blocks * self.share))
+        self.room = max(1, int(num_blocks * share))
         self.small: list[Identity] = []
         self.main: list[Identity] = []
         self.ghosts: list[Identity] = []
@@ -208,10 +205,9 @@ class S3FIFO(Reference):
 
 
 class GDSF(Reference):
-    attention_blocks = 800
-
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, attention_blocks: int = 800) -> None:
         super().__init__(num_blocks)
+        self.attention_blocks = attention_blocks
         self.clock = 0
         self.uses: Counter[Identity] = Counter()
         self.values: dict[Identity, int] = {}
@@ -233,6 +229,22 @@ class GDSF(Reference):
         block = min((block for block in self.order if block in leaves), key=lambda block: self.values[block])
         self.clock = max(self.clock, self.values[block])
         return block
+
+
+class Belady(Reference):
+    """`future` has the blocks of each request; those whose number is in `begun` no longer count."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.future: list[list[Identity]] = []
+        self.begun: set[int] = set()
+
+    def next_use(self, block: Identity) -> float:
+        coming = (i for i, blocks in enumerate(self.future) if i not in self.begun and block in blocks)
+        return next(coming, float("inf"))
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        return max((block for block in self.order if block in leaves), key=self.next_use)
 
 
 class _Noted(dict):  # type: ignore[type-arg]
@@ -292,6 +304,7 @@ class PolicyManager(NaiveManager):
 
 
 REFERENCES: dict[str, type[Reference]] = {
+    "belady": Belady,
     "fifo": FIFO,
     "gdsf": GDSF,
     "lfu": LFU,

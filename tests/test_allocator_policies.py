@@ -7,39 +7,31 @@ from random import Random
 from typing import Any, ClassVar
 
 import numpy as np
+import policy_references as references
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_manager import Identity, NaiveSequence, Refused
 from policy_references import REFERENCES, PolicyManager, Reference
 from test_allocator_naive import BesideNaive, Pair
 
 from allocator.content import TokenContent
-from allocator.eviction import EvictionPolicy
-from allocator.eviction.fifo import FIFO
+from allocator.eviction import POLICIES, EvictionPolicy, make_policy
+from allocator.eviction.belady import Belady
 from allocator.eviction.gdsf import GDSF
 from allocator.eviction.lfu import LFU
-from allocator.eviction.lru import LRU
-from allocator.eviction.mru import MRU
 from allocator.eviction.s3fifo import S3FIFO
-from allocator.eviction.sieve import SIEVE
 from allocator.eviction.slru import SLRU
 from allocator.fuzz import AllocatorMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks
 from allocator.sequence import KVSequence
 
-CLASSES: dict[str, type[EvictionPolicy]] = {
-    "fifo": FIFO,
-    "gdsf": GDSF,
-    "lfu": LFU,
-    "lru": LRU,
-    "mru": MRU,
-    "s3fifo": S3FIFO,
-    "sieve": SIEVE,
-    "slru": SLRU,
-}
+CLASSES: dict[str, type[EvictionPolicy]] = {**POLICIES, "belady": Belady}
 
 Tokens = tuple[int, ...]
+
+FEW = max(10, settings.default.max_examples // 4)
+"""Examples for variations of what has been tested already."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +46,17 @@ class Program:
 def random_program(seed: int, requests: int = 120) -> Program:
     """Return a program in which few prompts recur often, and many do not."""
     random = Random(seed)
-    size = random.choice([1, 2])
+    size, longest = random.choice([1, 2]), random.choice([6, 6, 12])
     known: list[Tokens] = [()]
     rows = []
     for _ in range(requests):
         prefix = known[int(len(known) * random.random() ** 3)]
         prompt = prefix[: random.randint(0, len(prefix))]
-        prompt += tuple(random.randint(0, 2) for _ in range(random.randint(1, 3 * size)))
-        prompt = prompt[: 6 * size]
+        prompt += tuple(random.randint(0, 2) for _ in range(random.randint(1, longest * size // 2)))
+        prompt = prompt[: longest * size]
         known.append(prompt)
         rows.append((prompt, tuple(random.randint(0, 1) for _ in range(random.randint(0, 3))), 2))
-    return Program(random.randint(10, 20), size, rows)
+    return Program(random.randint(longest + 4, 3 * longest), size, rows)
 
 
 _symbols = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
@@ -149,7 +141,17 @@ class Both:
 def disagreement(program: Program, policy: EvictionPolicy, reference: Reference) -> int | None:
     """Run a program; return before which request policy and reference evicted different blocks, if they did."""
     both = Both(program, policy, reference)
+    foreseen = [prompt for prompt, _, _ in program.requests]
+    if isinstance(policy, Belady):
+        for prompt in foreseen:
+            policy.foresee(TokenContent(prompt), program.tokens_per_block)
+    if isinstance(reference, references.Belady):
+        reference.future = [both.naive.identities(("root", ""), prompt) for prompt in foreseen]
     for i, request in enumerate(program.requests):
+        if isinstance(policy, Belady):
+            policy.begin(i)
+        if isinstance(reference, references.Belady):
+            reference.begun.add(i)
         both.request(*request)
         if both.evicted != [Both.said(block) for block in both.naive.evicted]:
             return i
@@ -165,17 +167,62 @@ def test_every_eviction_is_the_references(name: str, program: Program) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
+@settings(max_examples=FEW)
 @given(program=programs)
 def test_a_small_protected_segment_demotes(share: float, program: Program) -> None:
-    reference = REFERENCES["slru"](program.num_blocks)
-    reference.share = share  # type: ignore[attr-defined]
-    assert disagreement(program, SLRU(share), reference) is None
+    assert disagreement(program, SLRU(share), references.SLRU(program.num_blocks, share)) is None
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+@settings(max_examples=FEW)
+@given(program=programs)
+def test_a_larger_small_queue_fills_the_main_one(share: float, program: Program) -> None:
+    reference = references.S3FIFO(program.num_blocks, share)
+    assert disagreement(program, S3FIFO(share), reference) is None
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5])
-def test_a_protected_share_is_a_share(share: float) -> None:
+def test_a_share_lies_between_0_and_1(share: float) -> None:
     with pytest.raises(ValueError, match=rf"protected_share \({share}\) must lie between 0 and 1"):
         SLRU(share)
+    with pytest.raises(ValueError, match=rf"small_share \({share}\) must lie between 0 and 1"):
+        S3FIFO(share)
+
+
+@pytest.mark.parametrize("attention_blocks", [0, 1, 5])
+@settings(max_examples=FEW)
+@given(program=programs)
+def test_depth_weighs_more_where_attention_is_dear(attention_blocks: int, program: Program) -> None:
+    reference = references.GDSF(program.num_blocks, attention_blocks)
+    assert disagreement(program, GDSF(attention_blocks), reference) is None
+
+
+def test_gdsf_refuses_a_negative_depth() -> None:
+    with pytest.raises(ValueError, match=r"attention_blocks \(-1\) must not be negative"):
+        GDSF(-1)
+
+
+@settings(max_examples=FEW)
+@given(program=programs, data=st.data())
+def test_the_future_may_come_in_another_order_and_late(program: Program, data: st.DataObject) -> None:
+    """Requests begin in any order, and some are foreseen only once others have begun."""
+    policy, reference = Belady(), references.Belady(program.num_blocks)
+    both = Both(program, policy, reference)
+    known: list[int] = []
+    left = list(range(len(program.requests)))
+    while left:
+        while len(known) < len(program.requests) and (not set(left) & set(known) or data.draw(st.booleans())):
+            prompt = program.requests[len(known)][0]
+            known.append(policy.foresee(TokenContent(prompt), program.tokens_per_block))
+            reference.future.append(both.naive.identities(("root", ""), prompt))
+        number = data.draw(st.sampled_from([i for i in left if i in known]))
+        left.remove(number)
+        policy.begin(number)
+        reference.begun.add(number)
+        both.request(*program.requests[number])
+        assert both.evicted == [Both.said(block) for block in both.naive.evicted]
+    with pytest.raises(ValueError, match=r"number \(0\) must be that of a request that has not begun"):
+        policy.begin(0)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
@@ -186,6 +233,15 @@ def test_no_policy_is_another(name: str, other: str) -> None:
         for program in map(random_program, range(8))
     ]
     assert any(at is not None for at in found) == (name != other)
+
+
+def test_every_policy_has_a_reference() -> None:
+    assert set(REFERENCES) == set(CLASSES)
+
+
+def test_the_future_cannot_be_asked_for_by_name() -> None:
+    with pytest.raises(ValueError, match=r"policy \(belady\) must be told the future"):
+        make_policy("belady")
 
 
 class LFUThatNeverCounts(LFU):

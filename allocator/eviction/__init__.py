@@ -4,13 +4,43 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from allocator.eviction.belady import Belady
 from allocator.eviction.fifo import FIFO
+from allocator.eviction.gdsf import GDSF
+from allocator.eviction.lfu import LFU
 from allocator.eviction.lru import LRU
+from allocator.eviction.mru import MRU
 from allocator.eviction.policy import EvictionPolicy
+from allocator.eviction.s3fifo import S3FIFO
+from allocator.eviction.sieve import SIEVE
+from allocator.eviction.slru import SLRU
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRU, "fifo": FIFO}
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    "lru": LRU,
+    "fifo": FIFO,
+    "lfu": LFU,
+    "slru": SLRU,
+    "sieve": SIEVE,
+    "s3fifo": S3FIFO,
+    "gdsf": GDSF,
+    "mru": MRU,
+}
+"""All that can be made from a name alone. Belady cannot: it has to be told the future."""
 
-__all__ = ["FIFO", "LRU", "POLICIES", "EvictionPolicy", "make_policy"]
+__all__ = [
+    "FIFO",
+    "GDSF",
+    "LFU",
+    "LRU",
+    "MRU",
+    "POLICIES",
+    "S3FIFO",
+    "SIEVE",
+    "SLRU",
+    "Belady",
+    "EvictionPolicy",
+    "make_policy",
+]
 
 
 def make_policy(name: str) -> EvictionPolicy:
@@ -18,6 +48,8 @@ def make_policy(name: str) -> EvictionPolicy:
 
     Raises ValueError, in one line, if there is no such policy, or if the class is not an EvictionPolicy.
     """
+    if name == "belady":
+        raise ValueError("policy (belady) must be told the future: make a Belady, and pass it to the manager")
     if ":" not in name:
         if name not in POLICIES:
             known = ", ".join(sorted(POLICIES))
