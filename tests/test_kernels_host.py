@@ -452,9 +452,14 @@ extern "C" __global__ void wait_for(volatile int* flag, int* out) {
 @pytest.mark.parametrize("threads", [2, 32, 33, 200])
 @pytest.mark.parametrize("seed", [None, 5])
 def test_a_loop_on_a_volatile_word_lets_others_run(threads: int, seed: int | None) -> None:
-    flag, out = np.zeros(1, np.int32), np.zeros(1, np.int32)
-    run(FLAG, "wait_for", threads, flag, out, seed=seed)
-    assert out[0] == 1
+    # Both runtimes are loaded before either runs.
+    modules = [
+        compile_source(FLAG, backend="cpu", sanitize=mode, name="flag.cu") for mode in (None, "memory")
+    ]
+    for module in modules:
+        flag, out = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        module.launch("wait_for", (1, 1, 1), (threads, 1, 1), [flag, out], seed=seed)
+        assert out[0] == 1
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,12 @@ void trap(const char* what, Site site) { fail(*current, site, "%s", what); }
 constexpr double TICK_SECONDS = 0.01;
 // A loop that passes barriers makes progress, as far as anyone can tell: it may last so many times longer.
 constexpr double BLOCK_LIMITS = 30;
+// The plain and the watching runtime may both be loaded: each has a signal of its own.
+#ifdef CUDA_HOST_WATCH
+static int tick_signal() { return SIGRTMAX - 3; }
+#else
 static int tick_signal() { return SIGRTMAX - 2; }
+#endif
 
 // A worker's processor-time timer: find a block that makes no progress, and let others run where a lane neither
 // waits nor calls anything (a loop on a volatile word).
