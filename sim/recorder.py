@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.manager import KVCacheManager
-from sim.records import CACHED, FREE, SHARED, BlockMap, Columns, RunResult, WeightedTimes
+from sim.records import (
+    CACHED,
+    FREE,
+    SHARED,
+    TIMELINE_COLUMNS,
+    BlockMap,
+    Columns,
+    RunResult,
+    WeightedTimes,
+)
 from sim.request import Request
 from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
@@ -21,30 +30,6 @@ _COUNTERS = (
     "recomputed_tokens",
     "blocks",
     "cow_copies",
-)
-_TIMELINE = (
-    "start_ps",
-    "end_ps",
-    "steps",
-    "running",
-    "waiting",
-    "decode_sequences",
-    "prefill_sequences",
-    "prefill_tokens",
-    "first_step_ps",
-    "step_increment_ps",
-    "itl_tokens",
-    "free_blocks",
-    "evictable_blocks",
-    "referenced_blocks",
-    "logical_blocks",
-    "kv_tokens",
-    "logical_tokens",
-    "referenced_blocks_first",
-    "kv_tokens_first",
-    "preemptions",
-    "out_of_block_steps",
-    "evicted_blocks",
 )
 _MAX_MAP_ROWS = 512
 
@@ -112,11 +97,11 @@ class Recorder:
 
     def result(self, wall_s: float) -> RunResult:
         """Return everything."""
-        rows = np.array(self._rows, dtype=np.int64).reshape(-1, len(_TIMELINE))
+        rows = np.array(self._rows, dtype=np.int64).reshape(-1, len(TIMELINE_COLUMNS))
         lifetimes = self._manager.pool.lifetimes
         return RunResult(
             requests=self._request_columns(),
-            timeline={name: rows[:, column].copy() for column, name in enumerate(_TIMELINE)},
+            timeline={name: rows[:, column].copy() for column, name in enumerate(TIMELINE_COLUMNS)},
             gaps_ps=np.array(self._gaps, dtype=np.int64),
             cache=self._manager.stats(),
             lifetimes={}

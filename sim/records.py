@@ -14,6 +14,32 @@ from allocator.manager import CacheStats
 
 Columns = dict[str, NDArray[np.generic]]
 
+TIMELINE_COLUMNS = (
+    "start_ps",
+    "end_ps",
+    "steps",
+    "running",
+    "waiting",
+    "decode_sequences",
+    "prefill_sequences",
+    "prefill_tokens",
+    "first_step_ps",
+    "step_increment_ps",
+    "itl_tokens",
+    "free_blocks",
+    "evictable_blocks",
+    "referenced_blocks",
+    "logical_blocks",
+    "kv_tokens",
+    "logical_tokens",
+    "referenced_blocks_first",
+    "kv_tokens_first",
+    "preemptions",
+    "out_of_block_steps",
+    "evicted_blocks",
+)
+"""Columns of the timeline, in the order of `RunResult`'s docstring."""
+
 FREE = -1
 CACHED = -2
 SHARED = -3

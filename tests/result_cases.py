@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from allocator.manager import CacheStats
 from allocator.stats import MISS_CAUSES
-from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult, WeightedTimes
+from sim.records import CACHED, FREE, SHARED, TIMELINE_COLUMNS, BlockMap, RunResult, WeightedTimes
 
 REQUEST_COLUMNS = (
     "request_id",
@@ -30,30 +30,6 @@ REQUEST_COLUMNS = (
     "recomputed_tokens",
     "blocks",
     "cow_copies",
-)
-TIMELINE_COLUMNS = (
-    "start_ps",
-    "end_ps",
-    "steps",
-    "running",
-    "waiting",
-    "decode_sequences",
-    "prefill_sequences",
-    "prefill_tokens",
-    "first_step_ps",
-    "step_increment_ps",
-    "itl_tokens",
-    "free_blocks",
-    "evictable_blocks",
-    "referenced_blocks",
-    "logical_blocks",
-    "kv_tokens",
-    "logical_tokens",
-    "referenced_blocks_first",
-    "kv_tokens_first",
-    "preemptions",
-    "out_of_block_steps",
-    "evicted_blocks",
 )
 TEXT_COLUMNS = ("status", "reject_cause")
 
