@@ -86,6 +86,11 @@ class Witness(EvictionPolicy):
         self.exposed_once: set[Extent] = set()
         self.chosen: tuple[Extent, int] | None = None
 
+    def attached(self, num_blocks: int) -> None:
+        assert num_blocks > 0
+        assert not self.blocks, "the pool's size comes first"
+        self.policy.attached(num_blocks)
+
     def cached(self, extent: Extent, num_blocks: int) -> None:
         blocks = self.blocks.setdefault(extent, [])
         new = extent.ids[len(blocks) :].tolist()

@@ -97,9 +97,9 @@ def test_the_command_prints_shares(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "6 requests, 6 blocks" in printed
     rows = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
     assert rows == [
-        ["1", "0.000", "0.000", "0.167"],
-        ["2", "0.000", "0.333", "0.333"],
-        ["3", "0.500", "0.500", "0.500"],
+        ["lru", "0.0000", "0.0000", "0.5000"],
+        ["belady", "0.0000", "0.3333", "0.5000"],
+        ["offline", "bound", "0.1667", "0.3333", "0.5000"],
     ]
 
 

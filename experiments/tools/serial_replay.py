@@ -135,21 +135,21 @@ class Config:
 
 
 def run(config: Config, console: Console) -> None:
-    """Print the table: a row for each pool size, a column for each policy, the bound last."""
+    """Print the table: a row for each policy, a column for each pool size, the bound last."""
     for size in config.num_blocks:
         require_int("num_blocks", size, 1)
     requests = blocks_of(read_trace(config.trace))
     total = sum(map(len, requests))
-    table = Table("blocks", *config.policies, "offline bound")
-    for column in table.columns:
+    table = Table("policy", *(f"{size:,} blocks" for size in config.num_blocks))
+    for column in table.columns[1:]:
         column.justify = "right"
-    for size in config.num_blocks:
-        row = []
-        for name in config.policies:
-            policy = Belady() if name == "belady" else make_policy(name)
-            row.append(replay(requests, size, policy))
-        row.append(offline_bound(requests, size))
-        table.add_row(f"{size:,}", *(f"{hits / total:.3f}" for hits in row))
+    for name in config.policies:
+        policies = [Belady() if name == "belady" else make_policy(name) for _ in config.num_blocks]
+        hits = map(replay, [requests] * len(policies), config.num_blocks, policies)
+        table.add_row(name, *(f"{count / total:.4f}" for count in hits))
+    table.add_row(
+        "offline bound", *(f"{offline_bound(requests, size) / total:.4f}" for size in config.num_blocks)
+    )
     console.print(f"{len(requests):,} requests, {total:,} blocks; share of blocks hit", highlight=False)
     console.print(table)
 
