@@ -27,7 +27,7 @@ class S3FIFO(EvictionPolicy):
     (referenced, or with cached children) is passed over and left as it is, so "its oldest" is the oldest of
     those that can; a queue without any lets the other give. Places are unique, so there are no ties.
 
-    Each step costs O(log extents), and moves a block that was hit, or takes one. Ghosts are exact: by name.
+    Each step costs O(log extents) and moves a block that was hit, or takes blocks. Ghosts are exact: by name.
 
     Raises ValueError unless 0 < small_share < 1; 0.1 is the paper's.
     """
@@ -135,13 +135,14 @@ class S3FIFO(EvictionPolicy):
         return self._hits.get(extent, 0) if hits is None else hits
 
     def victim(self, wanted: int) -> tuple[Extent, int]:
-        if self._small_blocks >= self._small_room or not self._main:
+        small_gives = self._small_blocks >= self._small_room or not self._main
+        if small_gives:
             while self._small:
                 extent = self._small.first()
                 if self._hits_of_last(extent) <= 1:
-                    self._small.discard(extent)
-                    self._remember(self._names.of(extent)[-1])
-                    return extent, 1
+                    if self._main:
+                        wanted = max(1, min(wanted, self._small_blocks - self._small_room + 1))
+                    return self._take_from(extent, wanted, in_main=False)
                 self._small_blocks -= 1
                 self._main_blocks += 1
                 self._move_last(extent, 0)
@@ -151,9 +152,27 @@ class S3FIFO(EvictionPolicy):
             extent = self._main.first()
             hits = self._hits_of_last(extent)
             if not hits:
-                self._main.discard(extent)
-                return extent, 1
+                return self._take_from(extent, 1 if small_gives else wanted, in_main=True)
             self._move_last(extent, hits - 1)
+
+    def _take_from(self, extent: Extent, wanted: int, *, in_main: bool) -> tuple[Extent, int]:
+        """Return how many of an extent's last blocks to take, the last one being the oldest of its queue.
+
+        Those before it are older still, so they are next if they are in the same queue and were hit as rarely.
+        """
+        (self._main if in_main else self._small).discard(extent)
+        count = 1
+        if self._hits.get(extent, 0) <= (0 if in_main else 1):
+            count = 0
+            for blocks, _, where in reversed(self._places[extent]):
+                if where != in_main or count >= wanted:
+                    break
+                count += blocks
+            count = min(count, wanted)
+        if not in_main:
+            for name in self._names.of(extent)[-1 : -1 - count : -1]:
+                self._remember(name)
+        return extent, count
 
     def _remember(self, name: Name) -> None:
         if not self._main_room:
