@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import overload
 
 from allocator.sequence import KVSequence
@@ -17,7 +17,8 @@ class Batch(Sequence[KVSequence]):
     releasing it. Iteration is in the order of addition.
     """
 
-    def __init__(self, tokens_per_block: int) -> None:
+    def __init__(self, tokens_per_block: int, live: Container[KVSequence]) -> None:
+        self.live = live
         self.tick = 0
         self.tokens_per_block = tokens_per_block
         self._members: dict[KVSequence, None] = {}
@@ -45,12 +46,13 @@ class Batch(Sequence[KVSequence]):
     def add(self, sequence: KVSequence) -> None:
         """Let a sequence take part from the next step on.
 
-        Raises ValueError if it is in a batch already, released, or short of its prompt.
+        Raises ValueError if it is in a batch already, not among the manager's live ones, or short of its prompt.
         """
         if sequence.batch is not None:
             raise ValueError(f"{sequence} must leave its batch before it joins another")
-        if sequence.released:
-            raise ValueError(f"{sequence} must not be released")
+        if sequence not in self.live:
+            state = "released" if sequence.released else "another manager's"
+            raise ValueError(f"{sequence} must not be {state}")
         if sequence.num_tokens < sequence.num_prompt_tokens:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
         residue = (self.tick - sequence.num_tokens) % self.tokens_per_block

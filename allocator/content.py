@@ -80,6 +80,9 @@ class History(ABC):
     def keys(self, first: int, last: int) -> bytes:
         """Return the keys of blocks first … last − 1, `key_width` bytes each."""
 
+    def check_nameable(self) -> None:
+        """Raise ValueError unless tokens can be named one by one."""
+
     @abstractmethod
     def record(self, position: int, token_ids: Sequence[int]) -> None:
         """Name the tokens written from `position` on."""
@@ -325,6 +328,9 @@ class ChunkHistory(History):
         return out.tobytes()
 
     def record(self, position: int, token_ids: Sequence[int]) -> None:
+        self.check_nameable()
+
+    def check_nameable(self) -> None:
         raise ValueError("tokens cannot be named one by one in a content of chunks: pass None for them")
 
     def diverge(self, position: int) -> ChunkHistory:

@@ -213,6 +213,7 @@ class KVCacheManager:
 
     def prefill(self, sequence: KVSequence, num_tokens: int) -> None:
         """Do what `extend` does without computing the slots."""
+        self._check_live(sequence)
         left = sequence.num_prompt_tokens - sequence.num_tokens
         if not 1 <= num_tokens <= left:
             raise ValueError(f"num_tokens ({num_tokens}) must be between 1 and the prompt's remaining {left}")
@@ -227,7 +228,7 @@ class KVCacheManager:
 
     def batch(self) -> Batch:
         """Return an empty batch, with which `append` costs per block started, not per sequence."""
-        return Batch(self.tokens_per_block)
+        return Batch(self.tokens_per_block, self.sequences)
 
     def append(
         self,
@@ -262,7 +263,12 @@ class KVCacheManager:
         if num_tokens < 1:
             raise ValueError(f"num_tokens ({num_tokens}) must be at least 1")
         rows = _rows(tokens, len(sequences), num_tokens)
+        if rows is not None:
+            for sequence in sequences:
+                sequence.history.check_nameable()
         if isinstance(sequences, Batch):
+            if sequences.live is not self.sequences:
+                raise ValueError(f"a batch of {len(sequences)} sequences must be this manager's own")
             self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences.unready)
             self._record(sequences, rows)
             self._advance_batch(sequences, num_tokens)
@@ -274,12 +280,19 @@ class KVCacheManager:
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences ({len(sequences)}) must be distinct")
         for sequence in sequences:
-            if sequence.released:
-                raise ValueError(f"{sequence} must not be released")
-            if sequence in self._prefilling:
-                raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
+            self._check_complete(sequence)
             if sequence.batch is not None:
                 raise ValueError("sequences of a batch advance together: append to the batch")
+
+    def _check_live(self, sequence: KVSequence) -> None:
+        if sequence not in self.sequences:
+            state = "released" if sequence.released else "another manager's"
+            raise ValueError(f"{sequence} must not be {state}")
+
+    def _check_complete(self, sequence: KVSequence) -> None:
+        self._check_live(sequence)
+        if sequence in self._prefilling:
+            raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
 
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
         """Return how many blocks `append` would take: growth and copies."""
@@ -366,8 +379,7 @@ class KVCacheManager:
         """Return `n` sequences that share all blocks of `sequence` and go on by themselves. Takes no block."""
         if n < 1:
             raise ValueError(f"n ({n}) must be at least 1")
-        if sequence.released:
-            raise ValueError(f"{sequence} must not be released")
+        self._check_live(sequence)
         tokens = sequence.num_tokens
         self.tables.share(sequence, n)
         children = []
@@ -398,6 +410,7 @@ class KVCacheManager:
         Its blocks beyond are given back, a partly kept one stays. Raises ValueError unless 1 ≤ num_tokens ≤
         the sequence's length, or while the sequence is in a batch or its prefill is incomplete.
         """
+        self._check_live(sequence)
         if not 1 <= num_tokens <= sequence.num_tokens:
             raise ValueError(
                 f"num_tokens ({num_tokens}) must be between 1 and the sequence's {sequence.num_tokens}"
@@ -423,8 +436,7 @@ class KVCacheManager:
 
     def release(self, sequence: KVSequence) -> None:
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
-        if sequence.released:
-            raise ValueError(f"{sequence} must not be released twice")
+        self._check_live(sequence)
         if sequence.batch is not None:
             sequence.batch.remove(sequence)
         self.tables.release(sequence)
@@ -446,8 +458,12 @@ class KVCacheManager:
             )
         if not all(0 <= parent < len(sequences) for parent in parents):
             raise ValueError(f"parents ({list(parents)}) must index the {len(sequences)} sequences")
-        if len({(s.num_tokens, s.batch) for s in sequences}) > 1:
-            raise ValueError("sequences must have equal lengths and be in the same batch")
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences ({len(sequences)}) must be distinct")
+        for sequence in sequences:
+            self._check_complete(sequence)
+        if len({(s.num_tokens, s.batch, s.salt) for s in sequences}) > 1:
+            raise ValueError("sequences must have equal lengths and salts, and be in the same batch")
         heirs = {i: self.fork(sequences[p])[0] for i, p in enumerate(parents) if p != i}
         for i, heir in heirs.items():
             self._swap_state(sequences[i], heir)

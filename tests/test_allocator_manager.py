@@ -348,3 +348,53 @@ def test_out_of_blocks_survives_a_process_boundary() -> None:
 
     error = pickle.loads(pickle.dumps(OutOfBlocks(3, 2)))
     assert (error.needed, error.available, str(error)) == (3, 2, "3 blocks needed, 2 free or evictable")
+
+
+def test_sequences_of_another_manager_are_refused() -> None:
+    mine, other = KVCacheManager(8, 4), KVCacheManager(8, 4)
+    stranger = other.admit(TokenContent([1] * 4), 4)
+    calls = (
+        mine.release,
+        mine.fork,
+        lambda s: mine.append([s]),
+        lambda s: mine.truncate(s, 1),
+        lambda s: mine.extend(s, 1),
+        lambda s: mine.reorder_beams([s], [0]),
+        mine.batch().add,
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="must not be another manager's"):
+            call(stranger)
+    batch = other.batch()
+    batch.add(stranger)
+    with pytest.raises(ValueError, match="a batch of 1 sequences must be this manager's own"):
+        mine.append(batch)
+    mine.check_invariants()
+    other.check_invariants()
+
+
+def test_beams_must_be_complete_distinct_and_alike() -> None:
+    manager = KVCacheManager(16, 4)
+    content = TokenContent([1] * 6)
+    partial = manager.admit(content, 2)
+    with pytest.raises(ValueError, match="must have its prompt of 6 complete"):
+        manager.reorder_beams([partial], [0])
+    one = manager.admit(TokenContent([2] * 5), 5)
+    salted = manager.admit(TokenContent([2] * 5), 5, salt="other")
+    with pytest.raises(ValueError, match=r"sequences \(2\) must be distinct"):
+        manager.reorder_beams([one, one], [0, 1])
+    with pytest.raises(ValueError, match="equal lengths and salts"):
+        manager.reorder_beams([one, salted], [1, 0])
+    manager.check_invariants()
+
+
+def test_naming_tokens_of_chunked_content_changes_nothing() -> None:
+    manager = KVCacheManager(16, 4)
+    named = manager.admit(TokenContent([2] * 4), 4)
+    chunked = manager.admit(ChunkContent([1], 4, 4), 4)
+    before = named.content().prompt_keys(4)
+    with pytest.raises(ValueError, match="cannot be named one by one"):
+        manager.append([named, chunked], [7, 7])
+    assert named.num_tokens == chunked.num_tokens == 4
+    assert named.content().prompt_keys(4) == before
+    manager.check_invariants()

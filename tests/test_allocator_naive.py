@@ -111,7 +111,7 @@ class Pair:
         return self.written(sequences, count, tokens, lambda: self.real.append(sequences, tokens, count))
 
     def batch(self) -> PairBatch:
-        batch = PairBatch(self.real.tokens_per_block)
+        batch = PairBatch(self.real.tokens_per_block, self.real.sequences)
         batch.pair = self
         return batch
 
