@@ -15,6 +15,16 @@ def require_int(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name} ({value}) must be at least {minimum}")
 
 
+def as_int(name: str, value: object, minimum: int) -> int:
+    """Return `value` as an int. Raises ValueError unless it is an integer of at least `minimum`."""
+    if type(value) is not int:
+        require_int(name, value, minimum)
+        return int(value)  # type: ignore[call-overload, no-any-return]  # an Integral, NumPy's for example
+    if value < minimum:
+        raise ValueError(f"{name} ({value}) must be at least {minimum}")
+    return value
+
+
 def require_optional_int(name: str, value: object, minimum: int) -> None:
     """Raise ValueError unless `value` is None or an integer of at least `minimum`."""
     if value is not None:

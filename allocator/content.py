@@ -23,9 +23,12 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from math import gcd
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from allocator.checks import as_int
 
 _MAX_STREAM = 2**31 - 1
 _streams = itertools.count(1)
@@ -48,9 +51,7 @@ class Content(ABC):
     """Tokens of the prompt: what admission has to compute or to find in the cache."""
 
     def __init__(self, num_prompt_tokens: int) -> None:
-        if num_prompt_tokens < 1:
-            raise ValueError(f"num_prompt_tokens ({num_prompt_tokens}) must be at least 1")
-        self.num_prompt_tokens = num_prompt_tokens
+        self.num_prompt_tokens = as_int("num_prompt_tokens", num_prompt_tokens, 1)
 
     @abstractmethod
     def family(self) -> Hashable:
@@ -96,6 +97,12 @@ class History(ABC):
         """Return the first `num_tokens` tokens as a prompt, for a sequence that is to be computed again."""
 
 
+def _require_integers(name: str, ids: NDArray[Any]) -> None:
+    """Raise ValueError unless `ids` is a row of integers."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{name} (an array of {ids.dtype}, {ids.ndim} axes) must be a row of integers")
+
+
 class TokenContent(Content):
     """Token ids, int32 and not negative.
 
@@ -109,6 +116,7 @@ class TokenContent(Content):
         self, token_ids: Iterable[int] | NDArray[np.integer], num_prompt_tokens: int | None = None
     ) -> None:
         if isinstance(token_ids, np.ndarray):
+            _require_integers("token_ids", token_ids)
             if token_ids.size and token_ids.max() >= 2**31:
                 raise ValueError(f"token_ids ({token_ids.max()}) must be less than 2**31")
             ids = array("i", np.ascontiguousarray(token_ids, dtype=np.int32).tobytes())
@@ -117,6 +125,8 @@ class TokenContent(Content):
                 ids = array("i", token_ids)
             except OverflowError:
                 raise ValueError("token_ids must all be less than 2**31, and none negative") from None
+            except TypeError as error:
+                raise ValueError(f"token_ids must be integers: {error}") from None
         super().__init__(len(ids) if num_prompt_tokens is None else num_prompt_tokens)
         if len(ids) < self.num_prompt_tokens:
             raise ValueError(
@@ -207,12 +217,13 @@ class ChunkContent(Content):
         num_named_tokens: int | None = None,
     ) -> None:
         super().__init__(num_prompt_tokens)
-        if granularity < 1:
-            raise ValueError(f"granularity ({granularity}) must be at least 1")
+        granularity = as_int("granularity", granularity, 1)
         named = num_prompt_tokens if num_named_tokens is None else num_named_tokens
         if named < num_prompt_tokens:
             raise ValueError(f"num_named_tokens ({named}) must cover the prompt ({num_prompt_tokens})")
-        self.chunk_ids: NDArray[np.int64] = np.asarray(chunk_ids, dtype=np.int64)
+        given = np.asarray(chunk_ids)
+        _require_integers("chunk_ids", given)
+        self.chunk_ids: NDArray[np.int64] = given.astype(np.int64, copy=False)
         if self.chunk_ids.size * granularity < named:
             raise ValueError(
                 f"chunk_ids ({self.chunk_ids.size}) must cover {named} tokens in chunks of {granularity}"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.batch import Batch
+from allocator.checks import as_int, require_power_of_two
 from allocator.config import CacheConfig
 from allocator.content import Content
 from allocator.eviction import EvictionPolicy, make_policy
@@ -52,13 +53,15 @@ class KVCacheManager:
         lifetimes: bool = False,
     ) -> None:
         config = config or CacheConfig()
-        if tokens_per_block < 1 or tokens_per_block & (tokens_per_block - 1):
-            raise ValueError(f"tokens_per_block ({tokens_per_block}) must be a power of two")
+        num_blocks = as_int("num_blocks", num_blocks, 1)
+        tokens_per_block = as_int("tokens_per_block", tokens_per_block, 1)
+        require_power_of_two("tokens_per_block", tokens_per_block)
+        if not isinstance(policy, EvictionPolicy | None):
+            raise ValueError(f"policy ({policy!r}) must be an EvictionPolicy, made and not yet in use")
         _refuse_unserved(config)
         if ghost_blocks is None:
             ghost_blocks = 16 * num_blocks
-        if ghost_blocks < 0:
-            raise ValueError(f"ghost_blocks ({ghost_blocks}) must not be negative")
+        ghost_blocks = as_int("ghost_blocks", ghost_blocks, 0)
         self.tokens_per_block = tokens_per_block
         self.config = config
         self.reuse = config.enable_block_reuse
@@ -82,6 +85,7 @@ class KVCacheManager:
 
         That is a pool whose blocks are whole sequences, and in which nothing is reused.
         """
+        max_seq_len = as_int("max_seq_len", max_seq_len, 1)
         manager = cls(num_sequences, 1, CacheConfig(enable_block_reuse=False))
         manager.tokens_per_block = manager.tables.tokens_per_block = max_seq_len
         return manager
@@ -129,17 +133,18 @@ class KVCacheManager:
             if rest:
                 misses["short_of_block"] = 1
             return PrefixMatch(
-                content, salt, size, (), None, 0, full + (rest > 0), misses, self.index.version
+                self.index, content, salt, size, (), None, 0, full + (rest > 0), misses, self.index.version
             )
         return find_match(self.index, content, salt, self.tokens_per_block, self._prefilling)
 
     def is_current(self, match: PrefixMatch) -> bool:
         """Return whether looking up again would give the same match."""
-        return match.version == self.index.version
+        return match.index is self.index and match.version == self.index.version
 
     def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
         """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available."""
         size = self.tokens_per_block
+        num_tokens = as_int("num_tokens", num_tokens, 0)
         return -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks + match.evictable_blocks
 
     def can_admit(self, match: PrefixMatch, num_tokens: int) -> bool:
@@ -168,9 +173,10 @@ class KVCacheManager:
             match = self.lookup(content, salt)
         elif match.content is not content or match.salt != salt:
             raise ValueError("match must come from a lookup of the same content and salt")
+        num_tokens = as_int("num_tokens", num_tokens, 1)
         left = content.num_prompt_tokens - match.hit_tokens
-        if not 1 <= num_tokens <= left:
-            raise ValueError(f"num_tokens ({num_tokens}) must be between 1 and the prompt's remaining {left}")
+        if num_tokens > left:
+            raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
         needed = self.blocks_needed(match, num_tokens)
         if needed > self.pool.available:
             raise OutOfBlocks(needed, self.pool.available)
@@ -215,8 +221,9 @@ class KVCacheManager:
         """Do what `extend` does without computing the slots."""
         self._check_live(sequence)
         left = sequence.num_prompt_tokens - sequence.num_tokens
-        if not 1 <= num_tokens <= left:
-            raise ValueError(f"num_tokens ({num_tokens}) must be between 1 and the prompt's remaining {left}")
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        if num_tokens > left:
+            raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
         self._write([sequence], num_tokens)
         self._after_prefill(sequence)
 
@@ -260,8 +267,7 @@ class KVCacheManager:
         tokens: Sequence[Sequence[int]] | Sequence[int] | None = None,
     ) -> None:
         """Do what `append` does without computing the slots."""
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens ({num_tokens}) must be at least 1")
+        num_tokens = as_int("num_tokens", num_tokens, 1)
         rows = _rows(tokens, len(sequences), num_tokens)
         if rows is not None:
             for sequence in sequences:
@@ -377,8 +383,7 @@ class KVCacheManager:
 
     def fork(self, sequence: KVSequence, n: int = 1) -> list[KVSequence]:
         """Return `n` sequences that share all blocks of `sequence` and go on by themselves. Takes no block."""
-        if n < 1:
-            raise ValueError(f"n ({n}) must be at least 1")
+        n = as_int("n", n, 1)
         self._check_live(sequence)
         tokens = sequence.num_tokens
         self.tables.share(sequence, n)
@@ -411,9 +416,10 @@ class KVCacheManager:
         the sequence's length, or while the sequence is in a batch or its prefill is incomplete.
         """
         self._check_live(sequence)
-        if not 1 <= num_tokens <= sequence.num_tokens:
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        if num_tokens > sequence.num_tokens:
             raise ValueError(
-                f"num_tokens ({num_tokens}) must be between 1 and the sequence's {sequence.num_tokens}"
+                f"num_tokens ({num_tokens}) must be at most the sequence's {sequence.num_tokens}"
             )
         if sequence.batch is not None or sequence in self._prefilling:
             raise ValueError(f"{sequence} must be out of its batch and past its prefill to be truncated")

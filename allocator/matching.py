@@ -22,6 +22,7 @@ class PrefixMatch:
     miss_blocks   cause -> blocks, see allocator.stats.MISS_CAUSES; causes without blocks are left out
     """
 
+    index: PrefixIndex
     content: Content
     salt: Hashable
     tokens_per_block: int
@@ -101,6 +102,7 @@ def find_match(
         if full > reached:
             misses["unknown" if index.forgot else "cold"] = full - reached
     return PrefixMatch(
+        index,
         content,
         salt,
         tokens_per_block,

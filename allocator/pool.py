@@ -16,9 +16,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.checks import as_int
 from allocator.eviction.policy import EvictionPolicy
 from allocator.lifetimes import Lifetimes
 from allocator.prefix import Extent, PrefixIndex
+
+MAX_BLOCKS = 2**31 - 1
 
 
 class OutOfBlocks(Exception):
@@ -44,8 +47,9 @@ class BlockPool:
     def __init__(
         self, num_blocks: int, policy: EvictionPolicy, index: PrefixIndex, *, keep_cached: bool = True
     ) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks ({num_blocks}) must be at least 1")
+        num_blocks = as_int("num_blocks", num_blocks, 1)
+        if num_blocks > MAX_BLOCKS:
+            raise ValueError(f"num_blocks ({num_blocks}) must be at most {MAX_BLOCKS}: block ids are int32")
         self.num_blocks = num_blocks
         self.policy = policy
         self.index = index
@@ -112,7 +116,13 @@ class BlockPool:
 
     def _evict(self, wanted: int) -> array[int]:
         policy = self.policy
-        extent, count = policy.victim(wanted)
+        chosen = policy.victim(wanted)
+        if not self._can_be_taken(chosen, wanted):
+            raise ValueError(
+                f"policy {type(policy).__name__} chose {chosen!r}: a victim must be an extent without references "
+                f"and cached children, and between 1 and {wanted} of its blocks"
+            )
+        extent, count = chosen
         parent = extent.parent
         assert parent is not None
         if self.lifetimes is not None:
@@ -124,6 +134,18 @@ class BlockPool:
         if not extent.ids and self._is_exposed(parent):
             policy.exposed(parent)
         return ids
+
+    def _can_be_taken(self, chosen: object, wanted: int) -> bool:
+        """Return whether a policy's answer is one: policies are the users', and mistakes would corrupt the pool."""
+        if not (isinstance(chosen, tuple) and len(chosen) == 2):
+            return False
+        extent, count = chosen
+        return (
+            isinstance(extent, Extent)
+            and isinstance(count, int)
+            and self._is_exposed(extent)
+            and 1 <= count <= min(wanted, len(extent.ids))
+        )
 
     @staticmethod
     def _is_exposed(extent: Extent) -> bool:

@@ -100,6 +100,8 @@ class KVSequence:
 
     def slots(self, first: int, last: int) -> NDArray[np.int64]:
         """Return the slots of tokens first … last − 1, int64 [last − first]."""
+        if not 0 <= first <= last <= self.num_tokens:
+            raise ValueError(f"tokens {first} to {last} must lie within the sequence's {self.num_tokens}")
         size = self.history.tokens_per_block
         positions = np.arange(first, last, dtype=np.int64)
         blocks = np.frombuffer(self.table, np.int32).astype(np.int64)

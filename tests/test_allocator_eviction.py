@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -261,3 +263,31 @@ def test_policies_by_name() -> None:
 def test_bad_names(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise RuntimeError('no')", r"policy \(odd:P\) cannot be imported: no"),
+        ("def (", r"policy \(odd:P\) cannot be imported"),
+        ("P = 3", r"policy \(odd:P\) must be a subclass"),
+        ("Q = 3", r"policy \(odd:P\) cannot be imported: .* no attribute"),
+        (
+            "from allocator.eviction import LRU\n\nclass P(LRU):\n    def __init__(self, n): ...",
+            r"policy \(odd:P\) cannot be made without arguments",
+        ),
+        (
+            "from allocator.eviction import EvictionPolicy\n\nclass P(EvictionPolicy): ...",
+            r"policy \(odd:P\) cannot be made without arguments: .* abstract",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_be_made_is_named(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    with pytest.raises(ValueError, match=message):
+        make_policy("odd:P")
+    monkeypatch.delitem(sys.modules, "odd", raising=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from allocator.config import CacheConfig
 from allocator.content import ChunkContent, TokenContent, UniqueContent
+from allocator.eviction import LRU
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
 
 
@@ -287,11 +290,13 @@ def test_tokens_of_a_block_that_is_a_tail_here_and_full_there() -> None:
 
 def test_bad_input_is_named() -> None:
     for size in (0, 3, -4):
-        with pytest.raises(ValueError, match=rf"tokens_per_block \({size}\) must be a power of two"):
+        with pytest.raises(
+            ValueError, match=rf"tokens_per_block \({size}\) must be (a power of two|at least 1)"
+        ):
             KVCacheManager(4, size)
     with pytest.raises(ValueError, match=r"num_blocks \(0\) must be at least 1"):
         KVCacheManager(0, 4)
-    with pytest.raises(ValueError, match=r"ghost_blocks \(-1\) must not be negative"):
+    with pytest.raises(ValueError, match=r"ghost_blocks \(-1\) must be at least 0"):
         KVCacheManager(4, 4, ghost_blocks=-1)
     with pytest.raises(ValueError, match=r"window \(8\) must be None"):
         KVCacheManager(4, 4, CacheConfig(window=8))
@@ -300,7 +305,8 @@ def test_bad_input_is_named() -> None:
     content = TokenContent([1] * 6)
     for tokens in (0, 7):
         with pytest.raises(
-            ValueError, match=rf"num_tokens \({tokens}\) must be between 1 and .* remaining 6"
+            ValueError,
+            match=rf"num_tokens \({tokens}\) must be (at least 1|at most the prompt's remaining 6)",
         ):
             manager.admit(content, tokens)
     with pytest.raises(ValueError, match="match must come from a lookup of the same content and salt"):
@@ -310,7 +316,7 @@ def test_bad_input_is_named() -> None:
         manager.append([sequence])
     with pytest.raises(ValueError, match="past its prefill to be truncated"):
         manager.truncate(sequence, 3)
-    with pytest.raises(ValueError, match=r"num_tokens \(3\) must be between 1 and .* remaining 2"):
+    with pytest.raises(ValueError, match=r"num_tokens \(3\) must be at most the prompt's remaining 2"):
         manager.extend(sequence, 3)
     manager.extend(sequence, 2)
     with pytest.raises(ValueError, match=r"num_tokens \(0\) must be at least 1"):
@@ -325,7 +331,7 @@ def test_bad_input_is_named() -> None:
         manager.append([sequence], [-1])
     for length in (0, 7):
         with pytest.raises(
-            ValueError, match=rf"num_tokens \({length}\) must be between 1 and the sequence's 6"
+            ValueError, match=rf"num_tokens \({length}\) must be (at least 1|at most the sequence's 6)"
         ):
             manager.truncate(sequence, length)
     with pytest.raises(ValueError, match=r"n \(0\) must be at least 1"):
@@ -398,3 +404,101 @@ def test_naming_tokens_of_chunked_content_changes_nothing() -> None:
     assert named.num_tokens == chunked.num_tokens == 4
     assert named.content().prompt_keys(4) == before
     manager.check_invariants()
+
+
+@pytest.mark.parametrize("count", [1.0, 1.5, "1", None, True])
+def test_counts_must_be_integers(count: Any) -> None:
+    manager = KVCacheManager(16, 4)
+    content = TokenContent([1] * 6)
+    sequence = manager.admit(content, 6)
+    match = manager.lookup(content)
+    calls = (
+        lambda: manager.admit(content, count),
+        lambda: manager.append([sequence], None, count),
+        lambda: manager.truncate(sequence, count),
+        lambda: manager.fork(sequence, count),
+        lambda: manager.can_admit(match, count),
+        lambda: KVCacheManager(count, 4),
+        lambda: KVCacheManager(4, count),
+        lambda: KVCacheManager.contiguous(3, count),
+        lambda: UniqueContent(count),
+        lambda: ChunkContent([1], count, 1),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="must be an integer"):
+            call()
+    manager.check_invariants()
+    assert sequence.num_tokens == 6
+
+
+def test_numpy_integers_count() -> None:
+    manager = KVCacheManager(np.int64(16), np.int32(4))
+    sequence = manager.admit(TokenContent([1] * 6), np.int64(6))
+    manager.append([sequence], None, np.int64(3))
+    assert type(sequence.num_tokens) is int
+    manager.check_invariants()
+
+
+def test_a_match_of_another_manager_is_looked_up_again() -> None:
+    mine, other = KVCacheManager(8, 4), KVCacheManager(8, 4)
+    content = TokenContent([1] * 9)
+    for manager in (mine, other):
+        manager.release(manager.admit(content, 9))
+    match = other.lookup(content)
+    assert match.version == mine.index.version
+    assert not mine.is_current(match)
+    mine.admit(content, 1, match)
+    mine.check_invariants()
+    other.check_invariants()
+
+
+class Wrong(LRU):
+    """Chooses what `answer` says."""
+
+    answer: Any = None
+
+    def victim(self, wanted: int) -> Any:
+        extent, count = super().victim(wanted)
+        return self.answer(extent, count)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda extent, count: None,
+        lambda extent, count: "lru",
+        lambda extent, count: (extent, 0),
+        lambda extent, count: (extent, -1),
+        lambda extent, count: (extent, 1.0),
+        lambda extent, count: (extent, count + 100),
+        lambda extent, count: (extent.parent, 1),
+    ],
+)
+def test_a_policy_that_chooses_nonsense_is_named(answer: Any) -> None:
+    policy = Wrong()
+    policy.answer = answer
+    manager = KVCacheManager(2, 4, policy=policy)
+    manager.release(manager.admit(TokenContent([1] * 8), 8))
+    with pytest.raises(
+        ValueError, match=r"policy Wrong chose .* a victim must be an extent without references"
+    ):
+        manager.admit(TokenContent([2] * 8), 8)
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    for policy in (LRU, "lru"):
+        with pytest.raises(ValueError, match="must be an EvictionPolicy"):
+            KVCacheManager(2, 4, policy=policy)  # type: ignore[arg-type]
+
+
+def test_more_blocks_than_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_blocks \(2147483648\) must be at most 2147483647"):
+        KVCacheManager(2**31, 4)
+
+
+@pytest.mark.parametrize("ids", [np.array([1.5]), np.array([[1, 2]]), np.array(["a"])])
+def test_ids_must_be_a_row_of_integers(ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"token_ids .* must be a row of integers"):
+        TokenContent(ids)
+    with pytest.raises(ValueError, match=r"chunk_ids .* must be a row of integers"):
+        ChunkContent(ids, 16, 5)

@@ -191,7 +191,7 @@ MUTANTS = [
     Mutant(
         "stale_match_used",
         "manager.py",
-        "return match.version == self.index.version",
+        "return match.index is self.index and match.version == self.index.version",
         "return True",
         "ReuseMachine",
     ),

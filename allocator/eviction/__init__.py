@@ -58,8 +58,11 @@ def make_policy(name: str) -> EvictionPolicy:
     module_name, _, class_name = name.partition(":")
     try:
         found = getattr(import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a user's module does when imported
         raise ValueError(f"policy ({name}) cannot be imported: {error}") from None
     if not (isinstance(found, type) and issubclass(found, EvictionPolicy)):
         raise ValueError(f"policy ({name}) must be a subclass of allocator.eviction.EvictionPolicy")
-    return found()
+    try:
+        return found()
+    except Exception as error:
+        raise ValueError(f"policy ({name}) cannot be made without arguments: {error}") from None
