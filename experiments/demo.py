@@ -6,6 +6,11 @@ Everything is simulated and seeded: the table is the same on every machine. Each
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import sys
 import time
 from collections.abc import Sequence

@@ -13,6 +13,11 @@ several samples of a prompt, and a pool so small that sequences are preempted. A
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -18,6 +18,11 @@ other figures are not fitted. Give a trace file to see your own.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import dataclasses
 import sys
 from collections.abc import Callable

@@ -60,6 +60,16 @@ seed shuffles:
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import os
+    import signal
+
+    def _leave(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)  # what a shell reports for a command that Ctrl-C ended
+
+    signal.signal(signal.SIGINT, _leave)  # ahead of the imports below, which take a while
+
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -270,4 +280,5 @@ def compile_offline(
 if __name__ == "__main__":
     from kernels.report import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(main())

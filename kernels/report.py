@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,14 +36,23 @@ def resource_rows(jobs: Sequence[Job]) -> Iterator[tuple[Job, str, Resources]]:
             yield from ((job, kernel, used) for kernel, used in kernels.items())
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for job, kernels in zip(jobs, pool.map(_resources, jobs, chunksize=4), strict=True):
-            yield from ((job, kernel, used) for kernel, used in kernels.items())
+        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: this process alone answers Ctrl-C
+        try:
+            results = pool.map(_resources, jobs, chunksize=4)
+        finally:
+            signal.signal(signal.SIGINT, answer)
+        try:
+            for job, kernels in zip(jobs, results, strict=True):
+                yield from ((job, kernel, used) for kernel, used in kernels.items())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print registers, spills and shared memory of the specialised kernels; return 0, or 1 if any spills.
 
-    Bad arguments end with one line and status 2.
+    Bad arguments end with one line and status 2, Ctrl-C with one line and status 130.
     """
     parser = argparse.ArgumentParser(
         prog="python -m kernels.compile",
@@ -83,5 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(f"{count} kernels compiled for {', '.join(options.arch)}: {spilling} with spills")
     return 1 if spilling else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,15 +16,34 @@ BAD_INPUT, INTERRUPTED = 2, 130
 """Exit statuses; 130 is what a shell reports for a command that Ctrl-C ended."""
 
 
+_INTERRUPTION = "interrupted: the result is not complete"
+
+
+def answer_interrupts() -> None:
+    """From now on, end in one line when Ctrl-C is pressed; `run_command` restores Python's way of raising it.
+
+    For a module that is run: to be called ahead of its imports, which take seconds and, written in C in part, do not
+    all pass a KeyboardInterrupt on.
+    """
+    signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_: object) -> None:
+    print(_INTERRUPTION, file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)  # nothing has been made yet that would have to be cleaned up
+
+
 def run_command(action: Callable[[], object]) -> int:
     """Run a command and return its exit status. Bad input and Ctrl-C end in one line on stderr, no traceback."""
     try:
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         action()
     except (ValueError, OSError) as error:
         print(" ".join(f"error: {error}".split()), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted: the result is not complete", file=sys.stderr)
+        print(_INTERRUPTION, file=sys.stderr)
         return INTERRUPTED
     return 0
 

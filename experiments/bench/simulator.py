@@ -10,9 +10,15 @@ Because machines differ, a yardstick is timed in the same process: a plain loop 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import json
 import multiprocessing
 import resource
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -168,7 +174,12 @@ def run(config: Config, console: Console) -> list[Timing]:
     timings = []
     context = multiprocessing.get_context("spawn")
     for case in track(cases(config), "timing", console=Console(stderr=True), transient=True):
-        with context.Pool(1) as pool:
+        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: this process alone answers Ctrl-C
+        try:
+            pool = context.Pool(1)
+        finally:
+            signal.signal(signal.SIGINT, answer)
+        with pool:
             timings.append(pool.apply(time_case, (case, config.requests, config.runs)))
     if config.json is not None:
         config.json.write_text(json.dumps([asdict(timing) for timing in timings], indent=2) + "\n")

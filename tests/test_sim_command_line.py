@@ -1,0 +1,61 @@
+"""What all command lines do alike: end in one line on Ctrl-C, however early it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = (
+    "sim.replay",
+    "experiments.demo",
+    "experiments.memory_savings",
+    "experiments.kernel_replay",
+    "experiments.bench.simulator",
+    "kernels.compile",
+)
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "numpy.linalg":  # well inside the imports that take their time
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_interrupt_during_the_imports_is_one_line(module: str) -> None:
+    needed = {"sim.replay": ["synthetic", "--out", "unused"], "kernels.compile": ["--arch", "sm_90"]}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, module, *needed.get(module, [])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (130, "", 1), done.stderr
+    assert done.stderr.startswith("interrupted")
+
+
+def test_a_command_that_runs_can_clean_up_when_interrupted() -> None:
+    script = (
+        "import os, signal\n"
+        "from sim.command_line import answer_interrupts, run_command\n"
+        "answer_interrupts()\n"
+        "def action():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally:\n"
+        "        print('cleaned up')\n"
+        "raise SystemExit(run_command(action))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
+    assert done.stderr == "interrupted: the result is not complete\n"
