@@ -297,8 +297,8 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
         "2: must be CSV: unexpected end of data"
     )
     assert problem(tmp_path / "absent") == "cannot be read: No such file or directory"
-    assert problem(tmp_path) == "cannot be read: Is a directory"
-    assert problem(tmp_path, format="azure") == "cannot be read: Is a directory"
+    assert problem(tmp_path) == "must be a regular file"
+    assert problem(tmp_path, format="azure") == "must be a regular file"
     assert problem(write(tmp_path, BURSTGPT), format="azure").startswith(
         "1: field 'TIMESTAMP' is missing in the header"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -238,3 +241,65 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Is a directory"):
         write_trace(trace, tmp_path / "taken")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["taken", "trace.txt"]
+
+
+def test_a_target_that_is_no_regular_file_is_left_alone(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path, TEXTS["azure"]))
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for target in (pipe, link):
+        with pytest.raises(OSError, match="not a regular file") as caught:
+            write_trace(trace, target)
+        assert caught.value.filename == str(target)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path, TEXTS["azure"]))
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    write_trace(trace, link)
+    assert link.is_symlink()
+    assert same_requests(read_trace(tmp_path / "real"), trace)
+
+
+def test_the_longest_file_name_can_be_written(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path, TEXTS["azure"]))
+    write_trace(trace, tmp_path / ("n" * 255))
+    assert same_requests(read_trace(tmp_path / ("n" * 255)), trace)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path, TEXTS["azure"]))
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that may not grow: the write fails
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, room[1]))
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_trace(trace, tmp_path / "t.parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+        signal.signal(signal.SIGXFSZ, before)
+    assert caught.value.filename == str(tmp_path / "t.parquet")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trace.txt"]
+
+
+def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
+    rows = [Request(0, arrival_ps=0, prompt_tokens=1, output_tokens=1)]
+    other = [Request(0, arrival_ps=0, prompt_tokens=2, output_tokens=1)]
+    saved(other, tmp_path / "m1.parquet")
+    for name in ("m[1].parquet", "m?.parquet", "*"):
+        trace = saved(rows, tmp_path / name)
+        assert same_requests(read_trace(tmp_path / name), trace)
+
+
+@pytest.mark.parametrize("format", [None, "native", "azure"])
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, format: str | None) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(TraceError) as caught:
+            read_trace(path, format=format)
+        assert str(caught.value) == f"{path}: must be a regular file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import stat
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +20,16 @@ LONGEST_LINE = 2**26
 def open_error(path: Path, error: OSError) -> TraceError:
     """Return the error for a file that the operating system does not let be read."""
     return TraceError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def require_regular(path: Path) -> None:
+    """Raise TraceError for what is no regular file: a pipe can be read only once, and a trace is read twice."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise open_error(path, error) from None
+    if not stat.S_ISREG(mode):
+        raise TraceError(f"{path}: must be a regular file")
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -66,9 +70,10 @@ def _read(path: Path) -> pl.DataFrame:
             if whole:
                 file.seek(-4, os.SEEK_END)
                 whole = file.read(4) == MAGIC
-        if not whole:
-            raise TraceError(f"{path}: must be a whole Parquet file: it does not begin and end with PAR1")
-        frame = pl.read_parquet(path)
+            if not whole:
+                raise TraceError(f"{path}: must be a whole Parquet file: it does not begin and end with PAR1")
+            file.seek(0)
+            frame = pl.read_parquet(file)  # by its name, polars would take it for a pattern of names
     except OSError as error:
         raise open_error(path, error) from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -170,23 +175,45 @@ def _check_ids(field: str, ids: NDArray[Any], count: int) -> None:
         raise FieldError(field, f"({ids.min()}) must hold no negative id")
 
 
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Return where `write_trace` would write, links followed, having found out that it can.
+
+    Raises OSError when the folder cannot be written, or when what is there already is no regular file: a device,
+    a pipe or a folder must not be replaced by a trace.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():
+            raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
+        with TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return target
+
+
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace as native Parquet, to be read back request by request as it is.
 
-    The file appears whole or not at all: it is written beside its place, then moved there. Raises OSError when
-    that folder cannot be written.
+    The file appears whole or not at all: it is written beside its place, then moved there. Raises OSError, with
+    the file's name, where `check_target` does and when the disk is full.
     """
-    target = Path(path)
+    target = check_target(path)
     frame = pl.DataFrame(
         {name: [_value(request, name) for request in trace.requests] for name in SCHEMA}, schema=SCHEMA
     )
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    # Into memory first, as polars hides the cause of a failed write; a short name fits where the target's does.
+    encoded = io.BytesIO()
+    frame.write_parquet(encoded)
+    partial = target.with_name(f".unfinished-{secrets.token_hex(8)}")
     try:
-        with partial.open("wb") as file:
-            frame.write_parquet(file)
+        with partial.open("xb") as file:
+            file.write(encoded.getbuffer())
         partial.replace(target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 

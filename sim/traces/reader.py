@@ -17,7 +17,7 @@ from sim.traces.burstgpt import BurstGptFormat
 from sim.traces.csv_columns import CsvColumnsFormat
 from sim.traces.fields import PS_PER_S, FieldError, Row
 from sim.traces.formats import CsvFormat, JsonLinesFormat, TraceFormat
-from sim.traces.lines import csv_rows, json_objects, open_error
+from sim.traces.lines import csv_rows, json_objects, open_error, require_regular
 from sim.traces.mooncake import MooncakeFormat
 from sim.traces.native import MAGIC, NativeFormat
 from sim.traces.token_ids import TokenIdsFormat
@@ -61,6 +61,7 @@ def read_trace(
     if not (math.isfinite(time_scale) and time_scale > 0):
         raise ValueError(f"time_scale ({time_scale}) must be a positive number")
     file = Path(path)
+    require_regular(file)
     kind = _choose(file, format, columns)
     builder = _Builder(kind, time_scale)
     for line, row in kind.rows(file):
