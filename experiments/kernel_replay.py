@@ -32,7 +32,7 @@ from allocator.config import BuildConfig, CacheConfig, load_model
 from experiments._kernel_step import KernelStep, Tally, WrongOutputError
 from kernels.compile import resolve_backend
 from kernels.layout import CacheLayout
-from sim.command_line import parse_dataclass, run_command
+from sim.command_line import first_told, parse_dataclass, run_command
 from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.hardware import GPU_PRESETS
@@ -141,15 +141,35 @@ def shrunk(request: Request, factor: int) -> Request:
     return replace(request, **changes)  # type: ignore[arg-type]
 
 
+_MOST = {"layers": 1024, "heads": 1024, "kv_heads": 1024}
+_MOST_POOL_BYTES = 1 << 34
+
+
+def _check(config: Config) -> None:
+    for name in ("requests", "shrink", "layers", "heads", "kv_heads", "num_blocks"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    for name, most in _MOST.items():
+        if getattr(config, name) > most:
+            raise ValueError(
+                f"{name} ({getattr(config, name)}) must be at most {most}: the model is a reduced one"
+            )
+
+
 def run(config: Config) -> Outcome:
     """Replay, execute and check. Raises WrongOutputError at the first wrong output, ValueError for bad
     input, RuntimeError where kernels cannot be compiled or run."""
-    for name in ("requests", "shrink", "layers", "heads", "kv_heads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} ({getattr(config, name)}) must be at least 1")
+    _check(config)
     if config.heads % config.kv_heads:
         raise ValueError(f"heads ({config.heads}) must be a multiple of kv_heads ({config.kv_heads})")
-    backend = resolve_backend(config.backend)
+    try:
+        backend = resolve_backend(config.backend)
+    except OSError as error:  # CuPy makes a folder for what it compiles when it is imported
+        raise RuntimeError(
+            f"CuPy cannot be imported: {error}: set CUPY_CACHE_DIR to a folder that can be written, "
+            "or give --backend cpu"
+        ) from None
     layout = CacheLayout(
         config.dtype, config.layers, config.kv_heads, config.head_dim, config.tokens_per_block
     )
@@ -159,7 +179,14 @@ def run(config: Config) -> Outcome:
         trace = read_trace(config.trace, limit=config.requests)
         requests = [shrunk(request, config.shrink) for request in trace.requests]
     longest = max(request.prompt_tokens + request.output_tokens for request in requests)
-    num_blocks = config.num_blocks or -(-longest // config.tokens_per_block) + config.max_batch_size
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = -(-longest // config.tokens_per_block) + config.max_batch_size
+    if num_blocks * layout.bytes_per_block > _MOST_POOL_BYTES:
+        raise ValueError(
+            f"num_blocks ({num_blocks}) of {layout.bytes_per_block:,} bytes must not exceed "
+            f"{_MOST_POOL_BYTES >> 30} GiB: lower num_blocks, or give a smaller model"
+        )
     build = BuildConfig(
         max_batch_size=config.max_batch_size,
         max_num_tokens=config.max_num_tokens,
@@ -169,8 +196,14 @@ def run(config: Config) -> Outcome:
     time = RooflineCost(load_model("llama-3-8b"), GPU_PRESETS["h100-80gb"])
     kernels = KernelStep(layout, num_blocks, config.heads, backend, time)
     engine = EngineConfig(admission="max_utilization", block_map_samples=0)
-    with threadpool_limits(1):  # the reference's products are small, and the kernels want the cores
-        result = simulate(requests, build, CacheConfig(), engine, num_blocks=num_blocks, cost=kernels)
+    try:
+        with threadpool_limits(1):  # the reference's products are small, and the kernels want the cores
+            result = simulate(requests, build, CacheConfig(), engine, num_blocks=num_blocks, cost=kernels)
+    except OSError as error:  # the only files are those of the kernels: sources and what they compile to
+        variable = "XDG_CACHE_HOME" if backend == "cpu" else "CUPY_CACHE_DIR or XDG_CACHE_HOME"
+        raise RuntimeError(
+            f"kernels cannot be compiled: {first_told(error)}: set {variable} to a folder that can be written"
+        ) from None
     if not kernels.tally.outputs:
         raise ValueError(
             f"num_blocks ({num_blocks}) holds none of the requests: the longest has {longest} tokens"

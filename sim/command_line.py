@@ -40,12 +40,26 @@ def run_command(action: Callable[[], object]) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         action()
     except (ValueError, OSError) as error:
-        print(" ".join(f"error: {error}".split()), file=sys.stderr)
+        print(" ".join(f"error: {first_told(error)}".split()), file=sys.stderr)
+        return BAD_INPUT
+    except MemoryError as error:
+        print(" ".join(f"error: there is not enough memory {error}".split()), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(_INTERRUPTION, file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def first_told(error: Exception) -> Exception:
+    """Return the error as it was first raised, if this is an OSError that lost its file's name on the way.
+
+    SimPy raises a process's error anew from its args, of which the file's name is none.
+    """
+    cause = error.__cause__
+    if isinstance(error, OSError) and error.filename is None and isinstance(cause, OSError):
+        return first_told(cause)
+    return error
 
 
 def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T | None = None) -> T:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +131,9 @@ def test_main_reports_a_wrong_output_in_one_line(
         (["--requests", "0"], "error: requests (0) must be at least 1"),
         (["--head-dim", "65"], "error: head_dim (65) must be one of"),
         (["--num-blocks", "1"], "error: num_blocks (1) holds none of the requests"),
+        (["--num-blocks", "0"], "error: num_blocks (0) must be at least 1"),
+        (["--heads", "100000000"], "error: heads (100000000) must be at most 1024"),
+        (["--num-blocks", "3000000000"], "error: num_blocks (3000000000) of "),
         (["no-such-trace"], "error: no-such-trace: cannot be read"),
     ],
 )
@@ -138,6 +144,38 @@ def test_bad_input_is_one_line(
     captured = capsys.readouterr()
     assert captured.err.startswith(message)
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("backend", "variable"), [("cpu", "XDG_CACHE_HOME"), ("auto", "CUPY_CACHE_DIR")])
+def test_a_home_that_cannot_be_written_is_named_with_the_remedy(
+    backend: str, variable: str, tmp_path: Path
+) -> None:
+    if backend == "auto":
+        pytest.importorskip("cupy", reason="it is CuPy that makes a folder when imported")
+    home = tmp_path / "home"
+    home.write_text("not a folder")
+    unset = ("XDG_CACHE_HOME", "CUPY_CACHE_DIR")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.kernel_replay", "--requests", "2", "--backend", backend],
+        env={name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert str(home) in done.stderr
+    assert f"set {variable} to a folder that can be written" in done.stderr
+
+
+def test_the_cpu_needs_no_cupy() -> None:
+    script = (
+        "import sys; sys.modules['cupy'] = None\n"
+        "from experiments.kernel_replay import Config, run\n"
+        "print(run(Config(requests=2, layers=1, backend='cpu')).backend)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "cpu\n", done.stderr
 
 
 @settings(max_examples=30)

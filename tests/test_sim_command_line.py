@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+import simpy
+
+from sim.command_line import run_command
 
 COMMANDS = (
     "sim.replay",
@@ -59,3 +63,22 @@ def test_a_command_that_runs_can_clean_up_when_interrupted() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (130, "cleaned up\n")
     assert done.stderr == "interrupted: the result is not complete\n"
+
+
+def test_an_error_that_simpy_raises_anew_keeps_its_files_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def process() -> Iterator[simpy.Event]:
+        raise FileNotFoundError(2, "No such file or directory", "lost.cu")
+        yield
+
+    def action() -> None:
+        environment = simpy.Environment()
+        environment.process(process())
+        environment.run()
+
+    assert run_command(action) == 2
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'lost.cu'\n"
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda: bytearray(1 << 62)) == 2
+    assert capsys.readouterr().err == "error: there is not enough memory\n"
