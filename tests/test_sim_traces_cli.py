@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trace_cases import ANY_CSV, MOONCAKE, TEXTS, same_requests, write
 
+import sim.traces.commands
 from sim.traces import read_trace
 from sim.traces.__main__ import main
 from sim.workload import WorkloadConfig, generate
@@ -53,9 +58,12 @@ def test_generate_writes_the_workload(tmp_path: Path, capsys: pytest.CaptureFixt
     expected = generate(WorkloadConfig(num_requests=50, turns_mean=3.0, system_prompts=2))
     assert same_requests(read_trace(out), expected)
     assert capsys.readouterr().out == f"50 requests written to {out}\n"
-    with pytest.raises(SystemExit, match="2"):
-        main(["generate", str(out), "--turns-mean", "0.5"])
-    assert "Error parsing workload: turns_mean (0.5) must be at least 1" in capsys.readouterr().err
+    for flag, value, rule in [
+        ("--turns-mean", "0.5", "turns_mean (0.5) must be at least 1"),
+        ("--num-requests", "0", "num_requests (0) must be at least 1"),
+    ]:
+        assert main(["generate", str(out), flag, value]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {rule}")
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,3 +84,67 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("describe", "convert", "generate"))
+
+
+@pytest.mark.parametrize("command", ["convert", "generate"])
+def test_what_cannot_be_written_is_found_out_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the trace must not be made")
+
+    for name in ("read_trace", "generate"):
+        monkeypatch.setattr(sim.traces.commands, name, never)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    source = [str(write(tmp_path, MOONCAKE))] if command == "convert" else []
+    for out, reason in [
+        (pipe, "it exists and is not a regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "no" / "out", "No such file or directory"),
+        (tmp_path / ("n" * 256), "File name too long"),
+    ]:
+        assert main([command, *source, str(out)]) == 2
+        assert capsys.readouterr().err == f"error: {out} cannot be written: {reason}\n"
+
+
+def program(*arguments: str, **streams: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sim.traces", *arguments], stderr=subprocess.PIPE, text=True, **streams
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--help"]])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, options: list[str]) -> None:
+    kept, closed = os.pipe()
+    os.close(kept)
+    with program("describe", str(write(tmp_path, MOONCAKE)), *options, stdout=closed) as running:
+        os.close(closed)
+        assert running.communicate() == (None, "")
+    assert running.returncode == 0
+
+
+def test_output_that_finds_no_room_is_one_line(tmp_path: Path) -> None:
+    with (
+        Path("/dev/full").open("w") as full,
+        program("describe", str(write(tmp_path, MOONCAKE)), stdout=full) as running,
+    ):
+        error = "error: standard output cannot be written: No space left on device\n"
+        assert running.communicate() == (None, error)
+    assert running.returncode == 2
+
+
+def test_an_interrupt_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sim.traces.commands, "read_trace", interrupted)
+    assert main(["describe", str(write(tmp_path, MOONCAKE))]) == 130
+    assert capsys.readouterr().err == "interrupted: the result is not complete\n"
+
+
+def test_the_program_starts_without_the_libraries() -> None:
+    check = "import sys, sim.traces.__main__; print({'numpy', 'polars', 'tyro'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "set()\n"

@@ -3,8 +3,28 @@
 `python -m sim.traces describe FILE` says what a trace is made of; `convert FILE OUT` writes it as native Parquet.
 """
 
-from sim.traces.native import write_trace
-from sim.traces.reader import FORMATS, read_trace
-from sim.traces.trace import Trace, TraceError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sim.traces.native import write_trace
+    from sim.traces.reader import FORMATS, read_trace
+    from sim.traces.trace import Trace, TraceError
 
 __all__ = ["FORMATS", "Trace", "TraceError", "read_trace", "write_trace"]
+
+_HOMES = {
+    "FORMATS": "reader",
+    "Trace": "trace",
+    "TraceError": "trace",
+    "read_trace": "reader",
+    "write_trace": "native",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name where it is first used: `python -m sim.traces` must answer Ctrl-C before polars is there."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found

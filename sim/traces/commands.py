@@ -1,0 +1,128 @@
+"""The commands of `python -m sim.traces`, each a dataclass of its options."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sim.command_line import parse_dataclass
+from sim.traces.describe import describe, render
+from sim.traces.native import check_target, write_trace
+from sim.traces.reader import read_trace
+from sim.traces.trace import Trace
+from sim.workload import WorkloadConfig, generate
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read a trace file."""
+
+    trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE")]
+    """Trace file."""
+    format: str | None = None
+    """azure, burstgpt, mooncake, bailian, sharegpt, csv or native; told from the content if not given."""
+    columns: str | None = None
+    """Columns of any other CSV file: arrival=NAME,prompt=NAME,output=NAME. Arrivals are seconds or timestamps;
+    arrival_ms=NAME, arrival_us=NAME, arrival_ns=NAME for other units."""
+    limit: int | None = None
+    """Read only so many requests."""
+    time_scale: float = 1.0
+    """Multiply all times: 0.5 doubles the rate."""
+    skip_bad: bool = False
+    """Count malformed rows and go on, instead of stopping at the first."""
+
+    def read(self) -> Trace:
+        """Return the trace. Raises ValueError."""
+        return read_trace(
+            self.trace,
+            format=self.format,
+            columns=self.columns,
+            limit=self.limit,
+            time_scale=self.time_scale,
+            skip_bad=self.skip_bad,
+        )
+
+
+@dataclass(frozen=True)
+class Describe(ReadOptions):
+    """Print what a trace is made of: rate, lengths, sessions, and how much of its content repeats."""
+
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def run(self) -> None:
+        figures = describe(self.read())
+        print(json.dumps(figures, indent=2) if self.json else render(figures))
+
+
+@dataclass(frozen=True)
+class Convert(ReadOptions):
+    """Write a trace of any format as native Parquet."""
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = tyro.MISSING
+    """File to write."""
+
+    def run(self) -> None:
+        _write(self.read, self.out)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw a synthetic workload and write it as native Parquet."""
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """File to write."""
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+
+    def run(self) -> None:
+        _write(lambda: generate(self.workload), self.out)
+
+
+COMMANDS: dict[str, type[Any]] = {"describe": Describe, "convert": Convert, "generate": Generate}
+
+
+def run(program: str, description: str, arguments: list[str]) -> None:
+    """Parse a command line and do what it says. Raises ValueError, one line, for whatever cannot be done."""
+    try:
+        try:
+            _parse(program, description, arguments).run()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What is left in standard output's buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that has gone away, such as `head`, has all it wants: that is no error.
+        if not isinstance(error, BrokenPipeError):
+            raise ValueError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def _parse(program: str, description: str, arguments: list[str]) -> Describe | Convert | Generate:
+    command: Describe | Convert | Generate
+    if arguments and arguments[0] in COMMANDS:
+        name, *options = arguments
+        command = parse_dataclass(COMMANDS[name], f"{program} {name}", options)
+    else:
+        command = tyro.extras.subcommand_cli_from_dict(
+            dict(COMMANDS), prog=program, description=description, args=arguments
+        )
+    return command
+
+
+def _write(make: Callable[[], Trace], out: Path) -> None:
+    try:
+        check_target(out)  # found out before the trace is made, which may take long
+        trace = make()
+        write_trace(trace, out)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from None
+    skipped = f" ({trace.skipped:,} malformed rows skipped)" if trace.skipped else ""
+    print(f"{len(trace):,} requests{skipped} written to {out}")
