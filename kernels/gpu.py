@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from kernels.signature import Signature, check_count, check_dimensions, convert_scalar, parse_signatures
+from kernels.signature import (
+    Signature,
+    check_count,
+    check_dimensions,
+    check_element,
+    convert_scalar,
+    parse_signatures,
+)
 from kernels.toolkit import cuda_include_dirs, find_includes
 
 
@@ -40,6 +47,7 @@ def convert_arguments(kernel: str, signature: Signature, args: Sequence[object])
         elif value is None:
             converted.append(np.uint64(0))
         elif hasattr(value, "__cuda_array_interface__"):
+            check_element(kernel, param, value)
             converted.append(value)
         else:
             raise TypeError(

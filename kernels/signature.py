@@ -59,6 +59,8 @@ class Param:
     kind: str
     read_only: bool = False
     """Whether it points to const: the kernel cannot write through it."""
+    element: str | None = None
+    """The scalar type it points to, where it is one of those that arrays are checked against."""
 
 
 Signature = tuple[Param, ...]
@@ -112,7 +114,9 @@ def _parse_param(kernel: str, text: str) -> Param:
         before, after = text.split("*")
         name = after.replace("const", " ").strip()
         if re.fullmatch(r"[A-Za-z_]\w*", name):
-            return Param(name, "pointer", re.search(r"\bconst\b", before) is not None)
+            pointee = sorted(word for word in before.split() if word not in ("const", "volatile"))
+            is_const = re.search(r"\bconst\b", before) is not None
+            return Param(name, "pointer", is_const, _SPELLINGS.get(" ".join(pointee)))
     elif len(words) >= 2 and all(re.fullmatch(r"[A-Za-z_]\w*", word) for word in words):
         *type_words, name = [word for word in words if word != "const"]
         kind = _SPELLINGS.get(" ".join(sorted(type_words)))
@@ -189,6 +193,20 @@ def convert_scalar(kernel: str, param: Param, value: object) -> np.generic:
     if not is_integer and not isinstance(value, (float, np.floating)):
         raise TypeError(f"{kernel}: {param.name} must be a number ({param.kind}), not {type(value).__name__}")
     return scalar(value)
+
+
+def check_element(kernel: str, param: Param, array: Any) -> None:
+    """Raise TypeError if an array holds another type than the pointer says; signedness apart.
+
+    Vector types, half-precision types and type names of the kernel's own are not known here, and so not checked.
+    """
+    dtype = getattr(array, "dtype", None)
+    if param.element is None or dtype is None:
+        return
+    wanted = np.dtype(param.element)
+    integers = wanted.kind in "iu" and dtype.kind in "iu"
+    if dtype.itemsize != wanted.itemsize or not (integers or dtype.kind == wanted.kind):
+        raise TypeError(f"{kernel}: {param.name} must be an array of {param.element}, not {dtype}")
 
 
 def check_dimensions(kernel: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int) -> None:

@@ -56,7 +56,7 @@ def test_signatures_come_from_the_declarations() -> None:
     source = SOURCE.replace("again, unsigned int", "state, unsigned flags")
     assert parse_signatures(source) == {
         "first": (
-            Param("out", "pointer"),
+            Param("out", "pointer", element="float32"),
             Param("in", "pointer", read_only=True),
             Param("n", "int32"),
             Param("m", "uint32"),
@@ -293,6 +293,37 @@ def test_bad_arguments_fail_alike(backend: Any, case: str, fake_cupy: list[FakeR
     args, error, message = BAD_ARGUMENTS[case]
     with pytest.raises(error, match=message):
         compile_source(ARGUMENTS, backend=backend).launch("take", (1, 1, 1), (1, 1, 1), args)
+
+
+class TypedArray(FakeArray):
+    """A device array, as far as its type goes."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
+def test_an_array_of_another_type_than_the_pointer_fails_alike(
+    backend: Any, dtype: Any, fake_cupy: list[FakeRawModule]
+) -> None:
+    x = np.zeros(4, dtype) if backend == "cpu" else TypedArray(dtype)
+    module = compile_source(ARGUMENTS, backend=backend)
+    message = f"^take: x must be an array of float32, not {np.dtype(dtype)}$"
+    with pytest.raises(TypeError, match=message):
+        module.launch("take", (1, 1, 1), (1, 1, 1), (x, None, 1, 1, 1, 1, 1))
+
+
+def test_arrays_may_differ_in_sign_and_hold_what_is_not_known() -> None:
+    source = """
+    extern "C" __global__ void k(unsigned* counts, const long long* slots, uint4* rows, T* elements) {}
+    """
+    elements = [param.element for param in parse_signatures(source)["k"]]
+    assert elements == ["uint32", "int64", None, None]
+    if backend_available("cpu"):
+        module = compile_source(source, constants={"T": "float"}, backend="cpu")
+        arrays = [np.zeros(4, dtype) for dtype in (np.int32, np.uint64, np.float16, np.float64)]
+        module.launch("k", (1, 1, 1), (1, 1, 1), arrays)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

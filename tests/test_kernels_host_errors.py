@@ -58,12 +58,12 @@ ASSERTION = broken("    assert(threadIdx.x != 5);")
 NOWHERE = broken("    if (threadIdx.x == 3)\n        x[1ll << 40] = 1;")
 DIVISION = broken("    if (threadIdx.x == 3)\n        x[0] = 7 / n;")
 RECURSION = """
-__device__ __noinline__ int deeper(volatile int* x, int n) {
+__device__ __noinline__ float deeper(volatile float* x, int n) {
     volatile int local[64];
     local[n % 64] = n;
     return n == 0 ? x[0] : deeper(x, n - 1) + local[n % 64];
 }
-extern "C" __global__ void broken(int* x, int n) { x[threadIdx.x] = deeper(x, 1 << 20) + n; }
+extern "C" __global__ void broken(float* x, int n) { x[threadIdx.x] = deeper(x, 1 << 20) + n; }
 """
 
 # source, threads, the error's thread (None: any), its line (None: any), what it says

@@ -22,6 +22,7 @@ from kernels.signature import (
     Signature,
     check_count,
     check_dimensions,
+    check_element,
     convert_scalar,
     parse_signatures,
 )
@@ -45,6 +46,7 @@ def array_address(kernel: str, param: Param, value: object) -> int | None:
         return None
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{kernel}: {param.name} must be a NumPy array or None, not {type(value).__name__}")
+    check_element(kernel, param, value)
     if not param.read_only and not value.flags.writeable:
         raise ValueError(f"{kernel}: {param.name} points to non-const, but the array is read-only")
     return int(value.ctypes.data)
