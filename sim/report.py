@@ -60,10 +60,13 @@ def _pool(run: Run) -> str:
     return f"{size}\n{origin}" + (f", capped by max_tokens {cache.max_tokens:,}" if capped else "")
 
 
-def _requests(summary: dict[str, Any]) -> str:
+def _requests(run: Run, summary: dict[str, Any]) -> str:
     text = f"{summary['finished']:,} of {summary['requests']:,} finished"
     for cause, count in summary["rejected"].items():
         text += f"\n{count:,} rejected: {cause}"
+        if cause == "exceeds_max_seq_len":
+            longest = max(request.prompt_tokens + request.output_tokens for request in run.trace.requests)
+            text += f" of {run.spec.build.max_seq_len:,}; the longest has {longest:,} tokens"
     return text
 
 
@@ -77,7 +80,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("trace", f"{run.trace.name} ({run.trace.format}{skipped})"),
         ("model, GPU", f"{run.spec.model.name}, {run.spec.gpu.gpu_name}"),
         ("KV pool", _pool(run)),
-        ("requests", _requests(summary)),
+        ("requests", _requests(run, summary)),
         ("simulated time", f"{seconds_text(summary['simulated_s'])} in {summary['steps']:,} steps"),
         ("throughput", NONE if rate is None else f"{rate:,.1f} output tokens/s"),
         ("TTFT", _spread(summary["ttft_s"])),
