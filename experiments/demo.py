@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from allocator.config import BuildConfig, CacheConfig, ModelSpec
 from experiments import kernel_replay
 from sim import style as look
 from sim.command_line import parse_dataclass, run_command
-from sim.export import ResultFolder
+from sim.export import ResultFolder, check_replaceable
 from sim.hardware import GPUSpec
 from sim.manifest import SYNTHETIC, RunSpec, TraceSource
 from sim.quantities import percent_text, rough_percent_text, seconds_text
@@ -70,11 +71,15 @@ def spec_for(tokens_per_block: int, workload: WorkloadConfig = WORKLOAD) -> RunS
 
 def replay_all(out: Path, *, draw: bool = True, workload: WorkloadConfig = WORKLOAD) -> dict[int, Summary]:
     """Run every block size, leave a result folder for each in `out`, and return the summaries by block size."""
-    trace = load_trace(spec_for(BLOCK_SIZES[0], workload).trace)
     summaries = {}
-    for size in BLOCK_SIZES:
-        began = time.perf_counter()
-        with ResultFolder(out / f"block-{size}") as folder:
+    with ExitStack() as stack:
+        # All folders are opened first, so that one that cannot be written is found out before anything is run.
+        folders = {size: stack.enter_context(ResultFolder(out / f"block-{size}")) for size in BLOCK_SIZES}
+        if draw:
+            check_replaceable(out, ("comparison.png", "comparison.svg"))
+        trace = load_trace(spec_for(BLOCK_SIZES[0], workload).trace)
+        for size, folder in folders.items():
+            began = time.perf_counter()
             summaries[size] = write_run(run(spec_for(size, workload), trace), folder, draw=draw, began=began)
             folder.publish()
     if draw:

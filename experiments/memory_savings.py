@@ -291,6 +291,10 @@ def print_example(console: Console) -> None:
     console.print(f"  ratio                       {contiguous / paged:>7.1f}", highlight=False)
 
 
+_OVER_TIME, _BATCHED, _SUMMARY = "memory_over_time", "batched_requests", "summary.json"
+_FILES = (*(f"{stem}.{ending}" for stem in (_OVER_TIME, _BATCHED) for ending in ("png", "svg")), _SUMMARY)
+
+
 def run(config: Config, console: Console) -> None:
     """Answer the question: print the tables, write figures and numbers. Raises ValueError for bad input."""
     config.check()
@@ -303,7 +307,7 @@ def run(config: Config, console: Console) -> None:
     print_example(console)
     console.print()
 
-    with ResultFolder(config.out) as folder:
+    with ResultFolder(config.out, _FILES) as folder:
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("serving", total=2 * len(makers) * len(served))
             comparisons = [compare(w, config, cost, lambda: progress.advance(bar)) for w in served]
@@ -320,9 +324,9 @@ def run(config: Config, console: Console) -> None:
                 console.print("", table)
             console.print()
         with style.styled():
-            style.save(draw_over_time(comparisons[0]), folder.staging / "memory_over_time")
-            style.save(draw_batched(comparisons), folder.staging / "batched_requests")
-        write_json(summary(config, example(), comparisons), folder.staging / "summary.json")
+            style.save(draw_over_time(comparisons[0]), folder.staging / _OVER_TIME)
+            style.save(draw_batched(comparisons), folder.staging / _BATCHED)
+        write_json(summary(config, example(), comparisons), folder.staging / _SUMMARY)
         written = folder.publish()
     console.print("\n".join(f"wrote {path}" for path in written), highlight=False)
 

@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-BAD_INPUT, INTERRUPTED = 2, 130
-"""Exit statuses; 130 is what a shell reports for a command that Ctrl-C ended."""
+BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+"""Exit statuses; the last two are what a shell reports for a command that SIGINT or SIGPIPE ended."""
 
 
 _INTERRUPTION = "interrupted: the result is not complete"
@@ -34,11 +35,19 @@ def _leave(*_: object) -> None:
 
 
 def run_command(action: Callable[[], object]) -> int:
-    """Run a command and return its exit status. Bad input and Ctrl-C end in one line on stderr, no traceback."""
+    """Run a command and return its exit status. Bad input and Ctrl-C end in one line on stderr, no traceback.
+
+    It ends in silence where the reader of its output, `head` for example, wants no more.
+    """
     try:
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would be written, and fail again, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (ValueError, OSError) as error:
         print(" ".join(f"error: {first_told(error)}".split()), file=sys.stderr)
         return BAD_INPUT
@@ -49,6 +58,18 @@ def run_command(action: Callable[[], object]) -> int:
         print(_INTERRUPTION, file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def require_writable(name: str, path: Path) -> None:
+    """Raise ValueError unless `path` is a file that can be written, or can be made. Leaves everything as it is."""
+    existed = path.exists()
+    try:
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{name} ({path}) cannot be written: {error.strerror}") from None
 
 
 def first_told(error: Exception) -> Exception:

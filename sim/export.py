@@ -7,10 +7,13 @@ summary last. Whatever interrupts a run therefore leaves the earlier result unto
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +25,13 @@ from sim.records import Columns, RunResult
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 REQUESTS, TIMELINE = "requests.parquet", "timeline.parquet"
 FIGURES = "figures"
+FIGURE_FILES = tuple(
+    f"{FIGURES}/{name}.{ending}"
+    for name in ("utilization", "latency", "block_map")
+    for ending in ("png", "svg")
+)
+RUN_FILES = (MANIFEST, SUMMARY, REQUESTS, TIMELINE, *FIGURE_FILES)
+"""All that a run may leave."""
 
 _STAGING_PREFIX = ".unfinished-"
 _ROW_GROUP = 1 << 18
@@ -42,19 +52,34 @@ def write_columns(columns: Columns, path: Path) -> None:
     frame.write_parquet(path, compression="zstd", compression_level=3, row_group_size=_ROW_GROUP)
 
 
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Raise ValueError if something in the folder keeps files of these names, relative paths, from being written."""
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            raise ValueError(
+                f"out ({folder}) cannot be written: {path} is a folder, and must be a file or absent"
+            )
+        if path.parent.exists() and not path.parent.is_dir():
+            raise ValueError(f"out ({folder}) cannot be written: {path.parent} must be a folder or absent")
+
+
 class ResultFolder:
     """The folder a run's files go to, as a context: enter before the run, `publish` after it.
 
     Entering creates the folder and a staging folder within, so that a place that cannot be written is found out
-    before anything is computed; it raises ValueError, naming the folder and the reason. Leaving without having
-    published removes the staging folder, and the folders that entering made.
+    before anything is computed; it raises ValueError, naming the folder and the reason. So is something in the way
+    of the files to be written, `names`, and another run that writes there: the folder is locked until it is left.
+    Leaving without having published removes the staging folder, and the folders that entering made.
 
     A folder that already holds a result is overwritten: its own files are replaced, figures and tables that the
     new run does not write are removed, and files of any other name are left alone.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Iterable[str] = RUN_FILES) -> None:
         self.path = path
+        self._names = tuple(names)
+        self._lock: int | None = None
         self._made: list[Path] = []
         self._staging: Path | None = None
 
@@ -71,29 +96,37 @@ class ResultFolder:
                 if not folder.exists():
                     folder.mkdir()
                     self._made.append(folder)
+            self._lock = _locked(self.path)
+            check_replaceable(self.path, self._names)
             self._staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=self.path))
         except OSError as error:
-            self._remove_made()
+            self._leave()
             raise ValueError(f"out ({self.path}) cannot be written: {error.strerror}") from None
         except BaseException:
-            self._remove_made()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        staging = self._staging
+        self._leave()
+        if isinstance(value, OSError) and staging is not None and _of_writing(value, staging):
+            raise ValueError(f"out ({self.path}) cannot be written: {value.strerror or value}") from None
+
+    def _leave(self) -> None:
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        self._remove_made()
-
-    def _remove_made(self) -> None:
         while self._made:
             try:
                 self._made.pop().rmdir()  # refuses a folder with anything in it
             except OSError:
-                return
+                self._made.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_tables(self, result: RunResult) -> None:
         """Stage requests.parquet and timeline.parquet."""
@@ -128,10 +161,31 @@ class ResultFolder:
 
     def _earlier_files(self) -> list[Path]:
         """Files that only a result has, left here by an earlier run."""
-        figures = self.path / FIGURES
-        found = [self.path / name for name in (MANIFEST, REQUESTS, TIMELINE)]
-        found += [figures / f"{name}.{ending}" for name in _FIGURE_NAMES for ending in ("png", "svg")]
-        return [path for path in found if path.is_file()]
+        return [self.path / name for name in RUN_FILES if (self.path / name).is_file()]
 
 
-_FIGURE_NAMES = ("utilization", "latency", "block_map")
+def _locked(folder: Path) -> int | None:
+    """Lock a folder and return the descriptor that holds the lock; None where the file system has no locks.
+
+    The lock is on the folder itself: it leaves no file, and ends with the process, however that ends. Raises
+    ValueError if another run holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"out ({folder}) is being written by another run") from None
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        raise
+    return descriptor
+
+
+def _of_writing(error: OSError, staging: Path) -> bool:
+    """Return whether an error arose in writing to `staging`, as one without a name did, but for a closed pipe."""
+    if error.filename is None:
+        return not isinstance(error, BrokenPipeError)
+    return staging in Path(os.fsdecode(error.filename)).parents

@@ -100,3 +100,15 @@ def test_drawing_leaves_a_comparison_beside_the_runs(tmp_path: Path, monkeypatch
     monkeypatch.setattr("sim.figures.write_figures", lambda *_: [])  # drawn and tested elsewhere
     replay_all(tmp_path, workload=TINY)
     assert {path.name for path in tmp_path.glob("comparison.*")} == {"comparison.png", "comparison.svg"}
+
+
+@pytest.mark.parametrize("blocked", ["block-64", "comparison.png/x"])
+def test_what_cannot_be_written_is_found_out_first(
+    blocked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.demo.run", lambda *_: pytest.fail("something was run"))
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("mine")
+    with pytest.raises(ValueError, match="cannot be written: "):
+        replay_all(tmp_path, workload=TINY)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [blocked]

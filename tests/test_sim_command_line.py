@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import simpy
 
-from sim.command_line import run_command
+from sim.command_line import require_writable, run_command
 
 COMMANDS = (
     "sim.replay",
@@ -82,3 +83,38 @@ def test_an_error_that_simpy_raises_anew_keeps_its_files_name(capsys: pytest.Cap
 def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(lambda: bytearray(1 << 62)) == 2
     assert capsys.readouterr().err == "error: there is not enough memory\n"
+
+
+def test_a_reader_that_wants_no_more_ends_a_command_in_silence() -> None:
+    reader = subprocess.Popen(
+        [sys.executable, "-m", "experiments"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert reader.stdout is not None
+    reader.stdout.close()
+    assert reader.stderr is not None
+    assert reader.stderr.read() == ""
+    assert reader.wait() == 141
+
+
+def test_a_file_that_cannot_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text("earlier")
+    require_writable("json", kept)
+    require_writable("json", tmp_path / "new.json")
+    for bad in (tmp_path, tmp_path / "none" / "x.json", kept / "x.json"):
+        with pytest.raises(ValueError, match=r"json \(.*\) cannot be written: "):
+            require_writable("json", bad)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+    assert kept.read_text() == "earlier"
+
+
+def test_the_bench_finds_out_before_it_times_anything(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench.simulator", "--json", str(tmp_path / "no" / "x.json")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: json (")
+    assert done.stderr.count("\n") == 1

@@ -175,6 +175,73 @@ def test_a_place_that_cannot_be_written_is_found_out_on_entering(tmp_path: Path)
     assert tree(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("name", [SUMMARY, MANIFEST, REQUESTS, TIMELINE, "figures/latency.png"])
+def test_a_folder_in_place_of_a_file_is_found_out_on_entering(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot be written: .*{name} is a folder"), ResultFolder(tmp_path):
+        pytest.fail("entered")
+    assert tree(tmp_path) == before
+
+
+def test_a_file_in_place_of_the_figures_is_found_out_on_entering(tmp_path: Path) -> None:
+    (tmp_path / "figures").write_text("mine")
+    with pytest.raises(ValueError, match=r"figures must be a folder or absent"), ResultFolder(tmp_path):
+        pytest.fail("entered")
+
+
+def test_only_the_files_to_be_written_have_to_be_replaceable(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir()
+    with ResultFolder(tmp_path, (SUMMARY,)) as folder:
+        folder.write_summary({})
+        folder.publish()
+    assert tree(tmp_path) == sorted([MANIFEST, SUMMARY])
+
+
+def test_two_runs_cannot_write_one_folder_at_once(tmp_path: Path) -> None:
+    with ResultFolder(tmp_path) as folder:
+        refused = pytest.raises(ValueError, match=r"out \(.*\) is being written by another run")
+        with refused, ResultFolder(tmp_path):
+            pytest.fail("entered")
+        leave(folder, NaiveEngine(2, 3).run(), "first")
+        with pytest.raises(ValueError, match="another run"), ResultFolder(tmp_path):
+            pytest.fail("entered between publishing and leaving")
+    assert tree(tmp_path) == WHOLE
+    with ResultFolder(tmp_path) as folder:
+        leave(folder, NaiveEngine(2, 3).run(), "second")
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
+    script = "import os, sys; from pathlib import Path; from sim.export import ResultFolder\n"
+    script += "ResultFolder(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
+    with ResultFolder(tmp_path) as folder:
+        assert folder.staging.is_dir()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, named: bool) -> None:
+    out = tmp_path / "out"
+
+    def fill() -> None:
+        with ResultFolder(out) as folder:
+            raise OSError(28, "No space left on device", *([str(folder.staging / REQUESTS)] if named else []))
+
+    with pytest.raises(ValueError, match="out") as caught:
+        fill()
+    assert str(caught.value) == f"out ({out}) cannot be written: No space left on device"
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), FileNotFoundError(2, "No such file", "elsewhere")]
+)
+def test_an_error_of_something_else_is_not_the_folders(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, ResultFolder(tmp_path):
+        raise error
+    assert caught.value is error
+
+
 # ------------------------------------------------------------------ manifests
 
 SPEC = RunSpec(

@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from allocator.config import BuildConfig, CacheConfig, MemoryBudget, load_model
-from sim.command_line import parse_dataclass, run_command
+from sim.command_line import parse_dataclass, require_writable, run_command
 from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.hardware import GPUSpec
@@ -171,6 +171,8 @@ def run(config: Config, console: Console) -> list[Timing]:
     for name in ("requests", "runs"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} ({getattr(config, name)}) must be at least 1")
+    if config.json is not None:
+        require_writable("json", config.json)
     timings = []
     context = multiprocessing.get_context("spawn")
     for case in track(cases(config), "timing", console=Console(stderr=True), transient=True):
