@@ -15,6 +15,9 @@ PS_PER_S = 10**12
 MAX_TOKENS = 10**8
 """Longest prompt, and longest output, that is believed: ten times the longest context window sold."""
 
+MAX_GRANULARITY = 2**20
+"""Most tokens that one content id may stand for: the allocator cuts even a short prompt's chunk whole into units."""
+
 MAX_TIME_PS = 9 * 10**18
 """Latest time that is believed, 104 days: times are kept as 64-bit integers."""
 
@@ -98,6 +101,8 @@ class Request:
         elif self.chunk_ids is not None:
             if self.granularity < 1:
                 raise ValueError(f"granularity ({self.granularity}) must be at least 1")
+            if self.granularity > MAX_GRANULARITY:
+                raise ValueError(f"granularity ({self.granularity}) must be at most {MAX_GRANULARITY}")
             chunks = -(-self.named_tokens // self.granularity)
             if len(self.chunk_ids) != chunks:
                 raise ValueError(

@@ -76,6 +76,10 @@ def test_content_of_token_ids_covers_the_prompt() -> None:
         ),
         ({"chunk_ids": ids(3), "named_tokens": 40}, r"^granularity \(0\) must be at least 1$"),
         (
+            {"chunk_ids": ids(1), "granularity": 2**20 + 1, "named_tokens": 40},
+            r"^granularity \(1048577\) must be at most 1048576$",
+        ),
+        (
             {"token_ids": ids(41, np.int32), "named_tokens": 40},
             r"^token_ids \(41 of them\) must be as many as named_tokens \(40\)$",
         ),

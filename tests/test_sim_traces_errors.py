@@ -81,7 +81,7 @@ CSV_CASES = [
         4,
         "2023-11-17",
         "2033-11-17",
-        "4: field 'TIMESTAMP' (3654.0 days after the start) must be within 104 days of it",
+        "4: field 'TIMESTAMP' (3654.0 days after the start) must be within 104.2 days of it",
     ),
     ("burstgpt", 3, "230", "-1", "3: field 'Response tokens' (-1) must be at least 1"),
     ("burstgpt", 3, "230", "0", "3: field 'Response tokens' (0) must be at least 1"),
@@ -138,7 +138,7 @@ JSON_CASES = [
     ("mooncake", having("timestamp", float("inf")), "field 'timestamp' (inf) must be a finite number"),
     ("mooncake", having("timestamp", True), "field 'timestamp' (True) must be an integer"),
     ("mooncake", having("timestamp", [1]), "field 'timestamp' ([1]) must be a finite number"),
-    ("mooncake", having("timestamp", 10**16), "must be within 104 days of it"),
+    ("mooncake", having("timestamp", 10**16), "must be within 104.2 days of it"),
     (
         "mooncake",
         having("timestamp", 27481),
@@ -242,6 +242,40 @@ def test_lines_that_are_no_object(tmp_path: Path, line: str, message: str) -> No
     # in the first line nothing tells the format, unless it was named
     named = problem(write(tmp_path, line), format="mooncake")
     assert named.startswith(message.replace("2:", "1:", 1))
+
+
+@pytest.mark.parametrize("number", ["1e9999999999999999999", "-1.5E+1000000000", "1e-99999999999999999999"])
+def test_an_endless_exponent_is_named(tmp_path: Path, number: str) -> None:
+    rule = f"('{number}') must have an exponent of at most 9 digits"
+    first = MOONCAKE.splitlines()[0]
+    path = write(tmp_path, f"{first}\n{first.replace('27482', number, 1)}\n")
+    if "99999" in number:
+        assert problem(path) == f"2: field 'timestamp' {rule}"
+        assert read_trace(path, skip_bad=True).skipped == 1
+    path = write(tmp_path, f"Timestamp,Request tokens,Response tokens\n{number},1,1\n")
+    assert problem(path) == f"2: field 'Timestamp' {rule}"
+    whole = write(tmp_path, first.replace("1030", number, 1))
+    assert problem(whole).startswith("1: field 'input_length' (")
+
+
+@pytest.mark.parametrize("offset", ["+99:99", "-24:00", "+00:60", "+9999"])
+def test_an_offset_is_less_than_a_day(tmp_path: Path, offset: str) -> None:
+    time = f"2023-11-16 18:17:04{offset}"
+    path = write(tmp_path, f"{AZURE.splitlines()[0]}\n{time},1,1\n")
+    assert problem(path) == f"2: field 'TIMESTAMP' ('{time}') must have an offset from UTC of at most 23:59"
+    assert len(read_trace(write(tmp_path, f"{AZURE.splitlines()[0]}\n{time[: -len(offset)]}-23:59,1,1"))) == 1
+
+
+def test_line_ends_in_names_do_not_break_the_line(tmp_path: Path) -> None:
+    header = 'TIMESTAMP,"Context\r\nTokens",GeneratedTokens\n'
+    message = "2: field 'ContextTokens' is missing in the header (TIMESTAMP, Context Tokens, GeneratedTokens)"
+    assert problem(write(tmp_path, header)).startswith(message)
+    with pytest.raises(TraceError) as caught:
+        read_trace(write(tmp_path, header, "two\nlines"))
+    assert str(caught.value).startswith(f"{tmp_path}/two lines:{message}")
+    with pytest.raises(TraceError) as caught:
+        read_trace(tmp_path / "no\u2028file")
+    assert str(caught.value) == f"{tmp_path}/no file: cannot be read: No such file or directory"
 
 
 def outcome(path: Path, name: str) -> int | str:

@@ -107,6 +107,22 @@ def table(path: Path, **columns: list[Any]) -> Path:
     return path
 
 
+def test_scaled_times_stay_on_the_clock(tmp_path: Path) -> None:
+    late = table(tmp_path / "late", arrival_ps=[0, MAX_TIME_PS])
+    thinking = table(tmp_path / "thinking", think_ps=[0, MAX_TIME_PS])
+    for path, scale, message in [
+        (late, 2.0, "field 'arrival_ps' (208.3 days after the start) must be within 104.2 days of it"),
+        (late, 1e308, "field 'arrival_ps' (1.042e+310 days after the start) must be within 104.2 days of it"),
+        (thinking, 1e300, "field 'arrival_ps' (8.102e+283 days after the start) must be within 104.2 days"),
+        (thinking, 1e9, "field 'think_ps' (1.042e+11 days) must be within 104.2 days"),
+    ]:
+        with pytest.raises(TraceError) as caught:
+            read_trace(path, time_scale=scale)
+        assert str(caught.value).startswith(f"{path}:2: {message}")
+    assert read_trace(late, time_scale=5e-324).requests[1].arrival_ps == 0
+    assert read_trace(late, time_scale=1e308, skip_bad=True).skipped == 1
+
+
 def test_optional_columns_have_defaults(tmp_path: Path) -> None:
     path = table(tmp_path / "t", granularity=[0, 16], named_tokens=[0, 30], chunk_ids=[None, [4, 2]])
     read = read_trace(path)
@@ -165,7 +181,11 @@ def test_optional_columns_have_defaults(tmp_path: Path) -> None:
         ),
         (
             {"chunk_ids": [None, [1, 2]], "granularity": [0, -16], "named_tokens": [0, 30]},
-            "2: field 'granularity' (-16) must be at least 1",
+            "2: field 'granularity' (-16) must be in 1..1048576",
+        ),
+        (
+            {"chunk_ids": [None, [1]], "granularity": [0, 2**62], "named_tokens": [0, 30]},
+            "2: field 'granularity' (4611686018427387904) must be in 1..1048576",
         ),
         (
             {"chunk_ids": [None, [1, 2, 3]], "granularity": [0, 16], "named_tokens": [0, 37]},

@@ -28,9 +28,10 @@ _TIMESTAMP = re.compile(
     r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:\.(\d{1,12}))?\s*(?:(Z|UTC)|([+-])(\d\d):?(\d\d))?"
 )
 _EPOCH = datetime(1970, 1, 1)
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9})?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?([0-9]+))?")
 _NOT_FINITE = re.compile(r"[+-]?(?:s?nan|inf|infinity)", re.IGNORECASE)
 _MAX_DIGITS = 30
+_MAX_EXPONENT_DIGITS = 9
 _BEYOND = 10**_MAX_DIGITS
 
 
@@ -117,7 +118,11 @@ def number_ps(field: str, value: object, unit_ps: int) -> int:
 
 
 def _decimal(field: str, text: str) -> Decimal:
-    if _NUMBER.fullmatch(text):
+    if found := _NUMBER.fullmatch(text):
+        if len(found[1] or "") > _MAX_EXPONENT_DIGITS:  # Decimal itself gives up at 18
+            raise FieldError(
+                field, f"({shown(text)}) must have an exponent of at most {_MAX_EXPONENT_DIGITS} digits"
+            )
         return Decimal(text)
     if not text:
         raise FieldError(field, "is missing")
@@ -144,6 +149,8 @@ def timestamp_ps(field: str, value: str) -> int:
         raise FieldError(field, f"({shown(value)}) must be an existing date and time") from None
     seconds = since.days * 86400 + since.seconds
     if sign:
+        if int(hours) > 23 or int(minutes) > 59:
+            raise FieldError(field, f"({shown(value)}) must have an offset from UTC of at most 23:59")
         offset = int(hours) * 3600 + int(minutes) * 60
         seconds -= offset if sign == "+" else -offset
     return seconds * PS_PER_S + int((fraction or "").ljust(12, "0"))

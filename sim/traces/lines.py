@@ -6,7 +6,7 @@ import csv
 import json
 import stat
 from collections.abc import Iterator
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]
 
     A line that is not one JSON object yields an error in its place.
     """
-    decode = json.JSONDecoder(parse_float=Decimal).decode
+    decode = json.JSONDecoder(parse_float=_decimal_or_text).decode
     for number, line in text_lines(path):
         if line.isspace():
             continue
@@ -91,6 +91,14 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]
             yield number, record
         else:
             yield number, LineError(f"({shown(line)}) must be one JSON object")
+
+
+def _decimal_or_text(text: str) -> Decimal | str:
+    """Return a JSON number, or its text if its exponent is beyond Decimal: its field then refuses it by name."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return text
 
 
 class LineError(FieldError):

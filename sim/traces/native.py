@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from sim.request import MAX_TIME_PS, Request
+from sim.request import MAX_GRANULARITY, MAX_TIME_PS, Request
 from sim.traces.fields import FieldError, Row, tokens
 from sim.traces.formats import Rows, TraceFormat
 from sim.traces.lines import open_error
@@ -146,8 +146,8 @@ def _parse(row: int, values: dict[str, Any], ids: dict[str, NDArray[Any] | None]
     elif not prompt <= named <= prompt + output:
         raise FieldError("named_tokens", f"({named}) must be in {prompt}..{prompt + output}")
     if chunks is not None:
-        if granularity < 1:
-            raise FieldError("granularity", f"({granularity}) must be at least 1")
+        if not 1 <= granularity <= MAX_GRANULARITY:
+            raise FieldError("granularity", f"({granularity}) must be in 1..{MAX_GRANULARITY}")
         _check_ids("chunk_ids", chunks, -(-named // granularity))
     if token_ids is not None:
         _check_ids("token_ids", token_ids, named)

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -100,10 +101,12 @@ class _Builder:
         first_ps = row.arrival_ps if self._first_ps is None else self._first_ps
         arrival_ps = self._scaled(row.arrival_ps - first_ps)
         think_ps = self._scaled(row.think_ps)
-        if max(arrival_ps, think_ps) > MAX_TIME_PS:
-            days = MAX_TIME_PS // (86400 * PS_PER_S)
-            late = max(arrival_ps, think_ps) / (86400 * PS_PER_S)
-            return FieldError(field, f"({late:.1f} days after the start) must be within {days} days of it")
+        if arrival_ps > MAX_TIME_PS:
+            return FieldError(
+                field, f"({_days(arrival_ps)} after the start) must be within {_days(MAX_TIME_PS)} of it"
+            )
+        if think_ps > MAX_TIME_PS:
+            return FieldError("think_ps", f"({_days(think_ps)}) must be within {_days(MAX_TIME_PS)}")
         request_id = len(self.requests)
         request = Request(
             request_id=request_id,
@@ -130,6 +133,12 @@ class _Builder:
         if self._scale is None:
             return time_ps
         return time_ps * self._scale.numerator // self._scale.denominator
+
+
+def _days(time_ps: int) -> str:
+    """Return a time as text; one that was scaled may be far beyond what a float holds."""
+    days = Decimal(time_ps) / (86400 * PS_PER_S)
+    return f"{days:.1f} days" if days < 10**9 else f"{days:.3e} days"
 
 
 def _choose(path: Path, format: str | None, columns: str | Mapping[str, str] | None) -> TraceFormat:

@@ -11,6 +11,10 @@ from sim.request import Request
 class TraceError(ValueError):
     """A trace that cannot be read. One line: file, line (or row), field, value and the rule it breaks."""
 
+    def __init__(self, message: str) -> None:
+        """Take the message; line ends that a file's name or its header brought into it become spaces."""
+        super().__init__(" ".join(message.splitlines()))
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
