@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, options: list[str])
     with program("describe", str(write(tmp_path, MOONCAKE)), *options, stdout=closed) as running:
         os.close(closed)
         assert running.communicate() == (None, "")
-    assert running.returncode == 0
+    assert running.returncode == 141  # as a command that SIGPIPE ended
 
 
 def test_output_that_finds_no_room_is_one_line(tmp_path: Path) -> None:
@@ -143,6 +144,19 @@ def test_an_interrupt_is_one_line(
     monkeypatch.setattr(sim.traces.commands, "read_trace", interrupted)
     assert main(["describe", str(write(tmp_path, MOONCAKE))]) == 130
     assert capsys.readouterr().err == "interrupted: the result is not complete\n"
+
+
+def test_an_interrupted_import_is_one_line() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "sim.traces", "describe", "absent"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:  # one for each module: the first of numpy's is early among all
+            if "numpy" in line:
+                break
+        running.send_signal(signal.SIGINT)
+        last = [line for line in running.stderr if not line.startswith("import time:")]
+    assert last == ["interrupted: the result is not complete\n"]
+    assert running.returncode == 130
 
 
 def test_the_program_starts_without_the_libraries() -> None:

@@ -1,14 +1,14 @@
 """`python -m sim.traces`: describe a trace, convert it to the native format, or generate a synthetic one.
 
-Everything beyond the standard library is imported where it is used, so that Ctrl-C is answered in one line however
-early it comes.
+Everything beyond the standard library is imported late, so that Ctrl-C is answered in one line however early it
+comes.
 """
 
 from __future__ import annotations
 
 import sys
 
-from sim.command_line import run_command
+from sim.command_line import answer_interrupts, run_command
 
 _PROGRAM = "python -m sim.traces"
 _DESCRIPTION = "Describe a trace, convert it to the native format, or generate a synthetic one."
@@ -27,4 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    answer_interrupts()
+    import sim.traces.commands  # noqa: F401 - takes the better part of a second
+
     sys.exit(main())

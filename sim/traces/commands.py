@@ -95,14 +95,14 @@ def run(program: str, description: str, arguments: list[str]) -> None:
             _parse(program, description, arguments).run()
         finally:
             sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.filename is not None:
             raise
         # What is left in standard output's buffer would fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # A reader that has gone away, such as `head`, has all it wants: that is no error.
-        if not isinstance(error, BrokenPipeError):
-            raise ValueError(f"standard output cannot be written: {error.strerror}") from None
+        raise ValueError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def _parse(program: str, description: str, arguments: list[str]) -> Describe | Convert | Generate:
