@@ -28,6 +28,9 @@ __all__ = [
     "load_model",
 ]
 
+MAX_BLOCKS = 2**31 - 1
+"""Most blocks of a pool: block tables hold 32-bit integers."""
+
 
 @dataclass(frozen=True)
 class BuildConfig:
@@ -90,6 +93,8 @@ class CacheConfig:
         require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         require_optional_int("max_tokens", self.max_tokens, 1)
         require_optional_int("num_blocks", self.num_blocks, 1)
+        if self.num_blocks is not None and self.num_blocks > MAX_BLOCKS:
+            raise ValueError(f"num_blocks ({self.num_blocks}) must be at most {MAX_BLOCKS}")
         require_int("host_cache_bytes", self.host_cache_bytes, 0)
         require_optional_int("window", self.window, 1)
         require_int("num_sinks", self.num_sinks, 0)

@@ -641,6 +641,7 @@ def test_configs_are_frozen_and_share_no_field_name() -> None:
         ),
         (CacheConfig, {"num_sinks": 4}, r"num_sinks \(4\) needs a window"),
         (CacheConfig, {"num_blocks": 0}, r"num_blocks \(0\) must be at least 1"),
+        (CacheConfig, {"num_blocks": 2**31}, r"num_blocks \(2147483648\) must be at most 2147483647"),
         (
             CacheConfig,
             {"enable_partial_reuse": True, "enable_block_reuse": False},
