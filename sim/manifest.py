@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TraceSource:
-    """Which requests are replayed: a trace file, or a synthetic workload when `path` is "synthetic"."""
+    """Which requests are replayed: a trace file, or a synthetic workload when `path` is "synthetic".
+
+    Raises ValueError unless there is a workload exactly then.
+    """
 
     path: str
     format: str | None = None
@@ -34,6 +37,12 @@ class TraceSource:
     time_scale: float = 1.0
     skip_bad: bool = False
     workload: WorkloadConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.path == SYNTHETIC and self.workload is None:
+            raise ValueError(f"workload (null) must be given where the trace's path is {SYNTHETIC!r}")
+        if self.path != SYNTHETIC and self.workload is not None:
+            raise ValueError(f"path ({self.path}) must be {SYNTHETIC!r} where there is a workload")
 
     @property
     def seed(self) -> int | None:
@@ -65,12 +74,15 @@ class Manifest:
         """Read a manifest.json. Raises ValueError naming the file and what is wrong with it."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(_build(RunSpec, found["config"], "config"), str(found["trace"]["sha256"]))
+            spec = _value(RunSpec, _member(found, "config"), "config")
+            sha256 = _value(str, _member(found, "trace", "sha256"), "trace.sha256")
         except OSError as error:
             raise ValueError(f"manifest ({path}) cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"manifest ({path}) is not one that a replay wrote: {what}") from None
+        except RecursionError:
+            raise ValueError(f"manifest ({path}) is not one that a replay wrote: nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"manifest ({path}) is not one that a replay wrote: {error}") from None
+        return cls(spec, sha256)
 
     def document(self, *, num_requests: int, skipped_rows: int, budget: dict[str, Any]) -> dict[str, Any]:
         """Return what manifest.json says: the config, and what came of it on this machine."""
@@ -89,32 +101,72 @@ class Manifest:
         }
 
 
+def _member(document: Any, *names: str) -> Any:
+    """Return what `names` lead to in parsed JSON. Raises ValueError naming the first that is not there."""
+    for depth, name in enumerate(names):
+        if not isinstance(document, dict):
+            raise ValueError(f"{'.'.join(names[:depth]) or 'it'} must be an object")
+        if name not in document:
+            raise ValueError(f"{'.'.join(names[: depth + 1])} is missing")
+        document = document[name]
+    return document
+
+
 def _build(kind: type[T], data: Any, where: str) -> T:
-    """Build a dataclass from parsed JSON, its nested dataclasses and tuples included."""
+    """Build a dataclass from parsed JSON, its nested dataclasses and tuples included.
+
+    Raises ValueError for a field that is missing, unknown, or not of the type that the dataclass declares.
+    """
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object")
+        raise ValueError(f"{where} ({_shown(data)}) must be an object")
     hints = typing.get_type_hints(kind)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in data:
         if name not in known:
             raise ValueError(f"{where}.{name} is unknown to this version")
-    values = {name: _value(hints[name], data[name], f"{where}.{name}") for name in known if name in data}
     missing = [name for name in known if name not in data]
     if missing:
         raise ValueError(f"{where}.{missing[0]} is missing")
-    return kind(**values)
+    return kind(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in known})
+
+
+_SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    float: ((float, int), "a number"),
+    str: ((str,), "a text"),
+}
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if is_dataclass(option) and value is not None:
-            return _build(typing.cast(type[Any], option), value, where)
-    return _tuples(value)
+    """Return parsed JSON as a value of the type `hint`. Raises ValueError, naming the field, if it is not one."""
+    if isinstance(hint, types.UnionType):
+        kinds = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        if value is None:
+            return None
+        assert len(kinds) == 1, f"{where}: one type, or null"
+        return _value(kinds[0], value, where)
+    if is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} ({_shown(value)}) must be a list")
+        each = typing.get_args(hint)[0]
+        return tuple(_value(each, item, f"{where}[{at}]") for at, item in enumerate(value))
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{where} ({_shown(value)}) must be one of {', '.join(choices)}")
+        return value
+    accepted, rule = _SCALARS[hint]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where} ({_shown(value)}) must be {rule}")
+    return value
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def git_revision() -> str | None:

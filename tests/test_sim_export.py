@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -266,7 +267,9 @@ def test_a_manifest_reads_back_as_the_spec_it_was_made_from(
     path = tmp_path_factory.mktemp("manifest") / MANIFEST
     spec = dataclasses.replace(
         SPEC,
-        trace=dataclasses.replace(SPEC.trace, limit=limit, workload=workload),
+        trace=TraceSource("synthetic", workload=workload)
+        if workload
+        else dataclasses.replace(SPEC.trace, limit=limit),
         engine=EngineConfig(watermark=share / 2, slo_ttft_s=share),
     )
     document = Manifest(spec, "ab" * 32).document(**DOCUMENT)
@@ -280,7 +283,7 @@ def test_a_manifest_reads_back_as_the_spec_it_was_made_from(
     [
         (lambda text: text[:50], "is not one that a replay wrote: "),
         (lambda text: "[]", "is not one that a replay wrote: "),
-        (lambda text: "{}", "'config' is missing"),
+        (lambda text: "{}", "config is missing"),
         (
             lambda text: text.replace('"tokens_per_block": 16', '"tokens_per_block": 48'),
             r"\(48\) must be a power",
@@ -297,6 +300,82 @@ def test_a_spoiled_manifest_is_refused_in_one_line(tmp_path: Path, spoil: object
         Manifest.read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def changed(document: dict, where: str, value: object) -> dict:
+    *path, last = where.split(".")
+    inner = document
+    for name in path:
+        inner = inner[name]
+    assert last in inner
+    inner[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("config", None, "config (null) must be an object"),
+        ("config.model", None, "config.model (null) must be an object"),
+        ("config.gpu", None, "config.gpu (null) must be an object"),
+        ("config.gpu.gpu_name", 5, "config.gpu.gpu_name (5) must be a text"),
+        ("config.gpu.tflops", "312", 'config.gpu.tflops ("312") must be a number'),
+        ("config.gpu.mfu", True, "config.gpu.mfu (true) must be a number"),
+        ("config.cache.policy", 5, "config.cache.policy (5) must be a text"),
+        ("config.cache.num_blocks", 1e40, "config.cache.num_blocks (1e+40) must be an integer"),
+        ("config.cache.num_blocks", 10**20, f"num_blocks ({10**20}) must be at most 2147483647"),
+        (
+            "config.cache.enable_block_reuse",
+            "no",
+            'config.cache.enable_block_reuse ("no") must be true or false',
+        ),
+        ("config.cache.enable_block_reuse", 1, "config.cache.enable_block_reuse (1) must be true or false"),
+        ("config.cache.kv_dtype", ["int8"], 'config.cache.kv_dtype (["int8"]) must be a text'),
+        ("config.build.max_batch_size", None, "config.build.max_batch_size (null) must be an integer"),
+        (
+            "config.engine.admission",
+            "foo",
+            'config.engine.admission ("foo") must be one of guaranteed_no_evict, max_utilization',
+        ),
+        (
+            "config.engine.block_map_samples",
+            1.5,
+            "config.engine.block_map_samples (1.5) must be an integer",
+        ),
+        ("config.engine.slo_ttft_s", float("inf"), "slo_ttft_s (inf) must be positive and finite"),
+        ("config.engine.watermark", [0.1] * 99, "config.engine.watermark ([0.1, 0.1, "),
+        ("config.model.layer_windows", 5, "config.model.layer_windows (5) must be a list"),
+        ("config.model.layer_windows", [1, "2"], 'config.model.layer_windows[1] ("2") must be an integer'),
+        (
+            "config.trace.path",
+            "synthetic",
+            "workload (null) must be given where the trace's path is 'synthetic'",
+        ),
+        ("config.trace.workload", [], "config.trace.workload ([]) must be an object"),
+        ("trace", None, "trace must be an object"),
+        ("trace.sha256", None, "trace.sha256 (null) must be a text"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named_with_the_rule(
+    tmp_path: Path, where: str, value: object, message: str
+) -> None:
+    path = tmp_path / MANIFEST
+    path.write_text(json.dumps(changed(Manifest(SPEC, "00").document(**DOCUMENT), where, value)))
+    with pytest.raises(ValueError, match=f"is not one that a replay wrote: {re.escape(message)}") as caught:
+        Manifest.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_nested_without_end_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / MANIFEST
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"is not one that a replay wrote: nested too deeply$"):
+        Manifest.read(path)
+
+
+def test_a_workload_is_of_no_trace_file() -> None:
+    with pytest.raises(ValueError, match=r"^path \(t.csv\) must be 'synthetic' where there is a workload$"):
+        TraceSource("t.csv", workload=WorkloadConfig())
 
 
 def test_a_missing_manifest_is_named(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from allocator.checks import require_choice, require_int
 
 Admission = Literal["guaranteed_no_evict", "max_utilization"]
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Scheduling of one engine replica."""
+    """Scheduling of one engine replica. Raises ValueError on a broken rule."""
 
     admission: Admission = "guaranteed_no_evict"
     """guaranteed_no_evict admits a request only if it and all running ones can finish;
@@ -29,10 +32,10 @@ class EngineConfig:
     """How many moments of the pool's state to keep for the block map figure; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        require_choice("admission", self.admission, get_args(Admission))
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark ({self.watermark}) must be in [0, 1)")
         for name in ("slo_ttft_s", "slo_tpot_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
-        if self.block_map_samples < 0:
-            raise ValueError(f"block_map_samples ({self.block_map_samples}) must not be negative")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
+        require_int("block_map_samples", self.block_map_samples, 0)
