@@ -19,6 +19,29 @@ from sim.traces.trace import Trace
 GENERATOR_VERSION = 1
 """Part of a workload's hash: goes up when the same configuration comes to give other requests."""
 
+_INTEGERS = {
+    "num_requests": (1, 10**7),
+    "turns_max": (1, 10**6),
+    "samples_per_request": (1, 10**6),
+    "system_prompts": (0, 10**6),
+    "content_tokens_per_chunk": (1, MAX_TOKENS),
+}
+_NUMBERS = {
+    "requests_per_s": (1e-6, 1e9),
+    "arrival_cv": (0.0, 100.0),
+    "user_tokens_sigma": (0.0, 10.0),
+    "output_tokens_sigma": (0.0, 10.0),
+    "system_prompt_zipf": (0.0, 100.0),
+    "system_prompt_share": (0.0, 1.0),
+    "sampling_share": (0.0, 1.0),
+    "turns_mean": (1.0, 1e4),
+    "think_s_mean": (0.0, 86400.0),
+}
+"""Least and most of each figure: far beyond any service, and within what the draws and the clock can hold."""
+
+_LEAST_CV = 0.001
+"""Least variation but none: that of a gamma distribution of shape 10^6."""
+
 
 @dataclass(frozen=True)
 class WorkloadConfig:
@@ -79,33 +102,32 @@ class WorkloadConfig:
     prompt ends belongs to the session."""
 
     def __post_init__(self) -> None:
-        for name in ("num_requests", "turns_max", "samples_per_request", "content_tokens_per_chunk"):
-            require_int(name, getattr(self, name), 1)
-        for name in ("workload_seed", "system_prompts"):
-            require_int(name, getattr(self, name), 0)
+        for name, (least, most) in _INTEGERS.items():
+            require_int(name, getattr(self, name), least)
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at most {most}")
+        require_int("workload_seed", self.workload_seed, 0)
         require_optional_int("session_tokens_max", self.session_tokens_max, 1)
-        for name in ("requests_per_s", "user_tokens_mean", "output_tokens_mean"):
+        for name in ("user_tokens_mean", "output_tokens_mean"):
             _require_number(name, getattr(self, name), above=0.0)
-        for name in (
-            "arrival_cv",
-            "user_tokens_sigma",
-            "output_tokens_sigma",
-            "system_prompt_zipf",
-            "think_s_mean",
-        ):
-            _require_number(name, getattr(self, name), least=0.0)
-        for name in ("system_prompt_share", "sampling_share"):
-            _require_number(name, getattr(self, name), least=0.0, most=1.0)
-        _require_number("turns_mean", self.turns_mean, least=1.0)
+        for name, bounds in _NUMBERS.items():
+            _require_number(name, getattr(self, name), least=bounds[0], most=bounds[1])
+        if 0 < self.arrival_cv < _LEAST_CV:
+            raise ValueError(f"arrival_cv ({self.arrival_cv}) must be 0, or at least {_LEAST_CV:g}")
         for kind in ("user", "output"):
             low, high = getattr(self, f"{kind}_tokens_min"), getattr(self, f"{kind}_tokens_max")
             require_int(f"{kind}_tokens_min", low, 1)
+            require_int(f"{kind}_tokens_max", high, 1)
             if not low <= high <= MAX_TOKENS:
                 raise ValueError(
                     f"{kind}_tokens_max ({high}) must be in {kind}_tokens_min ({low})..{MAX_TOKENS}"
                 )
         if self.system_prompts:
             require_int("system_prompt_tokens", self.system_prompt_tokens, 1)
+            if self.system_prompt_tokens > MAX_TOKENS:
+                raise ValueError(
+                    f"system_prompt_tokens ({self.system_prompt_tokens}) must be at most {MAX_TOKENS}"
+                )
             if self.system_prompt_tokens < self.content_tokens_per_chunk:
                 raise ValueError(
                     f"system_prompt_tokens ({self.system_prompt_tokens}) must be at least "
@@ -131,15 +153,14 @@ class WorkloadConfig:
 
 
 def _require_number(
-    name: str, value: float, *, above: float | None = None, least: float | None = None, most: float = math.inf
+    name: str, value: float, *, above: float | None = None, least: float = -math.inf, most: float = math.inf
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} ({value!r}) must be a finite number")
     if above is not None and value <= above:
         raise ValueError(f"{name} ({value}) must be above {above:g}")
-    if least is not None and not least <= value <= most:
-        bound = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
-        raise ValueError(f"{name} ({value}) must be {bound}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} ({value}) must be in [{least:g}, {most:g}]")
 
 
 def generate(config: WorkloadConfig) -> Trace:
