@@ -60,11 +60,13 @@ def test_generate_writes_the_workload(tmp_path: Path, capsys: pytest.CaptureFixt
     assert same_requests(read_trace(out), expected)
     assert capsys.readouterr().out == f"50 requests written to {out}\n"
     for flag, value, rule in [
-        ("--turns-mean", "0.5", "turns_mean (0.5) must be at least 1"),
-        ("--num-requests", "0", "num_requests (0) must be at least 1"),
+        ("--turns-mean", "0.5", "turns_mean (0.5) must be "),
+        ("--num-requests", "0", "num_requests (0) must be "),
     ]:
         assert main(["generate", str(out), flag, value]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {rule}")
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {rule}")
+        assert said.count("\n") == 1
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,15 +100,29 @@ def test_what_cannot_be_written_is_found_out_first(
         monkeypatch.setattr(sim.traces.commands, name, never)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
+    reading, writing = os.pipe()
     source = [str(write(tmp_path, MOONCAKE))] if command == "convert" else []
     for out, reason in [
         (pipe, "it exists and is not a regular file"),
+        (Path(f"/dev/fd/{writing}"), "it exists and is not a regular file"),
         (tmp_path, "Is a directory"),
         (tmp_path / "no" / "out", "No such file or directory"),
         (tmp_path / ("n" * 256), "File name too long"),
     ]:
         assert main([command, *source, str(out)]) == 2
         assert capsys.readouterr().err == f"error: {out} cannot be written: {reason}\n"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_line_end_in_a_name_does_not_break_the_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "two\nlines.parquet"
+    assert main(["generate", str(out), "--num-requests", "1"]) == 0
+    assert capsys.readouterr().out == f"1 requests written to {tmp_path}/two lines.parquet\n"
+    assert main(["describe", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["trace", "two", "lines", "(native)"]
 
 
 def program(*arguments: str, **streams: Any) -> subprocess.Popen[str]:

@@ -270,6 +270,8 @@ def test_line_ends_in_names_do_not_break_the_line(tmp_path: Path) -> None:
     header = 'TIMESTAMP,"Context\r\nTokens",GeneratedTokens\n'
     message = "2: field 'ContextTokens' is missing in the header (TIMESTAMP, Context Tokens, GeneratedTokens)"
     assert problem(write(tmp_path, header)).startswith(message)
+    wide = ",".join(f"column{place}" for place in range(1000))
+    assert len(problem(write(tmp_path, wide), format="azure")) < 250
     with pytest.raises(TraceError) as caught:
         read_trace(write(tmp_path, header, "two\nlines"))
     assert str(caught.value).startswith(f"{tmp_path}/two lines:{message}")

@@ -125,4 +125,4 @@ def _write(make: Callable[[], Trace], out: Path) -> None:
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from None
     skipped = f" ({trace.skipped:,} malformed rows skipped)" if trace.skipped else ""
-    print(f"{len(trace):,} requests{skipped} written to {out}")
+    print(f"{len(trace):,} requests{skipped} written to {' '.join(str(out).splitlines())}")

@@ -107,7 +107,7 @@ def _content(trace: Trace, found: Sharing) -> dict[str, Any] | None:
 def render(figures: dict[str, Any]) -> str:
     """Return the figures of `describe` as lines of text, labels left and numbers right of them."""
     rows = [
-        ("trace", f"{figures['name']} ({figures['format']})"),
+        ("trace", f"{' '.join(figures['name'].splitlines())} ({figures['format']})"),
         ("sha256", figures["sha256"]),
         ("requests", f"{figures['requests']:,}"),
     ]

@@ -7,7 +7,7 @@ the field must be. Times become integer picoseconds without passing through floa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -68,6 +68,12 @@ def shown(value: object) -> str:
     text = repr(value) if isinstance(value, str) else str(value)
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as an error message shows them: on one line, and not too many."""
+    text = " ".join(", ".join(names).split())
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def whole(field: str, value: object) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sim.traces.fields import FieldError, Row
+from sim.traces.fields import FieldError, Row, listed
 from sim.traces.lines import csv_rows, json_objects
 from sim.traces.trace import TraceError
 
@@ -77,7 +77,7 @@ class CsvFormat(TraceFormat):
             if names.count(column) != 1:
                 how = "must not occur twice in" if column in names else "is missing in"
                 raise TraceError(
-                    f"{path}:{line}: field {column!r} {how} the header ({', '.join(names)}): "
+                    f"{path}:{line}: field {column!r} {how} the header ({listed(names)}): "
                     f"the {self.name} format needs {', '.join(self.columns)}"
                 )
             places.append(names.index(column))

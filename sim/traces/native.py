@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from sim.request import MAX_GRANULARITY, MAX_TIME_PS, Request
-from sim.traces.fields import FieldError, Row, tokens
+from sim.traces.fields import FieldError, Row, listed, tokens
 from sim.traces.formats import Rows, TraceFormat
 from sim.traces.lines import open_error
 from sim.traces.trace import Trace, TraceError
@@ -83,7 +83,7 @@ def _read(path: Path) -> pl.DataFrame:
         if name not in frame.columns:
             if name in ("arrival_ps", "prompt_tokens", "output_tokens"):
                 raise TraceError(
-                    f"{path}: field {name!r} is missing among the columns ({', '.join(frame.columns)})"
+                    f"{path}: field {name!r} is missing among the columns ({listed(frame.columns)})"
                 )
             columns.append(pl.lit(_DEFAULTS.get(name), dtype=dtype).alias(name))
             continue
@@ -181,11 +181,12 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     Raises OSError when the folder cannot be written, or when what is there already is no regular file: a device,
     a pipe or a folder must not be replaced by a trace.
     """
-    target = Path(os.path.realpath(path))
+    given, target = Path(path), Path(os.path.realpath(path))
     try:
-        if target.is_dir():
+        # Asked of the name as given: a link such as /dev/stdout may lead to what has no name.
+        if given.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if target.exists() and not target.is_file():
+        if given.exists() and not given.is_file():
             raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
         with TemporaryFile(dir=target.parent):
             pass

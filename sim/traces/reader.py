@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from sim.traces.azure import AzureFormat
 from sim.traces.bailian import BailianFormat
 from sim.traces.burstgpt import BurstGptFormat
 from sim.traces.csv_columns import CsvColumnsFormat
-from sim.traces.fields import PS_PER_S, FieldError, Row
+from sim.traces.fields import PS_PER_S, FieldError, Row, listed
 from sim.traces.formats import CsvFormat, JsonLinesFormat, TraceFormat
 from sim.traces.lines import csv_rows, json_objects, open_error, require_regular
 from sim.traces.mooncake import MooncakeFormat
@@ -177,7 +177,7 @@ def _first_json(path: Path) -> TraceFormat:
             if kind.keys & record.keys():
                 return kind()
         raise TraceError(
-            f"{path}:{line}: keys ({_some(record)}) must be those of one of {_known(JSON_FORMATS)}"
+            f"{path}:{line}: keys ({listed(record)}) must be those of one of {_known(JSON_FORMATS)}"
         )
     raise TraceError(f"{path}: must hold at least one request")
 
@@ -189,15 +189,10 @@ def _first_csv(path: Path) -> TraceFormat:
             if kind.marks & set(names):
                 return kind()
         raise TraceError(
-            f"{path}:{line}: header ({_some(names)}) must be that of one of {_known(CSV_FORMATS)}, "
+            f"{path}:{line}: header ({listed(names)}) must be that of one of {_known(CSV_FORMATS)}, "
             "or columns be named: arrival=NAME,prompt=NAME,output=NAME"
         )
     raise TraceError(f"{path}: must hold at least one request, but is empty")
-
-
-def _some(names: Iterable[str]) -> str:
-    text = " ".join(", ".join(names).split())
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _known(kinds: tuple[type[TraceFormat], ...]) -> str:
