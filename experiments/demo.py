@@ -83,8 +83,11 @@ def replay_all(out: Path, *, draw: bool = True, workload: WorkloadConfig = WORKL
             summaries[size] = write_run(run(spec_for(size, workload), trace), folder, draw=draw, began=began)
             folder.publish()
     if draw:
-        with look.styled():
-            look.save(comparison(summaries), out / "comparison")
+        try:
+            with look.styled():
+                look.save(comparison(summaries), out / "comparison")
+        except OSError as error:
+            raise ValueError(f"out ({out}) cannot be written: {error.strerror}") from None
     return summaries
 
 

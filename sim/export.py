@@ -47,9 +47,13 @@ def write_columns(columns: Columns, path: Path) -> None:
     """Write columns of equal length as Parquet, rows in order.
 
     The bytes depend on nothing but the columns and the version of polars: no time, no name, one thread's order.
+    Raises OSError where the file cannot be written.
     """
     frame = pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()})
-    frame.write_parquet(path, compression="zstd", compression_level=3, row_group_size=_ROW_GROUP)
+    try:
+        frame.write_parquet(path, compression="zstd", compression_level=3, row_group_size=_ROW_GROUP)
+    except pl.exceptions.ComputeError as error:  # a full disk, wrapped in words on Parquet
+        raise OSError(errno.EIO, str(error).rpartition("IO error: ")[2], str(path)) from None
 
 
 def check_replaceable(folder: Path, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.checks import require_int, require_optional_int
-from sim.request import MAX_TIME_PS, MAX_TOKENS, PS_PER_S, Request
+from sim.request import MAX_GRANULARITY, MAX_TIME_PS, MAX_TOKENS, PS_PER_S, Request
 from sim.traces.trace import Trace
 
 GENERATOR_VERSION = 1
@@ -24,7 +24,7 @@ _INTEGERS = {
     "turns_max": (1, 10**6),
     "samples_per_request": (1, 10**6),
     "system_prompts": (0, 10**6),
-    "content_tokens_per_chunk": (1, MAX_TOKENS),
+    "content_tokens_per_chunk": (1, MAX_GRANULARITY),
 }
 _NUMBERS = {
     "requests_per_s": (1e-6, 1e9),

@@ -112,3 +112,14 @@ def test_what_cannot_be_written_is_found_out_first(
     with pytest.raises(ValueError, match="cannot be written: "):
         replay_all(tmp_path, workload=TINY)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [blocked]
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sim.figures.write_figures", lambda *_: [])
+    monkeypatch.setattr("experiments.demo.look.save", full)
+    with pytest.raises(ValueError) as caught:
+        replay_all(tmp_path, workload=TINY)
+    assert str(caught.value) == f"out ({tmp_path}) cannot be written: No space left on device"

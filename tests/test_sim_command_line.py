@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import simpy
+from rich.console import Console
 
+from experiments.bench import simulator
 from sim.command_line import require_writable, run_command
 
 COMMANDS = (
@@ -118,3 +120,10 @@ def test_the_bench_finds_out_before_it_times_anything(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: json (")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
+def test_the_bench_names_the_file_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "cases", lambda config: [])
+    with pytest.raises(ValueError, match=r"^json \(/dev/full\) cannot be written: No space left on device$"):
+        simulator.run(simulator.Config(json=Path("/dev/full")), Console())

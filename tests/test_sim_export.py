@@ -220,6 +220,13 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
         assert folder.staging.is_dir()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
+def test_a_table_that_cannot_be_written_is_an_error_of_its_file() -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_columns({"column": np.arange(10)}, Path("/dev/full"))
+    assert caught.value.filename == "/dev/full"
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, named: bool) -> None:
     out = tmp_path / "out"
@@ -342,7 +349,7 @@ def changed(document: dict, where: str, value: object) -> dict:
             1.5,
             "config.engine.block_map_samples (1.5) must be an integer",
         ),
-        ("config.engine.slo_ttft_s", float("inf"), "slo_ttft_s (inf) must be positive and finite"),
+        ("config.engine.slo_ttft_s", float("inf"), "slo_ttft_s (inf) must be above 0 and at most 1e+06"),
         ("config.engine.watermark", [0.1] * 99, "config.engine.watermark ([0.1, 0.1, "),
         ("config.model.layer_windows", 5, "config.model.layer_windows (5) must be a list"),
         ("config.model.layer_windows", [1, "2"], 'config.model.layer_windows[1] ("2") must be an integer'),

@@ -184,7 +184,11 @@ def run(config: Config, console: Console) -> list[Timing]:
         with pool:
             timings.append(pool.apply(time_case, (case, config.requests, config.runs)))
     if config.json is not None:
-        config.json.write_text(json.dumps([asdict(timing) for timing in timings], indent=2) + "\n")
+        text = json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
+        try:
+            config.json.write_text(text)
+        except OSError as error:
+            raise ValueError(f"json ({config.json}) cannot be written: {error.strerror}") from None
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("workload", "skipping", "wall", "ms a request", "steps", "µs a step", "peak"):
         table.add_column(heading, justify="left" if heading in ("workload", "skipping") else "right")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from allocator.checks import require_choice, require_int
 
 Admission = Literal["guaranteed_no_evict", "max_utilization"]
+
+_MOST_SLO_S = 1e6
+"""Longest service level, eleven days: to be held by any request that is served at all."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class EngineConfig:
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark ({self.watermark}) must be in [0, 1)")
         for name in ("slo_ttft_s", "slo_tpot_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
+            if not 0 < getattr(self, name) <= _MOST_SLO_S:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be above 0 and at most {_MOST_SLO_S:g}"
+                )
         require_int("block_map_samples", self.block_map_samples, 0)
