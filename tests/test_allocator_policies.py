@@ -137,6 +137,8 @@ class Both:
         for token in answer:
             while not self.decode(token):
                 self.release(1)
+                if not self.running:  # alone it lacked a block too: its own repeats cached ones that it holds
+                    return
 
 
 def disagreement(program: Program, policy: EvictionPolicy, reference: Reference) -> int | None:
