@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import experiments
 from allocator.reservation import ReservationPool
 from experiments import _serving, memory_savings
 from experiments.__main__ import questions
@@ -324,7 +325,10 @@ def test_experiments_are_listed() -> None:
     assert found["memory_savings"] == "How much KV memory does paging save over contiguous reservation?"
     assert all(found.values())
     listed = subprocess.run(
-        [sys.executable, "-m", "experiments"], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-m", "experiments"],
+        cwd=Path(experiments.__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
     assert [tuple(line) for line in lines[: len(found)]] == list(found.items())

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels
 from kernels import compile as kernels_compile
 from kernels import gpu, toolkit
 from kernels.compile import (
@@ -28,7 +29,7 @@ from kernels.compile import (
 )
 from kernels.host import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(kernels.__file__).parents[1]
 needs_cpu = pytest.mark.skipif(not backend_available("cpu"), reason="no C++ compiler or no CUDA headers")
 
 
@@ -560,10 +561,10 @@ def imported(path: Path) -> set[str]:
 
 def test_kernels_and_their_tests_need_little() -> None:
     package = {"kernels", "numpy", "ml_dtypes", "cupy", "cupyx"}
-    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    helpers = {path.stem for path in Path(__file__).parent.glob("*.py")}
     tests = package | {"pytest", "hypothesis"} | helpers
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         assert imported(path) <= package | sys.stdlib_module_names, path
-    folder = ROOT / "tests"
+    folder = Path(__file__).parent
     for path in sorted([*folder.glob("test_kernels*.py"), *folder.glob("kernel*.py")]):
         assert imported(path) <= tests | sys.stdlib_module_names, path
