@@ -59,7 +59,7 @@ MUTANTS = [
     ),
     Mutant(
         "hit_block_freed_by_taking_first",
-        "manager.py",
+        "admission.py",
         """        for extent, blocks in match.path:
             if blocks * extent.width""",
         """        fresh = self.pool.take(-(-(match.hit_tokens + num_tokens) // self.tokens_per_block) - match.hit_blocks)
@@ -91,7 +91,7 @@ MUTANTS = [
     ),
     Mutant(
         "child_registered_under_the_root",
-        "manager.py",
+        "admission.py",
         "            table.extend(extent.ids)\n            anchor = extent\n",
         "            table.extend(extent.ids)\n",
         "ReuseMachine",
@@ -161,21 +161,21 @@ MUTANTS = [
     ),
     Mutant(
         "truncation_frees_the_block_it_cuts",
-        "manager.py",
+        "sharing.py",
         "        keep = -(-num_tokens // size)\n        self.tables.free_private(sequence, keep)\n",
         "        keep = -(-num_tokens // size)\n        self.tables.free_private(sequence, num_tokens // size)\n",
         "SharingMachine",
     ),
     Mutant(
         "partial_block_becomes_evictable",
-        "manager.py",
+        "admission.py",
         "        full = sequence.num_tokens // self.tokens_per_block\n        if full > sequence.anchor.end:",
         "        full = -(-sequence.num_tokens // self.tokens_per_block)\n        if full > sequence.anchor.end:",
         "ReuseMachine",
     ),
     Mutant(
         "double_free_on_abort",
-        "manager.py",
+        "sharing.py",
         "        self.tables.release(sequence)\n        self._logical_blocks",
         "        self.tables.free_private(sequence, sequence.anchored)\n        self.tables.release(sequence)\n"
         "        self._logical_blocks",
@@ -183,14 +183,14 @@ MUTANTS = [
     ),
     Mutant(
         "refused_append_leaves_traces",
-        "manager.py",
+        "decoding.py",
         "        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)\n        self._record",
         "        self._check_room(self._growth(sequences, num_tokens), sequences)\n        self._record",
         "SharingMachine",
     ),
     Mutant(
         "stale_match_used",
-        "manager.py",
+        "admission.py",
         "return match.index is self.index and match.version == self.index.version",
         "return True",
         "ReuseMachine",
@@ -211,35 +211,35 @@ MUTANTS = [
     ),
     Mutant(
         "salt_ignored",
-        "manager.py",
+        "admission.py",
         "(content.family(), salt) if self.reuse",
         '(content.family(), "") if self.reuse',
         "ReuseMachine",
     ),
     Mutant(
         "fork_says_what_its_parent_says",
-        "manager.py",
+        "sharing.py",
         "sequence.history.diverge(max(tokens, sequence.num_prompt_tokens)),",
         "sequence.history,",
         "SharingMachine",
     ),
     Mutant(
         "truncated_sequence_keeps_its_stream",
-        "manager.py",
+        "sharing.py",
         "        sequence.history = sequence.history.diverge(num_tokens)\n",
         "",
         "SharingMachine",
     ),
     Mutant(
         "beams_forget_to_swap_their_content",
-        "manager.py",
+        "sharing.py",
         '("history", "anchor", "table",',
         '("anchor", "table",',
         "SharingMachine",
     ),
     Mutant(
         "batch_member_not_checked_after_a_fork",
-        "manager.py",
+        "sharing.py",
         "        if sequence.batch is not None:\n            sequence.batch.unready[sequence] = None\n        return children",
         "        return children",
         "BatchMachine",

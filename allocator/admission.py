@@ -1,0 +1,155 @@
+"""Admission: from a prompt to a sequence whose prompt is computed."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.checks import as_int
+from allocator.content import Content
+from allocator.decoding import Decoding
+from allocator.matching import PrefixMatch, find_match
+from allocator.pool import OutOfBlocks
+from allocator.prefix import Extent
+from allocator.sequence import KVSequence
+
+
+class Admission(Decoding):
+    """The part of the manager that looks prompts up, admits them, and computes them chunk by chunk."""
+
+    def lookup(self, content: Content, salt: Hashable = "") -> PrefixMatch:
+        """Return which blocks of a prompt are cached, and why the others are not. Changes nothing.
+
+        Only sequences with an equal `salt` share blocks. A full hit still leaves the last token to compute.
+        """
+        if not self.reuse:
+            size = self.tokens_per_block
+            full, rest = divmod(content.num_prompt_tokens, size)
+            misses = {"cold": full} if full else {}
+            if rest:
+                misses["short_of_block"] = 1
+            return PrefixMatch(
+                self.index, content, salt, size, (), None, 0, full + (rest > 0), misses, self.index.version
+            )
+        return find_match(self.index, content, salt, self.tokens_per_block, self._prefilling)
+
+    def is_current(self, match: PrefixMatch) -> bool:
+        """Return whether looking up again would give the same match."""
+        return match.index is self.index and match.version == self.index.version
+
+    def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
+        """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available."""
+        size = self.tokens_per_block
+        num_tokens = as_int("num_tokens", num_tokens, 0)
+        return -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks + match.evictable_blocks
+
+    def can_admit(self, match: PrefixMatch, num_tokens: int) -> bool:
+        """Return whether `admit` would find the blocks it needs. O(extents hit)."""
+        return self.blocks_needed(match, num_tokens) <= self.pool.available
+
+    def admit(
+        self,
+        content: Content,
+        num_tokens: int,
+        match: PrefixMatch | None = None,
+        salt: Hashable = "",
+        *,
+        readmission: bool = False,
+    ) -> KVSequence:
+        """Start a sequence: reference the blocks found, and take those for the first prefill chunk.
+
+        num_tokens   tokens of the chunk, beyond the hits; from 1 to what the prompt has left
+        match        what `lookup(content, salt)` returned, to save looking up again
+        readmission  the sequence was preempted: it does not count in the hit statistics again
+
+        The chunk's full blocks can be hit from now on. Raises OutOfBlocks, or ValueError for a chunk that does
+        not fit the prompt or a match of another content.
+        """
+        if match is None or not self.is_current(match):
+            match = self.lookup(content, salt)
+        elif match.content is not content or match.salt != salt:
+            raise ValueError("match must come from a lookup of the same content and salt")
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        left = content.num_prompt_tokens - match.hit_tokens
+        if num_tokens > left:
+            raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
+        needed = self.blocks_needed(match, num_tokens)
+        if needed > self.pool.available:
+            raise OutOfBlocks(needed, self.pool.available)
+
+        history = content.history(self.tokens_per_block)
+        # Without reuse, each sequence has a root of its own: nothing is ever found, and the rest is the same.
+        family, label = (content.family(), salt) if self.reuse else (None, history)
+        root = self.index.root(family, label, history.key_width)
+        root.references += 1
+        anchor: Extent = root
+        table = array("i")
+        for extent, blocks in match.path:
+            if blocks * extent.width < len(extent.keys):
+                extent = self.pool.split(extent, blocks)
+            self.pool.hit(extent)
+            table.extend(extent.ids)
+            anchor = extent
+        tokens = match.hit_tokens + num_tokens
+        table.extend(self.pool.take(-(-tokens // self.tokens_per_block) - match.hit_blocks))
+
+        sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table)
+        sequence.hit_blocks = match.hit_blocks
+        sequence.num_tokens = tokens
+        self.sequences[sequence] = None
+        self._logical_blocks += len(table)
+        self._logical_tokens += tokens
+        self._after_prefill(sequence)
+        if not readmission:
+            self._count(match)
+        return sequence
+
+    def extend(self, sequence: KVSequence, num_tokens: int) -> NDArray[np.int64]:
+        """Take blocks for the next prefill chunk and return its slots, int64 [num_tokens].
+
+        Raises OutOfBlocks, or ValueError for more tokens than the prompt has left.
+        """
+        first = sequence.num_tokens
+        self.prefill(sequence, num_tokens)
+        return sequence.slots(first, first + num_tokens)
+
+    def prefill(self, sequence: KVSequence, num_tokens: int) -> None:
+        """Do what `extend` does without computing the slots."""
+        self._check_live(sequence)
+        left = sequence.num_prompt_tokens - sequence.num_tokens
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        if num_tokens > left:
+            raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
+        self._write([sequence], num_tokens)
+        self._after_prefill(sequence)
+
+    def prefill_slots(self, sequence: KVSequence) -> NDArray[np.int64]:
+        """Return the slots of the first chunk, int64 [n]: what admission did not find in the cache."""
+        return sequence.slots(sequence.hit_tokens, sequence.num_tokens)
+
+    def _after_prefill(self, sequence: KVSequence) -> None:
+        full = sequence.num_tokens // self.tokens_per_block
+        if full > sequence.anchor.end:
+            self.tables.index_full(sequence, full)
+        self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
+
+    def _note_prefilling(self, sequence: KVSequence, is_prefilling: bool) -> None:
+        if is_prefilling == (sequence in self._prefilling):
+            return
+        self.index.version += 1  # what others miss is now in flight, or no longer
+        if is_prefilling:
+            self._prefilling[sequence] = None
+        else:
+            del self._prefilling[sequence]
+
+    def _count(self, match: PrefixMatch) -> None:
+        counts = self._lookups
+        counts.query_tokens += match.content.num_prompt_tokens
+        counts.query_blocks += match.query_blocks
+        counts.hit_tokens += match.hit_tokens
+        counts.hit_blocks += match.hit_blocks
+        for cause, blocks in match.miss_blocks.items():
+            counts.miss_blocks[cause] += blocks

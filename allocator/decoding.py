@@ -1,0 +1,172 @@
+"""Decoding: how running sequences grow, one by one or in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.batch import Batch
+from allocator.checks import as_int
+from allocator.pool import OutOfBlocks
+from allocator.sequence import KVSequence
+from allocator.state import ManagerState
+
+
+class Decoding(ManagerState):
+    """The part of the manager that gives running sequences their next slots."""
+
+    def batch(self) -> Batch:
+        """Return an empty batch, with which `append` costs per block started, not per sequence."""
+        return Batch(self.tokens_per_block, self.sequences)
+
+    def append(
+        self,
+        sequences: Sequence[KVSequence],
+        tokens: Sequence[Sequence[int]] | Sequence[int] | None = None,
+        num_tokens: int = 1,
+    ) -> NDArray[np.int64]:
+        """Give each sequence slots for `num_tokens` more tokens; return them, int64 [len(sequences) · num_tokens].
+
+        sequences  distinct; a `Batch` (all its members) or any others
+        tokens     the ids to be written, [len(sequences)] or [len(sequences)][num_tokens]; None if unknown
+
+        Slots come sequence by sequence. Blocks that fill up can be hit from now on. A write into a shared or
+        cached block moves the writer to a block of its own and adds a copy to `pending_copies`. All sequences
+        advance or, with OutOfBlocks, none.
+        """
+        firsts = [sequence.num_tokens for sequence in sequences]
+        self.advance(sequences, num_tokens, tokens)
+        if not firsts:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate(
+            [s.slots(first, first + num_tokens) for s, first in zip(sequences, firsts, strict=True)]
+        )
+
+    def advance(
+        self,
+        sequences: Sequence[KVSequence],
+        num_tokens: int = 1,
+        tokens: Sequence[Sequence[int]] | Sequence[int] | None = None,
+    ) -> None:
+        """Do what `append` does without computing the slots."""
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        rows = _rows(tokens, len(sequences), num_tokens)
+        if rows is not None:
+            for sequence in sequences:
+                sequence.history.check_nameable()
+        if isinstance(sequences, Batch):
+            if sequences.live is not self.sequences:
+                raise ValueError(f"a batch of {len(sequences)} sequences must be this manager's own")
+            self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences.unready)
+            self._record(sequences, rows)
+            self._advance_batch(sequences, num_tokens)
+        else:
+            self._check_writers(sequences)
+            self._write(sequences, num_tokens, rows)
+
+    def _check_writers(self, sequences: Sequence[KVSequence]) -> None:
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences ({len(sequences)}) must be distinct")
+        for sequence in sequences:
+            self._check_complete(sequence)
+            if sequence.batch is not None:
+                raise ValueError("sequences of a batch advance together: append to the batch")
+
+    def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
+        """Return how many blocks `append` would take: growth and copies."""
+        if isinstance(sequences, Batch):
+            return sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
+        return self._growth(sequences, num_tokens) + self.tables.copies_needed(sequences)
+
+    def _growth(self, sequences: Sequence[KVSequence], num_tokens: int) -> int:
+        size = self.tokens_per_block
+        return sum(-(-(s.num_tokens + num_tokens) // size) - len(s.table) for s in sequences)
+
+    def _check_room(self, needed: int, writers: Iterable[KVSequence]) -> None:
+        """Raise, before anything changes, if blocks are lacking or a copy would read what is yet to come."""
+        if needed > self.pool.available:
+            raise OutOfBlocks(needed, self.pool.available)
+        if len(self.tables.copies):
+            for sequence in writers:
+                tail = self.tables.shared_tail(sequence)
+                if tail is not None and self.tables.copies.is_destination(tail):
+                    raise ValueError(f"block {tail} is still to be copied into: take pending_copies() first")
+
+    def _write(
+        self, sequences: Sequence[KVSequence], num_tokens: int, rows: list[Sequence[int]] | None = None
+    ) -> None:
+        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)
+        self._record(sequences, rows)
+        size = self.tokens_per_block
+        # Nothing is indexed before all have their blocks: what one puts into the index can hang on another's
+        # last block, or repeat an evictable block that the others counted on.
+        for sequence in sequences:
+            self.tables.own_tail(sequence)
+        for sequence in sequences:
+            tokens = sequence.num_tokens + num_tokens
+            growth = -(-tokens // size) - len(sequence.table)
+            if growth:
+                sequence.table.extend(self.pool.take(growth))
+                self._logical_blocks += growth
+            sequence.num_tokens = tokens
+            self._logical_tokens += num_tokens
+        for sequence in sequences:
+            full = sequence.num_tokens // size
+            if full > sequence.anchor.end:
+                self.tables.index_full(sequence, full)
+
+    def _record(self, sequences: Sequence[KVSequence], rows: list[Sequence[int]] | None) -> None:
+        if rows is not None:
+            for sequence, row in zip(sequences, rows, strict=True):
+                sequence.history.record(sequence.num_tokens, row)
+
+    def _advance_batch(self, batch: Batch, num_tokens: int) -> None:
+        for sequence in batch.unready:
+            self.tables.own_tail(sequence)
+        batch.unready.clear()
+        pool = self.pool
+        # A block that fills can repeat an evictable one, which is then held. Where that could leave too few for
+        # the ticks to come, all blocks are taken before anything fills.
+        stock = None
+        if num_tokens > 1:
+            growth = batch.growth(num_tokens)
+            if growth + min(batch.fills(num_tokens), pool.num_evictable) > pool.available:
+                stock = iter(pool.take(growth))
+        for bucket, starts in batch.events(num_tokens):
+            if starts:
+                blocks = pool.take(len(bucket)) if stock is None else islice(stock, len(bucket))
+                for sequence, block in zip(bucket, blocks, strict=True):
+                    sequence.table.append(block)
+                self._logical_blocks += len(bucket)
+            else:
+                for sequence in bucket:
+                    self.tables.index_last(sequence)
+        batch.tick += num_tokens
+        self._logical_tokens += num_tokens * len(batch)
+
+    def pending_copies(self) -> NDArray[np.int32]:
+        """Return and forget the copies to execute before this step's writes, int32 [n, 3].
+
+        Columns: source block, destination block, valid tokens (the slots to copy). They may run in parallel.
+        """
+        return self.tables.copies.take()
+
+
+def _rows(
+    tokens: Sequence[Sequence[int]] | Sequence[int] | None, num_sequences: int, num_tokens: int
+) -> list[Sequence[int]] | None:
+    """Return the token ids as one row a sequence, or None."""
+    if tokens is None:
+        return None
+    if len(tokens) != num_sequences:
+        raise ValueError(f"tokens ({len(tokens)} of them) must be as many as sequences ({num_sequences})")
+    rows = [row if isinstance(row, Sequence) else [row] for row in tokens]
+    for row in rows:
+        if len(row) != num_tokens:
+            raise ValueError(f"tokens ({len(row)} for a sequence) must be num_tokens ({num_tokens})")
+        if min(row) < 0:
+            raise ValueError(f"tokens ({min(row)}) must not be negative")
+    return rows

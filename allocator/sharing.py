@@ -1,0 +1,117 @@
+"""Sharing: sequences that go on from one another, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from allocator.admission import Admission
+from allocator.checks import as_int
+from allocator.sequence import KVSequence
+
+
+class Sharing(Admission):
+    """The part of the manager that forks, cuts, reorders and releases sequences."""
+
+    def fork(self, sequence: KVSequence, n: int = 1) -> list[KVSequence]:
+        """Return `n` sequences that share all blocks of `sequence` and go on by themselves. Takes no block."""
+        n = as_int("n", n, 1)
+        self._check_live(sequence)
+        tokens = sequence.num_tokens
+        self.tables.share(sequence, n)
+        children = []
+        for _ in range(n):
+            child = KVSequence(
+                sequence.history.diverge(max(tokens, sequence.num_prompt_tokens)),
+                sequence.salt,
+                sequence.num_prompt_tokens,
+                sequence.anchor,
+                sequence.table[:],
+            )
+            child.twins = set(sequence.twins)
+            child.hit_blocks = sequence.hit_blocks
+            child.num_tokens = tokens
+            self.sequences[child] = None
+            if sequence in self._prefilling:
+                self._prefilling[child] = None
+            children.append(child)
+        self._logical_blocks += n * len(sequence.table)
+        self._logical_tokens += n * tokens
+        if sequence.batch is not None:
+            sequence.batch.unready[sequence] = None
+        return children
+
+    def truncate(self, sequence: KVSequence, num_tokens: int) -> None:
+        """Forget all tokens of a sequence beyond the first `num_tokens`; what follows will be other content.
+
+        Its blocks beyond are given back, a partly kept one stays. Raises ValueError unless 1 ≤ num_tokens ≤
+        the sequence's length, or while the sequence is in a batch or its prefill is incomplete.
+        """
+        self._check_live(sequence)
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        if num_tokens > sequence.num_tokens:
+            raise ValueError(
+                f"num_tokens ({num_tokens}) must be at most the sequence's {sequence.num_tokens}"
+            )
+        if sequence.batch is not None or sequence in self._prefilling:
+            raise ValueError(f"{sequence} must be out of its batch and past its prefill to be truncated")
+        if num_tokens == sequence.num_tokens:
+            return
+        self._truncated = True
+        size = self.tokens_per_block
+        keep = -(-num_tokens // size)
+        self.tables.free_private(sequence, keep)
+        twin_kept = keep - 1 in sequence.twins and num_tokens % size != 0
+        if twin_kept:  # it is about to be written: private again, and not the twin of anything
+            sequence.twins.discard(keep - 1)
+        self.tables.move_anchor(sequence, min(sequence.anchor.end, keep - twin_kept))
+        self._logical_blocks -= len(sequence.table) - keep
+        self._logical_tokens -= sequence.num_tokens - num_tokens
+        del sequence.table[keep:]
+        sequence.num_tokens = num_tokens
+        sequence.history = sequence.history.diverge(num_tokens)
+        sequence.num_prompt_tokens = min(sequence.num_prompt_tokens, num_tokens)
+
+    def release(self, sequence: KVSequence) -> None:
+        """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
+        self._check_live(sequence)
+        if sequence.batch is not None:
+            sequence.batch.remove(sequence)
+        self.tables.release(sequence)
+        self._logical_blocks -= len(sequence.table)
+        self._logical_tokens -= sequence.num_tokens
+        self._note_prefilling(sequence, False)
+        del self.sequences[sequence]
+        sequence.released = True
+
+    def reorder_beams(self, sequences: Sequence[KVSequence], parents: Sequence[int]) -> None:
+        """Let beam i go on from beam parents[i]; beams that nobody goes on from end. Takes no block.
+
+        sequences  the beams of one group, of equal length, all in the same batch or in none
+        parents    [len(sequences)], each an index into `sequences`
+        """
+        if len(parents) != len(sequences):
+            raise ValueError(
+                f"parents ({len(parents)} of them) must be as many as sequences ({len(sequences)})"
+            )
+        if not all(0 <= parent < len(sequences) for parent in parents):
+            raise ValueError(f"parents ({list(parents)}) must index the {len(sequences)} sequences")
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences ({len(sequences)}) must be distinct")
+        for sequence in sequences:
+            self._check_complete(sequence)
+        if len({(s.num_tokens, s.batch, s.salt) for s in sequences}) > 1:
+            raise ValueError("sequences must have equal lengths and salts, and be in the same batch")
+        heirs = {i: self.fork(sequences[p])[0] for i, p in enumerate(parents) if p != i}
+        for i, heir in heirs.items():
+            self._swap_state(sequences[i], heir)
+            self.release(heir)  # it now holds what the beam held before
+        for sequence in sequences:
+            if sequence.batch is not None:
+                sequence.batch.unready[sequence] = None
+
+    @staticmethod
+    def _swap_state(one: KVSequence, other: KVSequence) -> None:
+        for name in ("history", "anchor", "table", "twins", "num_prompt_tokens", "hit_blocks"):
+            mine, theirs = getattr(one, name), getattr(other, name)
+            setattr(one, name, theirs)
+            setattr(other, name, mine)

@@ -1,0 +1,79 @@
+"""ManagerState: what the parts of the manager have in common."""
+
+from __future__ import annotations
+
+from allocator.checks import as_int, require_power_of_two
+from allocator.config import CacheConfig
+from allocator.eviction import EvictionPolicy, make_policy
+from allocator.lifetimes import Lifetimes
+from allocator.pool import BlockPool
+from allocator.prefix import PrefixIndex
+from allocator.sequence import KVSequence
+from allocator.stats import Lookups
+from allocator.tables import Tables
+
+
+class ManagerState:
+    """Pool, index, tables and running sequences; see KVCacheManager for the arguments."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        tokens_per_block: int,
+        config: CacheConfig | None = None,
+        *,
+        policy: EvictionPolicy | None = None,
+        ghost_blocks: int | None = None,
+        lifetimes: bool = False,
+    ) -> None:
+        config = config or CacheConfig()
+        num_blocks = as_int("num_blocks", num_blocks, 1)
+        tokens_per_block = as_int("tokens_per_block", tokens_per_block, 1)
+        require_power_of_two("tokens_per_block", tokens_per_block)
+        if not isinstance(policy, EvictionPolicy | None):
+            raise ValueError(f"policy ({policy!r}) must be an EvictionPolicy, made and not yet in use")
+        _refuse_unserved(config)
+        if ghost_blocks is None:
+            ghost_blocks = 16 * num_blocks
+        ghost_blocks = as_int("ghost_blocks", ghost_blocks, 0)
+        self.tokens_per_block = tokens_per_block
+        self.config = config
+        self.reuse = config.enable_block_reuse
+        self.index = PrefixIndex(ghost_blocks if self.reuse else 0)
+        self.pool = BlockPool(
+            num_blocks, policy or make_policy(config.policy), self.index, keep_cached=self.reuse
+        )
+        if lifetimes:
+            self.pool.lifetimes = Lifetimes()
+        self.sequences: dict[KVSequence, None] = {}
+        self.tables = Tables(self.pool, self.index, tokens_per_block)
+        self._lookups = Lookups()
+        self._prefilling: dict[KVSequence, None] = {}
+        self._logical_blocks = 0
+        self._logical_tokens = 0
+        self._truncated = False  # a table may end in a cached block of which it uses only a part
+
+    def _check_live(self, sequence: KVSequence) -> None:
+        if sequence not in self.sequences:
+            state = "released" if sequence.released else "another manager's"
+            raise ValueError(f"{sequence} must not be {state}")
+
+    def _check_complete(self, sequence: KVSequence) -> None:
+        self._check_live(sequence)
+        if sequence in self._prefilling:
+            raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
+
+
+def _refuse_unserved(config: CacheConfig) -> None:
+    """Raise ValueError for what the configuration can say and this manager cannot do."""
+    unserved: dict[str, object] = {
+        "enable_partial_reuse": False,
+        "host_cache_bytes": 0,
+        "window": None,
+        "num_sinks": 0,
+    }
+    for name, served in unserved.items():
+        if getattr(config, name) != served:
+            raise ValueError(
+                f"{name} ({getattr(config, name)}) must be {served}: the manager does not serve it"
+            )
