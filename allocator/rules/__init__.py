@@ -1,0 +1,1 @@
+"""What the state machines of `allocator.fuzz` do, a concern a module. Needs hypothesis."""

@@ -1,0 +1,88 @@
+"""Tables that share blocks."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from allocator.oracle import MAX_LIVE
+from allocator.rules.base import INDEX, TOKEN_BITS, WAITS, ManagerMachine
+from allocator.sequence import KVSequence
+
+
+class SharingRules(ManagerMachine):
+    """Tables that share blocks: fork, beam search, truncation."""
+
+    def forked(self, parent: KVSequence, children: list[KVSequence]) -> None:
+        """Note the children of a fork."""
+        for child in children:
+            self.stories[child] = self.stories[parent].fork()
+
+    @precondition(lambda self: 0 < len(self.stories) < MAX_LIVE)
+    @rule(index=INDEX, n=st.integers(1, 3))
+    def fork(self, index: int, n: int) -> None:
+        """Fork a sequence."""
+        sequence = self.live(index)
+        if sequence is None or len(self.stories) == MAX_LIVE:
+            return
+        n = min(n, MAX_LIVE - len(self.stories))
+        self.end_step_of(sequence)
+        self.forked(sequence, self.manager.fork(sequence, n))
+        self.did("fork")
+
+    @precondition(lambda self: any(self.alone(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
+    @rule(index=INDEX, n=st.integers(1, 3), bits=TOKEN_BITS, wait=WAITS, ends=st.booleans())
+    def sample(self, index: int, n: int, bits: int | None, wait: int, ends: bool) -> None:
+        """Fork a sequence and let the children decode at once, with their parent unless that `ends`."""
+        sequence = self.live(index, self.alone)
+        assert sequence is not None
+        self.end_step_of(sequence)
+        children = self.manager.fork(sequence, min(n, MAX_LIVE - len(self.stories)))
+        self.forked(sequence, children)
+        writers = children if ends else [sequence, *children]
+        if self.append_to(writers, 1, bits, wait) and ends:
+            self.manager.release(sequence)
+            del self.stories[sequence]
+        self.did("sample")
+
+    @precondition(lambda self: len(self.stories) > 1)
+    @rule(index=INDEX, width=st.integers(2, 4), parents=st.lists(INDEX, min_size=4, max_size=4))
+    def reorder_beams(self, index: int, width: int, parents: list[int]) -> None:
+        """Let beams of equal length go on from others, all in the batch or none."""
+        one = self.live(index, self.complete)
+        if one is None:
+            return
+        story = self.stories[one]
+        beams = [
+            s
+            for s in self.stories
+            if s.num_tokens == one.num_tokens
+            and (s in self.batch) == (one in self.batch)
+            and self.complete(s)
+            and self.stories[s].salt == story.salt
+        ][:width]
+        chosen = [parent % len(beams) for parent in parents[: len(beams)]]
+        for beam in beams:
+            self.end_step_of(beam)
+        stories = [self.stories[beams[parent]].fork() for parent in chosen]
+        self.manager.reorder_beams(beams, chosen)
+        for i, (beam, heir) in enumerate(zip(beams, stories, strict=True)):
+            if chosen[i] != i:
+                self.stories[beam] = heir
+        self.did("reorder beams")
+
+    @precondition(lambda self: any(self.alone(s) for s in self.stories))
+    @rule(index=INDEX, keep=st.integers(1, 24))
+    def truncate(self, index: int, keep: int) -> None:
+        """Forget the last tokens of a sequence."""
+        sequence = self.live(index, self.alone)
+        if sequence is None:
+            return
+        story = self.stories[sequence]
+        length = 1 + keep % story.length
+        if length == story.length:
+            return
+        self.end_step_of(sequence)
+        self.manager.truncate(sequence, length)
+        story.truncate(length)
+        self.did("truncate")
