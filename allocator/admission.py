@@ -50,6 +50,24 @@ class Admission(Decoding):
         """Return whether `admit` would find the blocks it needs. O(extents hit)."""
         return self.blocks_needed(match, num_tokens) <= self.pool.available
 
+    def remaining_blocks(self, sequence: KVSequence, final_tokens: int, beam_width: int = 1) -> int:
+        """Return how many blocks a sequence still takes until it holds `final_tokens`. O(1).
+
+        With `beam_width` above 1, the sequence stands for so many that will be forked from it once its prompt is
+        computed, and go on each by itself. The copy of a last block that it shares now is counted. Raises
+        ValueError if the sequence is not the manager's, or is longer than that already.
+        """
+        self._check_live(sequence)
+        final_tokens = as_int("final_tokens", final_tokens, max(sequence.num_tokens, 1))
+        size = self.tokens_per_block
+        end = -(-final_tokens // size)
+        fork_at = max(sequence.num_prompt_tokens, sequence.num_tokens)
+        shared = end if beam_width == 1 or final_tokens <= fork_at else fork_at // size
+        blocks = shared + as_int("beam_width", beam_width, 1) * (end - shared) - len(sequence.table)
+        if final_tokens > sequence.num_tokens:
+            blocks += self.tables.copies_needed([sequence])
+        return blocks
+
     def admit(
         self,
         content: Content,
