@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container, Iterator, Sequence
+from struct import Struct
+from struct import error as StructError
 from typing import overload
 
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.content import History
+from allocator.ring import LastSlots, Rows, TokenRing
 from allocator.sequence import KVSequence
+
+Bucket = dict[KVSequence, int]
+"""Members that start their blocks at the same ticks, and the row of each."""
+
+_NOBODY: Bucket = {}
 
 
 class Batch(Sequence[KVSequence]):
@@ -15,17 +28,28 @@ class Batch(Sequence[KVSequence]):
     so the members are kept in buckets by −t mod tokens_per_block, and a step touches only the bucket whose
     turn it is, whatever the size of the batch. Add a sequence once its prefill is complete; remove it before
     releasing it. Iteration is in the order of addition.
+
+    What a step does for everyone is done by array: member i has a row, in which stand its last slot and, in the
+    ring, its latest token ids. Slots are kept from the first `append` on (a simulation, which only advances,
+    never asks for them). Token ids stay in the ring until the member's block is full or somebody reads its
+    history; then they are *settled*, written to the history.
     """
 
     def __init__(self, tokens_per_block: int, live: Container[KVSequence]) -> None:
         self.live = live
         self.tick = 0
         self.tokens_per_block = tokens_per_block
-        self._members: dict[KVSequence, None] = {}
-        self._buckets: dict[int, dict[KVSequence, None]] = {}
-        self.unready: dict[
-            KVSequence, None
-        ] = {}  # to be looked at before the next write: it may have to copy
+        self.ring = TokenRing(tokens_per_block)
+        self.unready: dict[KVSequence, None] = {}  # to be looked at before the next write: may have to copy
+        self.nameless = 0  # members whose content cannot name tokens one by one
+        self._members: Bucket = {}
+        self._buckets: dict[int, Bucket] = {}
+        self._free_rows: list[int] = []
+        self._num_rows = 0  # given out so far, free ones included
+        self._since: dict[KVSequence, int] = {}  # the tick from which on the ring is to be settled, if later
+        self._order: Rows | None = None  # the members' rows, unless they have changed since
+        self._pack = Struct("").pack  # packs a step's ids
+        self._slots: LastSlots | None = None  # None until somebody asks for slots
 
     def __len__(self) -> int:
         return len(self._members)
@@ -43,6 +67,8 @@ class Batch(Sequence[KVSequence]):
     def __getitem__(self, index: int | slice) -> KVSequence | list[KVSequence]:
         return list(self._members)[index]
 
+    # -------------------------------------------------------- who takes part
+
     def add(self, sequence: KVSequence) -> None:
         """Let a sequence take part from the next step on.
 
@@ -53,31 +79,173 @@ class Batch(Sequence[KVSequence]):
         if sequence not in self.live:
             state = "released" if sequence.released else "another manager's"
             raise ValueError(f"{sequence} must not be {state}")
-        if sequence.num_tokens < sequence.num_prompt_tokens:
-            raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
-        residue = (self.tick - sequence.num_tokens) % self.tokens_per_block
         tokens = sequence.num_tokens
+        if tokens < sequence.num_prompt_tokens:
+            raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
+        if self._free_rows:
+            row = self._free_rows.pop()
+        else:
+            row = self._num_rows
+            self._num_rows += 1
+        residue = (self.tick - tokens) % self.tokens_per_block
         sequence.batch = self
         sequence.num_tokens = tokens
-        self._members[sequence] = None
-        self._buckets.setdefault(residue, {})[sequence] = None
+        self._members[sequence] = row
+        self._order = None
+        bucket = self._buckets.get(residue)
+        if bucket is None:
+            bucket = self._buckets[residue] = {}
+        bucket[sequence] = row
+        if not sequence.settled_history.nameable:
+            self.nameless += 1
         if tokens % self.tokens_per_block:
             self.unready[sequence] = None
+            if self.ring.named:
+                self._since[sequence] = self.tick
 
     def remove(self, sequence: KVSequence) -> None:
         """Take a sequence out. Raises ValueError if it is not in this batch."""
         if sequence.batch is not self:
             raise ValueError(f"{sequence} must be in the batch to leave it")
+        self.settle(sequence)
+        self.discard(sequence)
+
+    def discard(self, sequence: KVSequence) -> None:
+        """Take a member out whose history nobody is going to read."""
         tokens = sequence.num_tokens
         residue = (self.tick - tokens) % self.tokens_per_block
         sequence.batch = None
         sequence.num_tokens = tokens
-        del self._members[sequence]
+        self._free_rows.append(self._members.pop(sequence))
+        self._order = None
         bucket = self._buckets[residue]
         del bucket[sequence]
         if not bucket:
             del self._buckets[residue]
+        if not sequence.settled_history.nameable:
+            self.nameless -= 1
         self.unready.pop(sequence, None)
+        self._since.pop(sequence, None)
+        if not self._members:  # so that rows are handed out in order again
+            self._free_rows.clear()
+            self._num_rows = 0
+
+    def _arrange(self) -> Rows:
+        """Return the members' rows in the order of addition, and make room for them."""
+        order = self._order
+        if order is None:
+            members = len(self._members)
+            rows = np.fromiter(self._members.values(), np.intp, members)
+            in_order = members == self._num_rows and bool((rows == np.arange(members)).all())
+            order = self._order = slice(0, members) if in_order else rows
+            self._pack = Struct(f"{members}i").pack
+            self.ring.reserve(self._num_rows)
+            if self._slots is not None:
+                self._slots.reserve(self._num_rows)
+        return order
+
+    # -------------------------------------------------------- one tick
+
+    def starting(self) -> Bucket:
+        """Return who starts a block at the next tick; after a tick, that is who has just filled one."""
+        return self._buckets.get(self.tick % self.tokens_per_block, _NOBODY)
+
+    def start_blocks(self, starting: Bucket, blocks: array[int]) -> None:
+        """Give each member that starts a block at the next tick its block."""
+        if self._slots is None:
+            for sequence, block in zip(starting, blocks, strict=True):
+                sequence.table.append(block)
+            return
+        size, last_slots = self.tokens_per_block, self._slots.by_row
+        for (sequence, row), block in zip(starting.items(), blocks, strict=True):
+            sequence.table.append(block)
+            last_slots[row] = block * size - 1  # the one before the slot that it is about to get
+
+    def step(self, ids: NDArray[np.int32] | None) -> None:
+        """Go on by a tick, in which the members' token ids (None if unknown) are written."""
+        if ids is not None:
+            self.ring.write(self._arrange(), ids)
+        elif self.ring.named:
+            self.settle_all()
+        self.tick += 1
+        if self._slots is not None:
+            self._slots.advance()
+
+    # -------------------------------------------------------- slots
+
+    def keep_slots(self) -> None:
+        """Know the members' last slots from now on."""
+        if self._slots is None:
+            self._slots = LastSlots()
+            self._slots.reserve(self._num_rows)
+            for sequence in self._members:
+                self.place(sequence)
+        self._arrange()
+
+    def forget_slots(self) -> None:
+        """Stop keeping slots: several ticks are about to be taken as one."""
+        self._slots = None
+
+    def place(self, sequence: KVSequence) -> None:
+        """Note where a member's last token lies, if slots are kept: it has come in or changed its last block."""
+        if self._slots is not None:
+            self._arrange()
+            used = (sequence.num_tokens - 1) % self.tokens_per_block
+            self._slots.by_row[self._members[sequence]] = sequence.table[-1] * self.tokens_per_block + used
+
+    def last_slots(self) -> NDArray[np.int64]:
+        """Return the slots of all members' last tokens, int64 [len(self)]; `keep_slots` must have been called."""
+        assert self._slots is not None
+        return self._slots.of(self._arrange())
+
+    # -------------------------------------------------------- token ids
+
+    def packed(self, tokens: Sequence[Sequence[int]] | Sequence[int]) -> NDArray[np.int32] | None:
+        """Return one id a member as int32 [len(self)], or None if `tokens` is not simply that."""
+        self._arrange()
+        try:
+            ids = np.frombuffer(self._pack(*tokens), np.int32)
+        except StructError:
+            return None
+        return ids if not ids.size or np.minimum.reduce(ids) >= 0 else None
+
+    def settle(self, sequence: KVSequence) -> None:
+        """Write a member's token ids that are still in the ring to its history."""
+        if self.ring.named:
+            tokens = sequence.num_tokens
+            self._settle(sequence, tokens, tokens % self.tokens_per_block)
+            self._since[sequence] = self.tick
+
+    def settle_all(self) -> None:
+        """Settle every member, as tokens without names are about to follow."""
+        for sequence in self._members:
+            self.settle(sequence)
+        self._since.clear()
+        self.ring.named = 0
+
+    def settle_block(self, sequence: KVSequence, row: int) -> bytes:
+        """Settle the block that a member has just filled, and return the block's key."""
+        size, full = self.tokens_per_block, len(sequence.table)
+        if self.ring.named >= size and sequence not in self._since:  # all its tokens are in the ring
+            return sequence.settled_history.record_block(full - 1, self.ring.latest(row, size))
+        if self.ring.named:
+            self._settle(sequence, full * size, size)
+            self._since.pop(sequence, None)
+        return sequence.settled_history.keys(full - 1, full)
+
+    def replace_history(self, sequence: KVSequence, history: History) -> None:
+        """Note that a member is about to go on with another history, up to the same length."""
+        self.settle(sequence)
+        self.nameless += sequence.settled_history.nameable - history.nameable
+
+    def _settle(self, sequence: KVSequence, tokens: int, most: int) -> None:
+        """Write up to `most` of the last token ids, as many as the ring has, to a history that has `tokens`."""
+        count = min(most, self.ring.named, self.tick - self._since.get(sequence, 0))
+        if count:
+            ids = array("i", self.ring.latest(self._members[sequence], count))
+            sequence.settled_history.record(tokens - count, ids)
+
+    # -------------------------------------------------------- many ticks
 
     def growth(self, num_tokens: int) -> int:
         """Return how many blocks the next `num_tokens` ticks take, copies apart."""
@@ -99,7 +267,7 @@ class Batch(Sequence[KVSequence]):
         size, tick = self.tokens_per_block, self.tick
         return min(((residue - tick - 1) % size + 1 for residue in self._buckets), default=0)
 
-    def events(self, num_tokens: int) -> Iterator[tuple[dict[KVSequence, None], bool]]:
+    def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""
         size, tick = self.tokens_per_block, self.tick
         order = sorted(((residue - tick) % size, bucket) for residue, bucket in self._buckets.items())

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,13 +69,14 @@ class Content(ABC):
 class History(ABC):
     """A sequence's content while it grows: the prompt, then what was generated, sequence by sequence.
 
-    `key_width` is the number of bytes that identify one block.
+    `key_width` is the number of bytes that identify one block, `nameable` whether tokens can be named one by one.
     """
 
     __slots__ = ("key_width", "tokens_per_block")
 
     key_width: int
     tokens_per_block: int
+    nameable: ClassVar[bool] = False
 
     @abstractmethod
     def keys(self, first: int, last: int) -> bytes:
@@ -87,6 +88,11 @@ class History(ABC):
     @abstractmethod
     def record(self, position: int, token_ids: Sequence[int]) -> None:
         """Name the tokens written from `position` on."""
+
+    def record_block(self, block: int, token_ids: bytes) -> bytes:
+        """Name all tokens of a block, int32 each, and return the block's key."""
+        self.record(block * self.tokens_per_block, array("i", token_ids))
+        return self.keys(block, block + 1)
 
     @abstractmethod
     def diverge(self, position: int) -> History:
@@ -160,6 +166,8 @@ class TokenHistory(History):
 
     __slots__ = ("_ids", "_stream")
 
+    nameable = True
+
     def __init__(self, ids: array[int], tokens_per_block: int) -> None:
         self._ids = ids
         self._stream = 0  # drawn when the first unnamed token is met
@@ -181,6 +189,13 @@ class TokenHistory(History):
     def record(self, position: int, token_ids: Sequence[int]) -> None:
         self._fill(position)
         self._ids[position : position + len(token_ids)] = array("i", token_ids)
+
+    def record_block(self, block: int, token_ids: bytes) -> bytes:
+        ids = self._ids
+        if len(ids) == block * self.tokens_per_block:
+            ids.frombytes(token_ids)
+            return token_ids
+        return super().record_block(block, token_ids)
 
     def diverge(self, position: int) -> TokenHistory:
         self._fill(position)

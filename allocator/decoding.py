@@ -37,6 +37,10 @@ class Decoding(ManagerState):
         cached block moves the writer to a block of its own and adds a copy to `pending_copies`. All sequences
         advance or, with OutOfBlocks, none.
         """
+        if isinstance(sequences, Batch) and num_tokens == 1:
+            sequences.keep_slots()
+            self.advance(sequences, 1, tokens)
+            return sequences.last_slots()
         firsts = [sequence.num_tokens for sequence in sequences]
         self.advance(sequences, num_tokens, tokens)
         if not firsts:
@@ -53,19 +57,15 @@ class Decoding(ManagerState):
     ) -> None:
         """Do what `append` does without computing the slots."""
         num_tokens = as_int("num_tokens", num_tokens, 1)
+        if isinstance(sequences, Batch):
+            self._advance_batch(sequences, num_tokens, tokens)
+            return
         rows = _rows(tokens, len(sequences), num_tokens)
         if rows is not None:
             for sequence in sequences:
-                sequence.history.check_nameable()
-        if isinstance(sequences, Batch):
-            if sequences.live is not self.sequences:
-                raise ValueError(f"a batch of {len(sequences)} sequences must be this manager's own")
-            self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences.unready)
-            self._record(sequences, rows)
-            self._advance_batch(sequences, num_tokens)
-        else:
-            self._check_writers(sequences)
-            self._write(sequences, num_tokens, rows)
+                sequence.settled_history.check_nameable()
+        self._check_writers(sequences)
+        self._write(sequences, num_tokens, rows)
 
     def _check_writers(self, sequences: Sequence[KVSequence]) -> None:
         if len(set(sequences)) != len(sequences):
@@ -123,18 +123,56 @@ class Decoding(ManagerState):
             for sequence, row in zip(sequences, rows, strict=True):
                 sequence.history.record(sequence.num_tokens, row)
 
-    def _advance_batch(self, batch: Batch, num_tokens: int) -> None:
+    def _advance_batch(
+        self, batch: Batch, num_tokens: int, tokens: Sequence[Sequence[int]] | Sequence[int] | None
+    ) -> None:
+        if batch.live is not self.sequences:
+            raise ValueError(f"a batch of {len(batch)} sequences must be this manager's own")
+        ids = rows = None
+        if tokens is not None:
+            if num_tokens == 1:
+                ids = batch.packed(tokens)
+            if ids is None:
+                rows = _rows(tokens, len(batch), num_tokens)
+            if batch.nameless:
+                for sequence in batch:
+                    sequence.settled_history.check_nameable()
+        self._check_room(self.blocks_to_advance(batch, num_tokens), batch.unready)
         for sequence in batch.unready:
             self.tables.own_tail(sequence)
+            batch.place(sequence)
         batch.unready.clear()
+        if num_tokens == 1:
+            if rows is not None:
+                ids = np.array(rows, dtype=np.int32).ravel()
+            self._tick(batch, ids)
+        else:
+            batch.settle_all()
+            batch.forget_slots()
+            self._record(batch, rows)
+            self._ticks(batch, num_tokens)
+        self._logical_tokens += num_tokens * len(batch)
+
+    def _tick(self, batch: Batch, ids: NDArray[np.int32] | None) -> None:
+        """Let a batch go on by one tick, in which it writes `ids`."""
+        starting = batch.starting()
+        if starting:
+            batch.start_blocks(starting, self.pool.take(len(starting)))
+            self._logical_blocks += len(starting)
+        batch.step(ids)
+        index_last = self.tables.index_last
+        for sequence, row in batch.starting().items():
+            index_last(sequence, batch.settle_block(sequence, row))
+
+    def _ticks(self, batch: Batch, num_tokens: int) -> None:
+        """Let a batch go on by several ticks at once, in the order in which single ones would do it."""
         pool = self.pool
         # A block that fills can repeat an evictable one, which is then held. Where that could leave too few for
         # the ticks to come, all blocks are taken before anything fills.
         stock = None
-        if num_tokens > 1:
-            growth = batch.growth(num_tokens)
-            if growth + min(batch.fills(num_tokens), pool.num_evictable) > pool.available:
-                stock = iter(pool.take(growth))
+        growth = batch.growth(num_tokens)
+        if growth + min(batch.fills(num_tokens), pool.num_evictable) > pool.available:
+            stock = iter(pool.take(growth))
         for bucket, starts in batch.events(num_tokens):
             if starts:
                 blocks = pool.take(len(bucket)) if stock is None else islice(stock, len(bucket))
@@ -143,9 +181,9 @@ class Decoding(ManagerState):
                 self._logical_blocks += len(bucket)
             else:
                 for sequence in bucket:
-                    self.tables.index_last(sequence)
+                    full = len(sequence.table)
+                    self.tables.index_last(sequence, sequence.settled_history.keys(full - 1, full))
         batch.tick += num_tokens
-        self._logical_tokens += num_tokens * len(batch)
 
     def pending_copies(self) -> NDArray[np.int32]:
         """Return and forget the copies to execute before this step's writes, int32 [n, 3].
@@ -169,4 +207,6 @@ def _rows(
             raise ValueError(f"tokens ({len(row)} for a sequence) must be num_tokens ({num_tokens})")
         if min(row) < 0:
             raise ValueError(f"tokens ({min(row)}) must not be negative")
+        if max(row) >= 2**31:
+            raise ValueError(f"tokens ({max(row)}) must be less than 2**31")
     return rows

@@ -35,11 +35,11 @@ class KVSequence:
         "anchor",
         "batch",
         "cow_copies",
-        "history",
         "hit_blocks",
         "num_prompt_tokens",
         "released",
         "salt",
+        "settled_history",
         "table",
         "twins",
     )
@@ -47,7 +47,7 @@ class KVSequence:
     def __init__(
         self, history: History, salt: Hashable, num_prompt_tokens: int, anchor: Extent, table: array[int]
     ) -> None:
-        self.history = history
+        self.settled_history = history  # lacks what the batch it is in has not settled yet
         self.salt = salt
         self.num_prompt_tokens = num_prompt_tokens
         self.anchor = anchor
@@ -58,6 +58,19 @@ class KVSequence:
         self.batch: Batch | None = None
         self.released = False
         self._tokens = 0
+
+    @property
+    def history(self) -> History:
+        """Return what it says, complete up to its last token."""
+        if self.batch is not None:
+            self.batch.settle(self)
+        return self.settled_history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        if self.batch is not None:
+            self.batch.replace_history(self, history)
+        self.settled_history = history
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +94,7 @@ class KVSequence:
     @property
     def hit_tokens(self) -> int:
         """Return how many tokens its admission found in the cache."""
-        return self.hit_blocks * self.history.tokens_per_block
+        return self.hit_blocks * self.settled_history.tokens_per_block
 
     @property
     def block_table(self) -> NDArray[np.int32]:
@@ -102,7 +115,7 @@ class KVSequence:
         """Return the slots of tokens first … last − 1, int64 [last − first]."""
         if not 0 <= first <= last <= self.num_tokens:
             raise ValueError(f"tokens {first} to {last} must lie within the sequence's {self.num_tokens}")
-        size = self.history.tokens_per_block
+        size = self.settled_history.tokens_per_block
         positions = np.arange(first, last, dtype=np.int64)
         blocks = np.frombuffer(self.table, np.int32).astype(np.int64)
         return blocks[positions // size] * size + positions % size

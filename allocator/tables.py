@@ -35,14 +35,14 @@ class Tables:
 
     # -------------------------------------------------------- caching what is full
 
-    def index_last(self, sequence: KVSequence) -> None:
-        """Put a sequence's last block, which has just filled up, into the index."""
+    def index_last(self, sequence: KVSequence, key: bytes) -> None:
+        """Put a sequence's last block, which has just filled up and has this key, into the index."""
         anchor, table = sequence.anchor, sequence.table
         full = len(table)
         # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
         if anchor.references == 1 and not anchor.sealed and not anchor.children and anchor.parent is not None:
             self.index.version += 1
-            anchor.keys += sequence.history.keys(full - 1, full)
+            anchor.keys += key
             anchor.ids.append(table[-1])
             self.pool.cached(anchor, 1)
         else:
@@ -52,7 +52,7 @@ class Tables:
         """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins."""
         anchor = sequence.anchor
         first = anchor.end
-        keys = sequence.history.keys(first, full)
+        keys = sequence.settled_history.keys(first, full)
         ids = sequence.table[first:full]
         if anchor.references == 1 and not anchor.sealed and not anchor.children and anchor.parent is not None:
             self.index.grow(anchor, keys, ids)

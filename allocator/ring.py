@@ -1,0 +1,77 @@
+"""What a batch keeps in arrays, a row for each member: last slots, and the token ids of the latest steps."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows: TypeAlias = slice | NDArray[np.intp]
+"""Which rows of an array are the members', in their order: all up to a number, or one by one."""
+
+_MIN_ROWS = 64
+
+
+class LastSlots:
+    """The slot of each member's last token, int64 [rows]: one up at every tick, unless a block starts."""
+
+    def __init__(self) -> None:
+        self.by_row = array("q")  # to set single slots, five times faster than in an ndarray
+        self._all = np.frombuffer(self.by_row, np.int64)  # the same memory
+
+    def reserve(self, rows: int) -> None:
+        """Have room for that many rows, and keep what is written."""
+        if rows > len(self.by_row):
+            grown = array("q", bytes(8 * max(_MIN_ROWS, 2 * rows)))
+            grown[: len(self.by_row)] = self.by_row
+            self.by_row = grown
+            self._all = np.frombuffer(grown, np.int64)
+
+    def advance(self) -> None:
+        """Go on by a token in every row."""
+        np.add(self._all, 1, out=self._all)
+
+    def of(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the slots of `rows`, int64 [len(rows)], as a copy."""
+        return self._all[rows].copy() if isinstance(rows, slice) else self._all[rows]
+
+
+class TokenRing:
+    """Token ids, int32 [rows, columns]: a row for each member of a batch, a column for each step.
+
+    A step writes one column at once; a member's ids are read as one slice of its row when its block is full.
+    Only the latest `tokens_per_block` columns are ever read, so when the columns run out, these are moved to
+    the front.
+    """
+
+    def __init__(self, tokens_per_block: int) -> None:
+        self.named = 0  # the latest steps without interruption whose ids are here
+        self._kept = tokens_per_block
+        self._next = 0
+        self._ids = np.zeros((0, 2 * tokens_per_block + 64), dtype=np.int32)
+
+    def reserve(self, rows: int) -> None:
+        """Have room for that many rows, and keep what is written."""
+        held, columns = self._ids.shape
+        if rows > held:
+            grown = np.zeros((max(_MIN_ROWS, 2 * rows), columns), dtype=np.int32)
+            grown[:held] = self._ids
+            self._ids = grown
+
+    def write(self, rows: Rows, ids: NDArray[np.int32]) -> None:
+        """Add a step's ids, one for each of `rows`."""
+        column, kept = self._next, self._kept
+        if column == self._ids.shape[1]:
+            self._ids[:, :kept] = self._ids[:, -kept:]
+            column = kept
+            self.named = min(self.named, kept)
+        self._ids[rows, column] = ids
+        self._next = column + 1
+        self.named += 1
+
+    def latest(self, row: int, count: int) -> bytes:
+        """Return the ids that the latest `count` steps wrote into a row, int32 each; count ≤ tokens_per_block."""
+        last = self._next
+        return self._ids[row, last - count : last].tobytes()
