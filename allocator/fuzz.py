@@ -70,11 +70,13 @@ def run_machine(
     *,
     steps_per_program: int = 80,
     tally: Tally | None = None,
+    shrink: bool = False,
 ) -> Tally:
-    """Run programs of a machine, without shrinking, until `steps` steps are done; return what they did.
+    """Run programs of a machine until `steps` steps are done; return what they did.
 
-    The same seed runs the same programs. A failure is raised as it was found, with the program in its notes;
-    `tally`, if given, then still says after how many steps.
+    The same seed runs the same programs. A failure is raised with the program in its notes: as it was found, or,
+    with `shrink`, as short as it can be made, which may take minutes. `tally`, if given, then says after how many
+    steps.
     """
     tally = Tally() if tally is None else tally
     began = time.perf_counter()
@@ -89,7 +91,8 @@ def run_machine(
                     stateful_step_count=steps_per_program,
                     deadline=None,
                     database=None,
-                    phases=(Phase.generate,),
+                    report_multiple_bugs=False,
+                    phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
                     suppress_health_check=list(HealthCheck),
                 ),
             )

@@ -1,0 +1,288 @@
+"""Fuzz the block manager, or one of your own, and say what was exercised.
+
+    python -m experiments.tools.fuzz --steps 1000000
+    python -m experiments.tools.fuzz --policy my_policies:MyPolicy --steps 20000
+    python -m experiments.tools.fuzz --machine my_machines:MyManagerMachine
+
+The steps are cut into runs of some thousands, each with a seed of its own, spread over the cores. What a run does
+depends on its seed alone, so the same --seed does the same whatever the machine. A failure ends everything, and is
+printed as the shortest program that still fails, ready to paste into a test.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from joblib import Parallel, cpu_count, delayed
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import allocator
+from allocator import fuzz
+from allocator.checks import require_int
+from allocator.eviction import make_policy
+from allocator.fuzz import ManagerMachine, Tally, run_machine
+from sim.command_line import parse_dataclass, require_writable, run_command
+
+RUN_STEPS = 5_000
+"""Steps of one run: some seconds."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run the fuzz machine of the block manager, and count what it did.
+
+    Prints how often each operation, eviction, copy and refusal happened, and how much of the allocator's branches
+    that covered. Ends with status 1, and the program, when something is wrong.
+    """
+
+    steps: int = 100_000
+    """Steps to run in all."""
+    policy: str | None = None
+    """Eviction policy to fuzz, by name or as package.module:Class; default: all that are known, in turn."""
+    machine: str = "AllocatorMachine"
+    """A machine of allocator.fuzz, or one of yours as package.module:Class."""
+    program_steps: int = 80
+    """Most steps of one program: long ones reach further, short ones are explained faster."""
+    seed: int = 0
+    """The same seed runs the same programs."""
+    jobs: int = 0
+    """Processes; 0 takes all cores."""
+    coverage_steps: int = 20_000
+    """Measure the branch coverage of allocator/ over so many of the steps (it slows them down); 0 for none."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the counts to this file, too."""
+
+
+@dataclass
+class Outcome:
+    """What one run did, and the program it failed with."""
+
+    tally: Tally = field(default_factory=Tally)
+    failure: str | None = None
+
+
+def find_machine(name: str) -> type[ManagerMachine]:
+    """Return a machine by its name in allocator.fuzz, or as package.module:Class.
+
+    Raises ValueError if there is no such class, or if it is no machine.
+    """
+    module_name, _, class_name = name.rpartition(":")
+    try:
+        found = getattr(import_module(module_name) if module_name else fuzz, class_name)
+    except Exception as error:  # whatever a user's module does when imported
+        raise ValueError(f"machine ({name}) cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, ManagerMachine)):
+        raise ValueError(f"machine ({name}) must be a subclass of allocator.fuzz.ManagerMachine")
+    return found
+
+
+def one_run(machine: str, policy: str | None, steps: int, seed: int, program_steps: int) -> Outcome:
+    """Run a machine for about `steps` steps; a failure is found once more, shrunk, and returned."""
+    kind = find_machine(machine)
+    outcome = Outcome()
+    if policy is not None:
+        chosen = policy if ":" not in policy else type(make_policy(policy))
+        kind = type(kind.__name__, (kind,), {"policies": (chosen,)})
+    try:
+        run_machine(kind, steps, seed, steps_per_program=program_steps, tally=outcome.tally)
+    except Exception as found:
+        outcome.failure = as_test(found, machine, policy)
+        try:
+            run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
+        except Exception as error:
+            outcome.failure = as_test(error, machine, policy)
+    return outcome
+
+
+def as_test(error: BaseException, machine: str, policy: str | None) -> str:
+    """Return a failure's program as a test, followed by what went wrong."""
+    errors = list(error.exceptions) if isinstance(error, ExceptionGroup) else [error]
+    name = machine.rpartition(":")[2]
+    imports = [f"from {machine.rpartition(':')[0] or 'allocator.fuzz'} import {name}"]
+    imports.append("from allocator.shadow import PromptSpec")
+    body: list[str] = []
+    if policy is not None:
+        chosen = repr(policy)
+        if ":" in policy:
+            module, _, chosen = policy.partition(":")
+            imports.append(f"from {module} import {chosen}")
+        body += [f"class Machine({name}):", f"    policies = ({chosen},)", ""]
+    body += ["def test_found_by_fuzzing() -> None:"]
+    notes = getattr(errors[0], "__notes__", [])
+    program = [
+        line for note in notes for line in note.splitlines() if line.startswith(("state", "class", "    "))
+    ]
+    made = name if policy is None else "Machine"
+    body += [f"    {line.replace(f'state = {name}()', f'state = {made}()')}" for line in program]
+    what = [
+        f"# {type(each).__name__}: {line}" for each in errors for line in (str(each) or "?").splitlines()[:1]
+    ]
+    return "\n".join([*sorted(imports), "", *body, *what])
+
+
+def runs(config: Config) -> Iterator[tuple[int, int]]:
+    """Yield (steps, seed) of each run."""
+    for number, first in enumerate(range(0, config.steps, RUN_STEPS)):
+        yield min(RUN_STEPS, config.steps - first), config.seed * 1_000_003 + number
+
+
+def merge(total: Tally, part: Tally) -> None:
+    """Add what a run did to the total."""
+    for name in ("steps", "programs", "evictions", "copies", "refusals", "hit_blocks", "seconds"):
+        setattr(total, name, getattr(total, name) + getattr(part, name))
+    total.operations.update(part.operations)
+
+
+def show(tally: Tally, console: Console) -> None:
+    """Print the counts, each with its share of the steps."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("what")
+    table.add_column("times", justify="right")
+    table.add_column("of the steps", justify="right")
+    for name, count in sorted(tally.operations.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{count:,}", f"{count / tally.steps:.2%}")
+    table.add_section()
+    for name in ("evictions", "copies", "refusals", "hit_blocks"):
+        table.add_row(name.replace("_", " "), f"{getattr(tally, name):,}", "")
+    console.print(table)
+
+
+# -------------------------------------------------------- coverage
+
+
+def measure_coverage(config: Config, console: Console) -> dict[str, float]:
+    """Run the first steps once more in a process that counts branches; return per cent by module, "total" too."""
+    if find_spec("coverage") is None:
+        console.print("Branch coverage is left out: pip install coverage to see it.", highlight=False)
+        return {}
+    steps = min(config.steps, config.coverage_steps)
+    package = Path(allocator.__file__).parent
+    first_seed = next(runs(config))[1]
+    code = (
+        "from experiments.tools.fuzz import one_run\n"
+        f"outcome = one_run{(config.machine, config.policy, steps, first_seed, config.program_steps)!r}\n"
+        "raise SystemExit(outcome.failure)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        script, data, report = (Path(folder) / name for name in ("run.py", "data", "report.json"))
+        script.write_text(code)
+        common = [sys.executable, "-m", "coverage"]
+        options = ["--rcfile=", f"--data-file={data}"]
+        environment = _with_path(package.parent)
+        for arguments in (
+            ["run", *options, "--branch", f"--source={package}", str(script)],
+            ["json", *options, "-q", "-o", str(report)],
+        ):
+            done = subprocess.run(
+                [*common, *arguments], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise ValueError(f"coverage ({' '.join(arguments[:1])}) failed: {done.stderr.strip()[-300:]}")
+        measured = json.loads(report.read_text())
+    shares = {
+        Path(name).resolve().relative_to(package.resolve()).as_posix(): float(
+            each["summary"]["percent_covered"]
+        )
+        for name, each in measured["files"].items()
+        if each["summary"]["num_statements"]
+    }
+    return shares | {"total": float(measured["totals"]["percent_covered"])}
+
+
+def _with_path(folder: Path) -> dict[str, str]:
+    import os
+
+    path = os.pathsep.join(filter(None, [str(folder), *sys.path]))
+    return os.environ | {"PYTHONPATH": path}
+
+
+def show_coverage(shares: dict[str, float], steps: int, console: Console) -> None:
+    """Print the total, and the modules that are covered least."""
+    if not shares:
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("module of allocator/")
+    table.add_column("covered", justify="right")
+    for name, share in sorted(shares.items(), key=lambda item: (item[0] == "total", item[1], item[0])):
+        if name == "total":
+            table.add_section()
+        table.add_row(name, f"{share:.1f}%")
+    console.print(table)
+    console.print(f"Statements and branches that {steps:,} of the steps ran.", highlight=False)
+
+
+# -------------------------------------------------------- the command
+
+
+def run(config: Config, console: Console) -> int:
+    """Fuzz, print, and return the exit status."""
+    for name, least in (("steps", 1), ("program_steps", 2), ("seed", 0), ("jobs", 0), ("coverage_steps", 0)):
+        require_int(name, getattr(config, name), least)
+    if config.json is not None:
+        require_writable("json", config.json)
+    find_machine(config.machine)
+    if config.policy is not None:
+        make_policy(config.policy)
+    total = Tally()
+    todo = list(runs(config))
+    jobs = min(config.jobs or cpu_count(), len(todo))
+    outcomes = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(one_run)(config.machine, config.policy, steps, seed, config.program_steps)
+        for steps, seed in todo
+    )
+    failure = None
+    for outcome in track(outcomes, "fuzzing", len(todo), console=Console(stderr=True), transient=True):
+        merge(total, outcome.tally)
+        if outcome.failure is not None:
+            failure = outcome.failure
+            break
+    if failure is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that runs which are still going on are given up
+            outcomes.close()
+        console.print(f"Found after {total.steps:,} steps:\n", highlight=False)
+        print(failure)
+        return 1
+    show(total, console)
+    console.print(f"{total.steps:,} steps in {total.programs:,} programs, all clean.", highlight=False)
+    shares: dict[str, float] = {}
+    if config.coverage_steps:
+        shares = measure_coverage(config, console)
+        show_coverage(shares, min(config.steps, config.coverage_steps), console)
+    if config.json is not None:
+        counts = {
+            name: getattr(total, name) for name in ("steps", "programs", "evictions", "copies", "refusals")
+        }
+        text = json.dumps(counts | {"operations": dict(total.operations), "coverage": shares}, indent=2)
+        config.json.write_text(text + "\n")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    status = 0
+
+    def action() -> None:
+        nonlocal status
+        status = run(parse_dataclass(Config, "python -m experiments.tools.fuzz", given), Console())
+
+    return run_command(action) or status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

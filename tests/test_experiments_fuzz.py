@@ -1,0 +1,82 @@
+"""The fuzzing command: what it counts, and how it tells what it found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from allocator.eviction import LRU
+from allocator.prefix import Extent
+from experiments.tools import fuzz
+
+
+class Greedy(LRU):
+    """A policy with a bug: it takes a block more than it may."""
+
+    def victim(self, wanted: int) -> tuple[Extent, int]:
+        return super().victim(wanted)[0], wanted + 1
+
+
+def test_a_clean_run_counts_the_same_whatever_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz, "RUN_STEPS", 150)
+    counts = []
+    for jobs in ("1", "2"):
+        file = tmp_path / f"{jobs}.json"
+        flags = ["--steps", "400", "--coverage-steps", "0", "--jobs", jobs, "--json", str(file)]
+        assert fuzz.main(flags) == 0
+        counts.append(json.loads(file.read_text()))
+    assert counts[0] == counts[1]
+    assert counts[0]["steps"] >= 400
+    assert counts[0]["operations"]["admit"] > 0
+    out = capsys.readouterr().out
+    assert "all clean" in out
+    assert "admit" in out
+
+
+def test_the_program_that_is_printed_fails_when_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    policy = f"{__name__}:Greedy"
+    flags = ["--steps", "3000", "--coverage-steps", "0", "--jobs", "1", "--machine", "ReuseMachine"]
+    flags += ["--program-steps", "12"]
+    assert fuzz.main([*flags, "--policy", policy]) == 1
+    out = capsys.readouterr().out
+    head, _, program = out.partition("\n\n")
+    assert head.startswith("Found after ")
+    assert "policies = (Greedy,)" in program
+    pasted: dict[str, object] = {}
+    exec(program, pasted)
+    test = pasted["test_found_by_fuzzing"]
+    assert callable(test)
+    with pytest.raises((ValueError, AssertionError)):
+        test()
+
+
+def test_coverage_is_reported_by_module() -> None:
+    flags = ["--steps", "200", "--coverage-steps", "200", "--jobs", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.tools.fuzz", *flags], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split() for line in done.stdout.splitlines() if ".py " in line or " total " in line)
+    assert 30 < float(rows["total"].rstrip("%")) < 100
+    assert float(rows["fuzz.py"].rstrip("%")) > 50
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "steps (0) must be at least 1"),
+        (["--policy", "nothing"], "policy (nothing) must be one of"),
+        (["--policy", "no_module:X"], "policy (no_module:X) cannot be imported"),
+        (["--machine", "NoMachine"], "machine (NoMachine) cannot be imported"),
+        (["--machine", "Tally"], "machine (Tally) must be a subclass of allocator.fuzz.ManagerMachine"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(flags) == 2
+    assert message in capsys.readouterr().err
