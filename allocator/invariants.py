@@ -32,7 +32,7 @@ def check_invariants(manager: KVCacheManager) -> None:
     owners = Counter(free)
     owners.update(list(cached))
     owners.update(list(private))
-    owners.update(pool.limbo)
+    owners.update(list(pool.limbo))
     twice = [block for block, count in owners.items() if count > 1]
     assert not twice, f"blocks {twice} are in two states at once"
     assert set(owners) == set(range(pool.num_blocks)), f"{pool.num_blocks - len(owners)} blocks are lost"

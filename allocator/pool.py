@@ -11,34 +11,16 @@ Policies choose; only the pool changes anything.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from allocator.checks import as_int
+from allocator.blocks import FreeBlocks, OutOfBlocks
 from allocator.eviction.policy import EvictionPolicy
 from allocator.lifetimes import Lifetimes
 from allocator.prefix import Extent, PrefixIndex
 
-MAX_BLOCKS = 2**31 - 1
+__all__ = ["BlockPool", "OutOfBlocks"]
 
 
-class OutOfBlocks(Exception):
-    """The pool cannot give as many blocks as were asked for. The call that raised it has changed nothing."""
-
-    def __init__(self, needed: int, available: int) -> None:
-        super().__init__(
-            needed, available
-        )  # as they are: pickle and SimPy make exceptions anew from their args
-        self.needed = needed
-        self.available = available
-
-    def __str__(self) -> str:
-        return f"{self.needed} blocks needed, {self.available} free or evictable"
-
-
-class BlockPool:
+class BlockPool(FreeBlocks):
     """A pool of `num_blocks` blocks, numbered from 0.
 
     With `keep_cached` False, an extent whose last reference goes is freed at once (block reuse off).
@@ -47,72 +29,21 @@ class BlockPool:
     def __init__(
         self, num_blocks: int, policy: EvictionPolicy, index: PrefixIndex, *, keep_cached: bool = True
     ) -> None:
-        num_blocks = as_int("num_blocks", num_blocks, 1)
-        if num_blocks > MAX_BLOCKS:
-            raise ValueError(f"num_blocks ({num_blocks}) must be at most {MAX_BLOCKS}: block ids are int32")
-        self.num_blocks = num_blocks
+        super().__init__(num_blocks)
         self.policy = policy
         self.index = index
         self.keep_cached = keep_cached
-        self.num_evictable = 0
-        self.evicted_blocks = 0
         self.lifetimes: Lifetimes | None = None
         self.now = 0
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
-        self.limbo: list[int] = []  # freed, but pinned by a copy that has not been taken yet
-        self._pins: dict[int, int] = {}
         # Called for every block that fills up: not at all where the policy does not care.
         self._notes_cached = type(policy).cached is not EvictionPolicy.cached
-        self._freed = array("i")  # a stack
-        self._fresh = 0  # blocks from here on have never been used
-        policy.attached(num_blocks)
-
-    @property
-    def num_free(self) -> int:
-        """Return the number of blocks without content worth keeping."""
-        return len(self._freed) + self.num_blocks - self._fresh
-
-    @property
-    def available(self) -> int:
-        """Return how many blocks `take` could give."""
-        return len(self._freed) + self.num_blocks - self._fresh + self.num_evictable
+        policy.attached(self.num_blocks)
 
     @property
     def num_referenced(self) -> int:
         """Return the number of blocks held by tables, or by the twins and pending copies that need them."""
         return self.num_blocks - self.num_free - self.num_evictable - len(self.limbo)
-
-    def free_ids(self) -> NDArray[np.int32]:
-        """Return all free blocks, int32 [num_free], the next to be taken last."""
-        never_used = np.arange(self.num_blocks - 1, self._fresh - 1, -1, dtype=np.int32)
-        return np.concatenate([never_used, np.array(self._freed, dtype=np.int32)])
-
-    def take(self, count: int) -> array[int]:
-        """Return `count` blocks, evicting as needed. Raises OutOfBlocks, with nothing changed."""
-        if count > self.available:
-            raise OutOfBlocks(count, self.available)
-        freed = self._freed
-        reused = min(count, len(freed))
-        if reused:
-            taken = freed[-reused:]
-            taken.reverse()
-            del freed[-reused:]
-        else:
-            taken = array("i")
-        count -= reused
-        if count:
-            fresh = min(count, self.num_blocks - self._fresh)
-            if fresh:
-                taken.frombytes(np.arange(self._fresh, self._fresh + fresh, dtype=np.int32).tobytes())
-                self._fresh += fresh
-                count -= fresh
-            while count:
-                evicted = self._evict(count)
-                count -= len(evicted)
-                if not count and not taken:
-                    return evicted
-                taken.extend(evicted)
-        return taken
 
     def _evict(self, wanted: int) -> array[int]:
         policy = self.policy
@@ -150,14 +81,6 @@ class BlockPool:
     @staticmethod
     def _is_exposed(extent: Extent) -> bool:
         return not extent.references and not extent.live_children and extent.parent is not None
-
-    def give(self, ids: Iterable[int]) -> None:
-        """Take back uncached blocks that nobody holds any more, the next to be reused last."""
-        if not self._pins:
-            self._freed.extend(array("i", ids) if not isinstance(ids, array) else ids)
-            return
-        for block in ids:
-            (self.limbo if block in self._pins else self._freed).append(block)
 
     def share(self, block: int, holders: int) -> None:
         """Add `holders` to the holders of an uncached block."""
@@ -234,17 +157,3 @@ class BlockPool:
         if extent.ids:
             self.policy.split(head, extent)
         return head
-
-    def pin(self, block: int) -> None:
-        """Keep a block from being reused until `unpin`, whoever frees it."""
-        self._pins[block] = self._pins.get(block, 0) + 1
-
-    def unpin(self, block: int) -> None:
-        """Undo one `pin`; a block freed meanwhile becomes free."""
-        if self._pins[block] > 1:
-            self._pins[block] -= 1
-            return
-        del self._pins[block]
-        if block in self.limbo:
-            self.limbo.remove(block)
-            self._freed.append(block)

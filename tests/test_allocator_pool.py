@@ -118,11 +118,11 @@ def test_a_pinned_block_waits_in_limbo() -> None:
     pool.pin(one)
     pool.pin(one)
     pool.give([one, two])
-    assert (pool.limbo, pool.num_free, pool.num_referenced) == ([one], 3, 0)
+    assert (list(pool.limbo), pool.num_free, pool.num_referenced) == ([one], 3, 0)
     pool.unpin(one)
-    assert pool.limbo == [one]
+    assert list(pool.limbo) == [one]
     pool.unpin(one)
-    assert (pool.limbo, pool.num_free) == ([], 4)
+    assert (list(pool.limbo), pool.num_free) == ([], 4)
     assert pool.free_ids()[-1] == one
 
 
