@@ -14,6 +14,7 @@ from allocator.decoding import Decoding
 from allocator.matching import PrefixMatch, find_match
 from allocator.pool import OutOfBlocks
 from allocator.prefix import Extent
+from allocator.quotas import Quotas, Tenant
 from allocator.sequence import KVSequence
 
 
@@ -46,8 +47,15 @@ class Admission(Decoding):
         num_tokens = as_int("num_tokens", num_tokens, 0)
         return -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks + match.evictable_blocks
 
-    def can_admit(self, match: PrefixMatch, num_tokens: int) -> bool:
-        """Return whether `admit` would find the blocks it needs. O(extents hit)."""
+    def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
+        """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them."""
+        if tenant is not None and self.quotas is not None:
+            quota, used = self.quotas[tenant].quota, self.quotas[tenant].blocks
+            if (
+                quota is not None
+                and used - (-(match.hit_tokens + num_tokens) // self.tokens_per_block) > quota
+            ):
+                return False
         return self.blocks_needed(match, num_tokens) <= self.pool.available
 
     def remaining_blocks(self, sequence: KVSequence, final_tokens: int, beam_width: int = 1) -> int:
@@ -76,15 +84,17 @@ class Admission(Decoding):
         salt: Hashable = "",
         *,
         readmission: bool = False,
+        tenant: Hashable = None,
     ) -> KVSequence:
         """Start a sequence: reference the blocks found, and take those for the first prefill chunk.
 
         num_tokens   tokens of the chunk, beyond the hits; from 1 to what the prompt has left
         match        what `lookup(content, salt)` returned, to save looking up again
         readmission  the sequence was preempted: it does not count in the hit statistics again
+        tenant       whose quota its blocks count against, see `set_quota`; None for nobody's
 
         The chunk's full blocks can be hit from now on. Raises OutOfBlocks, or ValueError for a chunk that does
-        not fit the prompt or a match of another content.
+        not fit the prompt or a match of another content. QuotaExceeded is an OutOfBlocks.
         """
         if match is None or not self.is_current(match):
             match = self.lookup(content, salt)
@@ -97,6 +107,10 @@ class Admission(Decoding):
         needed = self.blocks_needed(match, num_tokens)
         if needed > self.pool.available:
             raise OutOfBlocks(needed, self.pool.available)
+        account = None
+        if tenant is not None:
+            account = self._account(tenant)
+            account.require(-(-(match.hit_tokens + num_tokens) // self.tokens_per_block))
 
         history = content.history(self.tokens_per_block)
         # Without reuse, each sequence has a root of its own: nothing is ever found, and the rest is the same.
@@ -119,11 +133,32 @@ class Admission(Decoding):
         sequence.num_tokens = tokens
         self.sequences[sequence] = None
         self._logical_blocks += len(table)
+        if account is not None:
+            sequence.tenant = account
+            account.blocks += len(table)
         self._logical_tokens += tokens
         self._after_prefill(sequence)
         if not readmission:
             self._count(match)
         return sequence
+
+    def set_quota(self, tenant: Hashable, num_blocks: int | None) -> None:
+        """Let a tenant's sequences have at most `num_blocks` table entries; None lifts the quota.
+
+        A call that would exceed it raises QuotaExceeded. Raises ValueError for a negative quota.
+        """
+        if self.quotas is None:
+            self.quotas = Quotas()
+        self.quotas.set(tenant, num_blocks)
+
+    def tenant_blocks(self, tenant: Hashable) -> int:
+        """Return how many table entries a tenant's sequences have. O(1)."""
+        return 0 if self.quotas is None else self.quotas[tenant].blocks
+
+    def _account(self, tenant: Hashable) -> Tenant:
+        if self.quotas is None:
+            self.quotas = Quotas()
+        return self.quotas[tenant]
 
     def extend(self, sequence: KVSequence, num_tokens: int) -> NDArray[np.int64]:
         """Take blocks for the next prefill chunk and return its slots, int64 [num_tokens].

@@ -257,6 +257,13 @@ class Batch(Sequence[KVSequence]):
                 blocks += len(bucket) * (1 + (num_tokens - 1 - offset) // size)
         return blocks
 
+    def growing(self, num_tokens: int) -> Iterator[tuple[Bucket, int]]:
+        """Yield the buckets that start blocks in the next `num_tokens` ticks, and how many each member does."""
+        for residue, bucket in self._buckets.items():
+            offset = (residue - self.tick) % self.tokens_per_block
+            if offset < num_tokens:
+                yield bucket, 1 + (num_tokens - 1 - offset) // self.tokens_per_block
+
     def fills(self, num_tokens: int) -> int:
         """Return how many blocks become full in the next `num_tokens` ticks."""
         # a member fills a block one tick before it starts the next

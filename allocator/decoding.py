@@ -99,6 +99,8 @@ class Decoding(ManagerState):
         self, sequences: Sequence[KVSequence], num_tokens: int, rows: list[Sequence[int]] | None = None
     ) -> None:
         self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)
+        if self.quotas is not None:
+            self.quotas.require((s, self._growth([s], num_tokens)) for s in sequences)
         self._record(sequences, rows)
         size = self.tokens_per_block
         # Nothing is indexed before all have their blocks: what one puts into the index can hang on another's
@@ -111,6 +113,8 @@ class Decoding(ManagerState):
             if growth:
                 sequence.table.extend(self.pool.take(growth))
                 self._logical_blocks += growth
+                if sequence.tenant is not None:
+                    sequence.tenant.blocks += growth
             sequence.num_tokens = tokens
             self._logical_tokens += num_tokens
         for sequence in sequences:
@@ -138,6 +142,13 @@ class Decoding(ManagerState):
                 for sequence in batch:
                     sequence.settled_history.check_nameable()
         self._check_room(self.blocks_to_advance(batch, num_tokens), batch.unready)
+        if self.quotas is not None:
+            growing = list(batch.growing(num_tokens))
+            self.quotas.require((s, blocks) for bucket, blocks in growing for s in bucket)
+            for bucket, blocks in growing:
+                for sequence in bucket:
+                    if sequence.tenant is not None:
+                        sequence.tenant.blocks += blocks
         for sequence in batch.unready:
             self.tables.own_tail(sequence)
             batch.place(sequence)

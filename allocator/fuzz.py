@@ -11,8 +11,8 @@
     TestMyPolicy = MyPolicyMachine.TestCase          # collected by pytest
     print(run_machine(MyPolicyMachine, steps=10_000))
 
-`AllocatorMachine` has every rule; `SharingMachine`, `ReuseMachine` and `BatchMachine` have those of one
-concern, and so find its bugs in fewer steps. Pools are tiny, prompts made of two symbols: everything collides.
+`AllocatorMachine` has every rule; the other machines (`SharingMachine`, `ReuseMachine`, …) have those of one concern,
+and so find its bugs in fewer steps. Pools are tiny, prompts made of two symbols: everything collides.
 
 The oracle (`allocator.oracle`, with what a subclass may replace) does not know how a manager works. It compares
 with a shadow of the pool:
@@ -33,6 +33,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from allocator.oracle import Tally
 from allocator.rules.base import ManagerMachine
 from allocator.rules.batch import BatchRules
+from allocator.rules.quotas import QuotaRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.sharing import SharingRules
 
@@ -40,6 +41,7 @@ __all__ = [
     "AllocatorMachine",
     "BatchMachine",
     "ManagerMachine",
+    "QuotaMachine",
     "ReuseMachine",
     "SharingMachine",
     "Tally",
@@ -59,7 +61,11 @@ class BatchMachine(BatchRules, SharingRules):
     """Batches, and the copies that their members need."""
 
 
-class AllocatorMachine(ReuseRules, SharingRules, BatchRules):
+class QuotaMachine(QuotaRules, SharingRules, BatchRules):
+    """Tenants with quotas."""
+
+
+class AllocatorMachine(ReuseRules, SharingRules, BatchRules, QuotaRules):
     """Everything at once."""
 
 

@@ -124,6 +124,10 @@ def _check_sequences(manager: KVCacheManager) -> Counter[int]:
         batch = sequence.batch
         if batch is not None and sequence not in batch.unready:
             assert manager.tables.shared_tail(sequence) is None, f"{sequence} would write to a shared block"
+    if manager.quotas is not None:
+        for tenant in manager.quotas:
+            used = sum(len(s.table) for s in manager.sequences if s.tenant is tenant)
+            assert tenant.blocks == used, f"tenant {tenant.name!r} uses {used} blocks, not {tenant.blocks}"
     stats = manager.stats()
     assert (stats.logical_blocks, stats.logical_tokens) == (blocks, tokens), "logical counts are off"
     return private

@@ -12,11 +12,12 @@ from allocator.config import CacheConfig
 from allocator.invariants import check_invariants
 from allocator.matching import PrefixMatch
 from allocator.pool import OutOfBlocks
+from allocator.quotas import QuotaExceeded
 from allocator.sequence import KVSequence
 from allocator.sharing import Sharing
 from allocator.stats import CacheStats
 
-__all__ = ["CacheStats", "KVCacheManager", "KVSequence", "OutOfBlocks", "PrefixMatch"]
+__all__ = ["CacheStats", "KVCacheManager", "KVSequence", "OutOfBlocks", "PrefixMatch", "QuotaExceeded"]
 
 
 class KVCacheManager(Sharing):
@@ -27,6 +28,7 @@ class KVCacheManager(Sharing):
     config            block reuse on or off, eviction policy; default CacheConfig()
     policy            an EvictionPolicy of your own, in place of the one that `config` names
     ghost_blocks      how many evicted blocks to remember, to explain misses; default 16 for each block
+    quotas            tenant -> most blocks that the tables of its sequences may have; see `set_quota`
     lifetimes         collect how long blocks live, in units of `now`
 
     A life: `lookup` → `admit` (first prefill chunk) → `extend` (further chunks) → `append` (decode steps) →

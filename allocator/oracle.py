@@ -16,7 +16,7 @@ import numpy as np
 from allocator.config import CacheConfig
 from allocator.content import TokenContent
 from allocator.eviction import POLICIES, EvictionPolicy, make_policy
-from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch
+from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch, QuotaExceeded
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, ShadowKV, State, Story
 
@@ -251,11 +251,22 @@ class Oracle:
             return result
         self.refusals += 1
         assert self.snapshot() == before, "a refused call changed something"
+        if isinstance(refused, QuotaExceeded):
+            self.check_quota_refusal(refused)
+            return None
         assert refused.needed > refused.available
         if exact:
             assert refused.available == available
             assert least <= refused.needed <= most, f"{refused.needed} needed, not {least} to {most}"
         return None
+
+    def tenant(self, salt: Hashable) -> Hashable:
+        """Return the tenant that a sequence with this salt belongs to."""
+        return None
+
+    def check_quota_refusal(self, refused: QuotaExceeded) -> None:
+        """Check a refusal for a tenant's quota."""
+        raise AssertionError(f"there are no quotas: {refused}")
 
     def check_all(self) -> None:
         """Check everything that holds after every operation; run the step unless it is to stay open."""
@@ -357,11 +368,14 @@ class Oracle:
             needed += sum(b not in tables and self.shadow.block(b) not in held for b in hits)
         else:
             needed += found.evictable_blocks
-        fits = self.manager.can_admit(found, chunk)
+        tenant = self.tenant(salt)
+        fits = self.manager.can_admit(found, chunk, tenant)
         sequence = self.refusing(
             needed,
             needed,
-            lambda: self.manager.admit(prompt.content, chunk, match, salt, readmission=readmission),
+            lambda: self.manager.admit(
+                prompt.content, chunk, match, salt, readmission=readmission, tenant=tenant
+            ),
         )
         assert (sequence is not None) == fits, "can_admit does not tell what admit does"
         if sequence is None:

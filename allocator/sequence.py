@@ -14,6 +14,7 @@ from allocator.prefix import Extent
 
 if TYPE_CHECKING:
     from allocator.batch import Batch
+    from allocator.quotas import Tenant
 
 
 class KVSequence:
@@ -41,6 +42,7 @@ class KVSequence:
         "salt",
         "settled_history",
         "table",
+        "tenant",
         "twins",
     )
 
@@ -57,6 +59,7 @@ class KVSequence:
         self.cow_copies = 0
         self.batch: Batch | None = None
         self.released = False
+        self.tenant: Tenant | None = None
         self._tokens = 0
 
     @property

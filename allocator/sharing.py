@@ -13,9 +13,17 @@ class Sharing(Admission):
     """The part of the manager that forks, cuts, reorders and releases sequences."""
 
     def fork(self, sequence: KVSequence, n: int = 1) -> list[KVSequence]:
-        """Return `n` sequences that share all blocks of `sequence` and go on by themselves. Takes no block."""
+        """Return `n` sequences that share all blocks of `sequence` and go on by themselves. Takes no block.
+
+        Raises QuotaExceeded if their tables have more entries than their tenant's quota leaves.
+        """
         n = as_int("n", n, 1)
         self._check_live(sequence)
+        if sequence.tenant is not None:
+            sequence.tenant.require(n * len(sequence.table))
+        return self._fork(sequence, n)
+
+    def _fork(self, sequence: KVSequence, n: int) -> list[KVSequence]:
         tokens = sequence.num_tokens
         self.tables.share(sequence, n)
         children = []
@@ -30,11 +38,14 @@ class Sharing(Admission):
             child.twins = set(sequence.twins)
             child.hit_blocks = sequence.hit_blocks
             child.num_tokens = tokens
+            child.tenant = sequence.tenant
             self.sequences[child] = None
             if sequence in self._prefilling:
                 self._prefilling[child] = None
             children.append(child)
         self._logical_blocks += n * len(sequence.table)
+        if sequence.tenant is not None:
+            sequence.tenant.blocks += n * len(sequence.table)
         self._logical_tokens += n * tokens
         if sequence.batch is not None:
             sequence.batch.unready[sequence] = None
@@ -65,6 +76,8 @@ class Sharing(Admission):
             sequence.twins.discard(keep - 1)
         self.tables.move_anchor(sequence, min(sequence.anchor.end, keep - twin_kept))
         self._logical_blocks -= len(sequence.table) - keep
+        if sequence.tenant is not None:
+            sequence.tenant.blocks -= len(sequence.table) - keep
         self._logical_tokens -= sequence.num_tokens - num_tokens
         del sequence.table[keep:]
         sequence.num_tokens = num_tokens
@@ -78,6 +91,8 @@ class Sharing(Admission):
             sequence.batch.remove(sequence)
         self.tables.release(sequence)
         self._logical_blocks -= len(sequence.table)
+        if sequence.tenant is not None:
+            sequence.tenant.blocks -= len(sequence.table)
         self._logical_tokens -= sequence.num_tokens
         self._note_prefilling(sequence, False)
         del self.sequences[sequence]
@@ -99,9 +114,9 @@ class Sharing(Admission):
             raise ValueError(f"sequences ({len(sequences)}) must be distinct")
         for sequence in sequences:
             self._check_complete(sequence)
-        if len({(s.num_tokens, s.batch, s.salt) for s in sequences}) > 1:
-            raise ValueError("sequences must have equal lengths and salts, and be in the same batch")
-        heirs = {i: self.fork(sequences[p])[0] for i, p in enumerate(parents) if p != i}
+        if len({(s.num_tokens, s.batch, s.salt, s.tenant) for s in sequences}) > 1:
+            raise ValueError("sequences must have equal lengths, salts and tenants, and be in the same batch")
+        heirs = {i: self._fork(sequences[p], 1)[0] for i, p in enumerate(parents) if p != i}
         for i, heir in heirs.items():
             self._swap_state(sequences[i], heir)
             self.release(heir)  # it now holds what the beam held before

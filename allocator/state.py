@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+
 from allocator.checks import as_int, require_power_of_two
 from allocator.config import CacheConfig
 from allocator.eviction import EvictionPolicy, make_policy
 from allocator.lifetimes import Lifetimes
 from allocator.pool import BlockPool
 from allocator.prefix import PrefixIndex
+from allocator.quotas import Quotas
 from allocator.sequence import KVSequence
 from allocator.stats import Lookups
 from allocator.tables import Tables
@@ -25,6 +28,7 @@ class ManagerState:
         policy: EvictionPolicy | None = None,
         ghost_blocks: int | None = None,
         lifetimes: bool = False,
+        quotas: Mapping[Hashable, int] | None = None,
     ) -> None:
         config = config or CacheConfig()
         num_blocks = as_int("num_blocks", num_blocks, 1)
@@ -49,6 +53,7 @@ class ManagerState:
         self.tables = Tables(self.pool, self.index, tokens_per_block)
         self._lookups = Lookups()
         self._prefilling: dict[KVSequence, None] = {}
+        self.quotas = Quotas(quotas) if quotas is not None else None
         self._logical_blocks = 0
         self._logical_tokens = 0
         self._truncated = False  # a table may end in a cached block of which it uses only a part

@@ -7,6 +7,7 @@ import pytest
 from allocator.fuzz import (
     AllocatorMachine,
     BatchMachine,
+    QuotaMachine,
     ReuseMachine,
     SharingMachine,
     run_machine,
@@ -17,6 +18,7 @@ TestAllocator = AllocatorMachine.TestCase
 TestReuse = ReuseMachine.TestCase
 TestSharing = SharingMachine.TestCase
 TestBatch = BatchMachine.TestCase
+TestQuota = QuotaMachine.TestCase
 
 
 def test_a_run_counts_what_it_did() -> None:

@@ -389,7 +389,7 @@ def test_beams_must_be_complete_distinct_and_alike() -> None:
     salted = manager.admit(TokenContent([2] * 5), 5, salt="other")
     with pytest.raises(ValueError, match=r"sequences \(2\) must be distinct"):
         manager.reorder_beams([one, one], [0, 1])
-    with pytest.raises(ValueError, match="equal lengths and salts"):
+    with pytest.raises(ValueError, match="equal lengths, salts and tenants"):
         manager.reorder_beams([one, salted], [1, 0])
     manager.check_invariants()
 

@@ -13,7 +13,7 @@ from naive_manager import NaiveManager, NaiveSequence
 from allocator.batch import Batch
 from allocator.content import Content
 from allocator.fuzz import AllocatorMachine, ReuseMachine, SharingMachine, run_machine
-from allocator.manager import KVCacheManager, OutOfBlocks
+from allocator.manager import KVCacheManager, OutOfBlocks, QuotaExceeded
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt
 
@@ -63,9 +63,11 @@ class Pair:
         return match
 
     def both(self, real: Any, naive: Any) -> Any:
-        """Call both; they refuse together."""
+        """Call both; they refuse together, but for quotas, of which the naive one knows nothing."""
         try:
             result = real()
+        except QuotaExceeded:
+            raise
         except OutOfBlocks:
             with pytest.raises(naive_manager.Refused):
                 naive()

@@ -27,8 +27,10 @@ class SharingRules(ManagerMachine):
             return
         n = min(n, MAX_LIVE - len(self.stories))
         self.end_step_of(sequence)
-        self.forked(sequence, self.manager.fork(sequence, n))
-        self.did("fork")
+        children = self.refusing(0, 0, lambda: self.manager.fork(sequence, n))
+        if children is not None:
+            self.forked(sequence, children)
+            self.did("fork")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
     @rule(index=INDEX, n=st.integers(1, 3), bits=TOKEN_BITS, wait=WAITS, ends=st.booleans())
@@ -37,7 +39,10 @@ class SharingRules(ManagerMachine):
         sequence = self.live(index, self.alone)
         assert sequence is not None
         self.end_step_of(sequence)
-        children = self.manager.fork(sequence, min(n, MAX_LIVE - len(self.stories)))
+        n = min(n, MAX_LIVE - len(self.stories))
+        children = self.refusing(0, 0, lambda: self.manager.fork(sequence, n))
+        if children is None:
+            return
         self.forked(sequence, children)
         writers = children if ends else [sequence, *children]
         if self.append_to(writers, 1, bits, wait) and ends:
