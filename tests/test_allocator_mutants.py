@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant(
         "tokens_of_a_hit_as_if_blocks_had_one",
         "sequence.py",
-        "return self.hit_blocks * self.history.tokens_per_block",
+        "return self.hit_blocks * self.settled_history.tokens_per_block",
         "return self.hit_blocks",
         "ReuseMachine",
     ),
@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "refused_append_leaves_traces",
         "decoding.py",
-        "        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)\n        self._record",
-        "        self._check_room(self._growth(sequences, num_tokens), sequences)\n        self._record",
+        "        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)\n        if self.quotas",
+        "        self._check_room(self._growth(sequences, num_tokens), sequences)\n        if self.quotas",
         "SharingMachine",
     ),
     Mutant(
@@ -250,6 +250,20 @@ MUTANTS = [
         "1 + (num_tokens - 1 - offset) // size",
         "1 + (num_tokens - 2 - offset) // size",
         "BatchMachine",
+    ),
+    Mutant(
+        "fork_free_of_charge",
+        "sharing.py",
+        "            sequence.tenant.blocks += n * len(sequence.table)\n",
+        "            sequence.tenant.blocks += n\n",
+        "QuotaMachine",
+    ),
+    Mutant(
+        "batch_beyond_its_quota",
+        "decoding.py",
+        "            self.quotas.require((s, blocks) for bucket, blocks in growing for s in bucket)\n",
+        "",
+        "QuotaMachine",
     ),
     Mutant(
         "split_head_unreferenced",
