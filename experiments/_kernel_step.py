@@ -65,6 +65,8 @@ class KernelStep:
     computed in float64 from the sequence's own tokens, without block tables, slots, or anything of the allocator's.
     """
 
+    needs_work = True
+
     def __init__(
         self, layout: CacheLayout, num_blocks: int, num_heads: int, backend: str, time: StepCost
     ) -> None:

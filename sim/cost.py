@@ -41,11 +41,14 @@ class StepBatch:
     prefills: list[tuple[int, int]] = field(default_factory=list)
     """A pair a prefill chunk: its tokens, and the keys that the last of them attends to (itself included)."""
     work: StepWork | None = None
-    """The same step in full, from the engine; models of time do without."""
+    """The same step in full, for a cost that `needs_work`; models of time do without."""
 
 
 class StepCost(Protocol):
-    """The duration of a step, in integer picoseconds so that sums in closed form are exact."""
+    """The duration of a step, in integer picoseconds so that sums in closed form are exact.
+
+    A cost that finds the duration by doing the work has an attribute `needs_work` that is true.
+    """
 
     def step(self, batch: StepBatch) -> int:
         """Return the duration of a step that computes `batch`. Pure: equal batches take equally long."""

@@ -7,8 +7,8 @@ is no process for arrivals: whenever a step ends, the engine takes in what has a
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Sequence
-from heapq import heappop, heappush
+from collections.abc import Callable, Generator, Iterable, Sequence
+from math import isqrt
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +16,7 @@ import simpy
 
 from allocator.config import BuildConfig, CacheConfig
 from allocator.manager import KVCacheManager
+from sim.arrivals import NEVER, Arrivals
 from sim.cost import StepBatch, StepCost, StepWork
 from sim.recorder import Recorder
 from sim.records import RunResult
@@ -46,18 +47,10 @@ def simulate(
     Raises ValueError if the configuration cannot work or the requests are not in order. A request that can never
     run is rejected, by cause, and the run goes on.
     """
-    for row, request in enumerate(requests):
-        if request.request_id != row:
-            raise ValueError(
-                f"request_id ({request.request_id}) must be the request's place in the trace ({row})"
-            )
-        if row and request.arrival_ps < requests[row - 1].arrival_ps:
-            raise ValueError(
-                f"arrival_ps ({request.arrival_ps}) of request {row} must not be before its predecessor's "
-                f"({requests[row - 1].arrival_ps})"
-            )
     manager = _make_manager(build, cache, num_blocks)
-    replica = _Replica(requests, manager, Scheduler(manager, build, engine), engine, cost, progress)
+    recorder = Recorder(requests, manager, engine.block_map_samples)
+    scheduler = Scheduler(manager, build, engine)
+    replica = _Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
     environment = simpy.Environment()
     environment.process(replica.run(environment))
     collecting = gc.isenabled()
@@ -68,7 +61,7 @@ def simulate(
     finally:
         if collecting:
             gc.enable()
-    return replica.recorder.result(perf_counter() - start)
+    return recorder.result(perf_counter() - start)
 
 
 def _make_manager(build: BuildConfig, cache: CacheConfig, num_blocks: int) -> KVCacheManager:
@@ -83,113 +76,99 @@ def _make_manager(build: BuildConfig, cache: CacheConfig, num_blocks: int) -> KV
     return KVCacheManager.contiguous(whole, build.max_seq_len)
 
 
-class _Arrivals:
-    """Requests in the order in which they arrive; the turns of a session once their predecessors are done."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._due: list[tuple[int, int, Request]] = []  # heap: time, place in the trace
-        self._turns: dict[int, list[Request]] = {}
-        for request in requests:
-            if request.parent < 0:
-                self._due.append((request.arrival_ps, request.request_id, request))
-            else:
-                self._turns.setdefault(request.parent, []).append(request)
-        self._due.sort()
-
-    def next_ps(self) -> int | None:
-        """Return when the next request arrives, as far as is known."""
-        return self._due[0][0] if self._due else None
-
-    def pop(self) -> tuple[int, Request]:
-        """Return the next request and when it arrives."""
-        arrival_ps, _, request = heappop(self._due)
-        return arrival_ps, request
-
-    def turns_after(self, request: Request) -> list[Request]:
-        """Return, once, the turns that follow a request."""
-        return self._turns.pop(request.request_id, [])
-
-    def finished(self, request: Request, now_ps: int) -> None:
-        """Let the turns that follow a finished request arrive in their time."""
-        for turn in self.turns_after(request):
-            heappush(self._due, (max(turn.arrival_ps, now_ps + turn.think_ps), turn.request_id, turn))
-
-
 class _Replica:
     """Scheduler, cache and clock of one engine."""
 
     def __init__(
         self,
-        requests: Sequence[Request],
-        manager: KVCacheManager,
+        requests: Iterable[Request],
         scheduler: Scheduler,
-        config: EngineConfig,
+        recorder: Recorder,
         cost: StepCost,
+        skipping: bool,
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.recorder = Recorder(requests, manager, config.block_map_samples)
-        self.manager = manager
         self.scheduler = scheduler
-        self._skipping = config.event_skipping
+        self.recorder = recorder
         self.cost = cost
+        self._skipping = skipping
         self._progress = progress
-        self.arrivals = _Arrivals(requests)
-        self._samples_left: dict[int, int] = {}
-        self._last_token_ps: dict[Job, int] = {}  # of preempted jobs
         self._done = 0
+        self._needs_work: bool = getattr(cost, "needs_work", False)
         self._affine: dict[int, tuple[int, int] | None] = {}
         self._evicted = 0
+        map_due_ps = recorder.map_due_ps
+        self._map_due_ps = NEVER if map_due_ps is None else map_due_ps
+        self.arrivals = Arrivals(requests, self._reject_turn)
 
     def run(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, None]:
         """Step until every request is finished or rejected."""
-        scheduler, arrivals, manager = self.scheduler, self.arrivals, self.manager
+        scheduler, arrivals, pool = self.scheduler, self.arrivals, self.scheduler.manager.pool
+        timeout = environment.timeout
         now = 0
         while True:
-            self.take_arrivals(now)
-            if not scheduler.waiting and not scheduler.running:
-                next_ps = arrivals.next_ps()
-                if next_ps is None:
+            if arrivals.next_ps <= now:
+                self.take_arrivals(now)
+            if not scheduler.running and not scheduler.waiting:
+                next_ps = arrivals.next_ps
+                if next_ps == NEVER:
                     return
-                yield environment.timeout(next_ps - now)
+                yield timeout(next_ps - now)
                 now = next_ps
                 continue
-            manager.now = now
-            plan = scheduler.schedule()
-            self._note_plan(plan, now)
-            stretch = _Stretch(self, plan, now)
-            if plan.is_quiet and self._skipping:
-                stretch.skip()
-            yield environment.timeout(stretch.end_ps - now)
-            while plan.is_quiet and not self._skipping and stretch.step():
-                yield environment.timeout(stretch.end_ps - int(environment.now))
-            now = stretch.end_ps
-            stretch.record()
-            self._finish_step(plan, now)
+            pool.now = now
+            idle = scheduler.idle_steps() if self._skipping else 0
+            affine = self.decode_affine(len(scheduler.batch)) if idle else None
+            if affine is not None:
+                end = self._coast(now, idle, *affine)
+                yield timeout(end - now)
+                now = end
+                self._end_decodes(now)
+            else:
+                plan = scheduler.schedule()
+                if plan.preempted or plan.admitted:
+                    self._note_plan(plan, now)
+                stretch = _Stretch(self, plan, now)
+                if self._skipping and plan.is_quiet:
+                    stretch.skip()
+                yield timeout(stretch.end_ps - now)
+                while not self._skipping and plan.is_quiet and stretch.step():
+                    yield timeout(stretch.end_ps - int(environment.now))
+                now = stretch.end_ps
+                stretch.record()
+                self._end_decodes(now)
+                if plan.prefills:
+                    self._end_prefills(plan, now)
+            if now >= self._map_due_ps:
+                self.recorder.sample_map(now, scheduler)
+                self._map_due_ps = self.recorder.map_due_ps or 0
 
     # ---------------------------------------------------------------- arrivals
 
     def take_arrivals(self, now_ps: int) -> None:
         """Queue, or reject, every request that has arrived by `now_ps`."""
         arrivals, scheduler = self.arrivals, self.scheduler
-        while (next_ps := arrivals.next_ps()) is not None and next_ps <= now_ps:
+        while arrivals.next_ps <= now_ps:
             arrival_ps, request = arrivals.pop()
-            self.recorder.arrived(request, arrival_ps)
             job = Job(request, request.num_samples)
             cause = scheduler.reject_cause(job)
             if cause:
-                self._reject(request, cause)
+                self._reject(request, arrival_ps, cause)
             else:
+                job.arrival_ps = arrival_ps
                 scheduler.waiting.append(job)
 
-    def _reject(self, request: Request, cause: str) -> None:
-        self.recorder.rejected(request, cause)
+    def _reject(self, request: Request, arrival_ps: int, cause: str) -> None:
+        self.recorder.rejected(request, arrival_ps, cause)
         self._count_done()
-        for turn in self.arrivals.turns_after(request):
-            self._reject(turn, "follows_rejected")
+        self.arrivals.rejected(request)
+
+    def _reject_turn(self, turn: Request) -> None:
+        self._reject(turn, turn.arrival_ps, "follows_rejected")
 
     def newly_evicted(self) -> int:
         """Return how many blocks were evicted since this was asked last."""
-        before, self._evicted = self._evicted, self.manager.pool.evicted_blocks
+        before, self._evicted = self._evicted, self.scheduler.manager.pool.evicted_blocks
         return self._evicted - before
 
     def _count_done(self) -> None:
@@ -201,38 +180,109 @@ class _Replica:
 
     def _note_plan(self, plan: Plan, now_ps: int) -> None:
         for job in plan.preempted:
-            if job.generated:  # its last token came with the end of the step before
-                self._last_token_ps.setdefault(job, now_ps)
+            if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
+                job.last_ps = now_ps
         for job in plan.admitted:
-            self.recorder.admitted(job, now_ps)
+            if job.admit_ps < 0 and job.origin is None:  # only a request's first admission counts
+                match = job.match
+                assert match is not None
+                job.admit_ps = now_ps
+                job.query_blocks = match.query_blocks
+                job.hit_blocks = match.hit_blocks
 
     def decode_affine(self, sequences: int) -> tuple[int, int] | None:
         """Return the cost model's answer, asked once for each batch size."""
-        if sequences not in self._affine:
-            self._affine[sequences] = self.cost.decode_affine(sequences)
-        return self._affine[sequences]
+        try:
+            return self._affine[sequences]
+        except KeyError:
+            self._affine[sequences] = found = self.cost.decode_affine(sequences)
+            return found
 
-    def _finish_step(self, plan: Plan, now_ps: int) -> None:
-        prefilled, finished = self.scheduler.finish_step(plan)
+    def _coast(self, start: int, steps: int, base: int, slope: int) -> int:
+        """Take up to `steps` steps in which there is nothing to do but decode; record them, return their end.
+
+        They end early with the first arrival that could be admitted. A step takes base + slope · context, so that
+        s of them end after s · first + increment · s (s − 1) / 2.
+        """
+        scheduler, manager, arrivals = self.scheduler, self.scheduler.manager, self.arrivals
+        pool, batch = manager.pool, scheduler.batch
+        decoding = len(batch)
+        increment = slope * decoding
+        first = base + slope * scheduler.context + increment
+        end = start + steps * first + increment * (steps * (steps - 1) // 2)
+        if arrivals.next_ps < end and scheduler.accepts_arrivals():
+            steps = _steps_until(arrivals.next_ps - start, first, increment)
+            end = start + steps * first + increment * (steps * (steps - 1) // 2)
+        referenced_first = pool.num_referenced + batch.growth(1)
+        scheduler.decode(steps)
+        last_start = end - first - increment * (steps - 1)
+        if arrivals.next_ps <= last_start:
+            self.take_arrivals(last_start)
+        evicted, self._evicted = self._evicted, pool.evicted_blocks
+        kv_tokens = manager.kv_tokens
+        self.recorder.stretch(
+            (
+                start,
+                end,
+                steps,
+                len(scheduler.running),
+                len(scheduler.waiting),
+                decoding,
+                0,
+                0,
+                first,
+                increment if steps > 1 else 0,
+                decoding,
+                pool.num_free,
+                pool.num_evictable,
+                pool.num_referenced,
+                manager.logical_blocks,
+                kv_tokens,
+                manager.logical_tokens,
+                referenced_first,
+                kv_tokens - (steps - 1) * decoding,
+                0,
+                0,
+                self._evicted - evicted,
+            )
+        )
+        return end
+
+    def _end_decodes(self, now_ps: int) -> None:
+        for job in self.scheduler.end_decodes():
+            self._finish(job, now_ps)
+
+    def _end_prefills(self, plan: Plan, now_ps: int) -> None:
+        prefilled, finished = self.scheduler.end_prefills(plan)
         for job in prefilled:
             if job.generated == 1:
-                self.recorder.first_token(job, now_ps)
-            last_ps = self._last_token_ps.pop(job, None)
-            if last_ps is not None:
-                self.recorder.gap(now_ps - last_ps)
+                job.first_ps = now_ps
+            if job.last_ps >= 0:
+                self.recorder.gap(now_ps - job.last_ps)
+                job.last_ps = -1
         for job in finished:
             self._finish(job, now_ps)
-        self.recorder.sample_map(now_ps, self.scheduler)
 
     def _finish(self, job: Job, now_ps: int) -> None:
-        request = job.request
-        self.recorder.finished(job, now_ps)
-        left = self._samples_left.pop(request.request_id, request.num_samples) - job.samples
-        if left:
-            self._samples_left[request.request_id] = left
-            return
-        self.arrivals.finished(request, now_ps)
-        self._count_done()
+        if self.recorder.finished(job, now_ps):
+            self.arrivals.finished(job.request, now_ps)
+            self._count_done()
+
+
+def _steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
+    """Return the fewest steps s, at least 1, with s · first + increment · s (s − 1) / 2 >= time, which is positive.
+
+    That is s >= (sqrt(b² + 8 · increment · time) − b) / (2 · increment) with b = 2 · first − increment, at least
+    increment itself, since the first step attends to a key for every sequence. Integers throughout: the root is
+    rounded down, so s may be one short.
+    """
+    if not increment_ps:
+        return max(1, -(-time_ps // first_ps))
+    b = 2 * first_ps - increment_ps
+    steps = max(1, (isqrt(b * b + 8 * increment_ps * time_ps) - b) // (2 * increment_ps))
+    while steps * first_ps + increment_ps * (steps * (steps - 1) // 2) < time_ps:
+        steps += 1
+    return steps
 
 
 class _Stretch:
@@ -252,22 +302,22 @@ class _Stretch:
         self.first_ps = self._duration()
         self.increment_ps = 0
         self.end_ps = start_ps + self.first_ps
-        manager = replica.manager
+        manager = replica.scheduler.manager
         self._referenced_first = manager.pool.num_referenced
         self._kv_tokens_first = manager.kv_tokens
         self._more: int | None = None  # steps that may still follow, once known
 
     def _duration(self) -> int:
         """Return how long the scheduled step takes; its tokens are in the lengths already."""
-        scheduler, prefills = self._scheduler, self._plan.prefills
-        work = StepWork(
-            scheduler.decoding(), [job for job, _ in prefills], self._replica.manager.pending_copies()
-        )
-        batch = StepBatch(self._sequences, scheduler.context, [], work)
-        for job, tokens in prefills:
+        scheduler, replica = self._scheduler, self._replica
+        batch = StepBatch(self._sequences, scheduler.context)
+        copies = scheduler.manager.pending_copies()
+        for job, tokens in self._plan.prefills:
             assert job.sequence is not None
             batch.prefills.append((tokens, job.sequence.num_tokens))
-        return self._replica.cost.step(batch)
+        if replica._needs_work:
+            batch.work = StepWork(scheduler.decoding(), [job for job, _ in self._plan.prefills], copies)
+        return replica.cost.step(batch)
 
     def _bound(self) -> int:
         """Return how many steps may follow the first, arrivals apart. Sets the increment."""
@@ -280,23 +330,16 @@ class _Stretch:
     def _end_after(self, steps: int) -> int:
         return self.start_ps + steps * self.first_ps + self.increment_ps * (steps * (steps - 1) // 2)
 
-    def _stop_ps(self) -> int | None:
+    def _stop_ps(self) -> int:
         """Return the arrival that ends the stretch, if there is one."""
-        return self._replica.arrivals.next_ps() if self._scheduler.accepts_arrivals() else None
+        return self._replica.arrivals.next_ps if self._scheduler.accepts_arrivals() else NEVER
 
     def skip(self) -> None:
         """Extend the stretch as far as it goes."""
         steps = 1 + self._bound()
         stop_ps = self._stop_ps()
-        if stop_ps is not None and self._end_after(steps) > stop_ps:
-            low, high = 0, steps  # the end after `low` steps is before the arrival, that after `high` is not
-            while high - low > 1:
-                middle = (low + high) // 2
-                if self._end_after(middle) < stop_ps:
-                    low = middle
-                else:
-                    high = middle
-            steps = high
+        if stop_ps < self._end_after(steps):
+            steps = _steps_until(stop_ps - self.start_ps, self.first_ps, self.increment_ps)
         if steps > 1:
             self._scheduler.decode(steps - 1)
             self.steps = steps
@@ -307,8 +350,7 @@ class _Stretch:
         """Take one more step, if one may follow; return whether it did."""
         if self._more is None:
             self._more = self._bound()
-        stop_ps = self._stop_ps()
-        if not self._more or (stop_ps is not None and self.end_ps >= stop_ps):
+        if not self._more or self.end_ps >= self._stop_ps():
             return False
         self._more -= 1
         self._replica.take_arrivals(self.end_ps)
@@ -319,29 +361,34 @@ class _Stretch:
 
     def record(self) -> None:
         """Write the timeline row."""
-        scheduler, manager = self._scheduler, self._replica.manager
-        pool, plan = manager.pool, self._plan
+        scheduler, plan = self._scheduler, self._plan
+        manager = scheduler.manager
+        pool = manager.pool
         self._replica.recorder.stretch(
-            self.start_ps,
-            self.end_ps,
-            self.steps,
-            len(scheduler.running),
-            len(scheduler.waiting),
-            self._sequences,
-            len(plan.prefills),
-            sum(tokens for _, tokens in plan.prefills),
-            self.first_ps,
-            self.increment_ps if self.steps > 1 else 0,
-            self._sequences,
-            pool.num_free,
-            pool.num_evictable,
-            pool.num_referenced,
-            manager.logical_blocks,
-            manager.kv_tokens,
-            manager.logical_tokens,
-            self._referenced_first,
-            self._kv_tokens_first,
-            len(plan.preempted),
-            self.steps if plan.out_of_blocks else 0,  # a prompt that waits for blocks waits through them all
-            self._replica.newly_evicted(),
+            (
+                self.start_ps,
+                self.end_ps,
+                self.steps,
+                len(scheduler.running),
+                len(scheduler.waiting),
+                self._sequences,
+                len(plan.prefills),
+                sum(tokens for _, tokens in plan.prefills),
+                self.first_ps,
+                self.increment_ps if self.steps > 1 else 0,
+                self._sequences,
+                pool.num_free,
+                pool.num_evictable,
+                pool.num_referenced,
+                manager.logical_blocks,
+                manager.kv_tokens,
+                manager.logical_tokens,
+                self._referenced_first,
+                self._kv_tokens_first,
+                len(plan.preempted),
+                self.steps
+                if plan.out_of_blocks
+                else 0,  # a prompt that waits for blocks waits through them all
+                self._replica.newly_evicted(),
+            )
         )

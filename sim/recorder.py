@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,15 @@ from sim.request import Request
 from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
 
-_COUNTERS = (
+_FIELDS = (
+    "request_id",
+    "arrival_ps",
+    "prompt_tokens",
+    "output_tokens",
+    "num_samples",
+    "admit_ps",
+    "first_token_ps",
+    "finish_ps",
     "query_blocks",
     "hit_blocks",
     "hit_tokens",
@@ -31,73 +40,112 @@ _COUNTERS = (
     "blocks",
     "cow_copies",
 )
+"""What is noted of a request when it is done with, in this order; then its place in the list of causes."""
+_ORDER = (
+    "request_id",
+    "prompt_tokens",
+    "output_tokens",
+    "num_samples",
+    "status",
+    "reject_cause",
+    "arrival_ps",
+    "admit_ps",
+    "first_token_ps",
+    "finish_ps",
+    "query_blocks",
+    "hit_blocks",
+    "hit_tokens",
+    "preemptions",
+    "recomputed_tokens",
+    "blocks",
+    "cow_copies",
+)
+"""Columns of requests, in the order of a RunResult."""
 _MAX_MAP_ROWS = 512
 
 
 class Recorder:
-    """Columns in the making; one instance a run."""
+    """Columns in the making; one instance a run.
+
+    Rows are appended to flat arrays of 64-bit integers, which cost 8 bytes a number and no object.
+    """
 
     def __init__(self, requests: Sequence[Request], manager: KVCacheManager, map_samples: int) -> None:
-        count = len(requests)
-        self._requests = requests
         self._manager = manager
-        self._arrivals = np.array([request.arrival_ps for request in requests], dtype=np.int64)
-        self._times = {
-            name: np.full(count, -1, dtype=np.int64) for name in ("admit_ps", "first_token_ps", "finish_ps")
-        }
-        self._counters = {name: np.zeros(count, dtype=np.int64) for name in _COUNTERS}
-        self._causes = [""] * count
-        self._rows: list[tuple[int, ...]] = []
-        self._gaps: list[int] = []
+        self._requests = array("q")
+        self._timeline = array("q")
+        self._gaps = array("q")
+        self._causes = [""]
         self._map = _MapSampler(manager, map_samples, requests) if map_samples else None
-
-    def arrived(self, request: Request, now_ps: int) -> None:
-        """Note when a session's turn really arrived: not before its predecessor had finished."""
-        self._arrivals[request.request_id] = now_ps
-
-    def rejected(self, request: Request, cause: str) -> None:
-        """Note that a request can never run."""
-        self._causes[request.request_id] = cause
-
-    def admitted(self, job: Job, now_ps: int) -> None:
-        """Note that a job starts; only a request's first admission counts."""
-        row = job.request.request_id
-        if self._times["admit_ps"][row] < 0 and job.match is not None:
-            self._times["admit_ps"][row] = now_ps
-            self._counters["query_blocks"][row] = job.match.query_blocks
-            self._counters["hit_blocks"][row] = job.match.hit_blocks
-            self._counters["hit_tokens"][row] = job.match.hit_tokens
-
-    def first_token(self, job: Job, now_ps: int) -> None:
-        """Note a request's first token."""
-        self._times["first_token_ps"][job.request.request_id] = now_ps
-
-    def finished(self, job: Job, now_ps: int) -> None:
-        """Note that a job has all its tokens; a request is finished when the last of its jobs is."""
-        row, counters = job.request.request_id, self._counters
-        assert job.sequence is not None
-        self._times["finish_ps"][row] = now_ps
-        counters["preemptions"][row] += job.preemptions
-        counters["recomputed_tokens"][row] += job.recomputed_tokens
-        counters["blocks"][row] += job.sequence.num_blocks
-        counters["cow_copies"][row] += job.cow_copies
-
-    def gap(self, gap_ps: int) -> None:
+        self.stretch = self._timeline.extend
+        """Add a timeline row; the values come in the order of TIMELINE_COLUMNS."""
+        self.gap = self._gaps.append
         """Note an inter-token gap that a preemption caused."""
-        self._gaps.append(gap_ps)
 
-    def stretch(self, *row: int) -> None:
-        """Add a timeline row; the values come in the order of the columns."""
-        self._rows.append(row)
+    def rejected(self, request: Request, arrival_ps: int, cause: str) -> None:
+        """Note that a request can never run."""
+        if cause not in self._causes:
+            self._causes.append(cause)
+        row = (request.request_id, arrival_ps, request.prompt_tokens, request.output_tokens)
+        code = self._causes.index(cause)
+        self._requests.extend((*row, request.num_samples, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, code))
+
+    def finished(self, job: Job, now_ps: int) -> bool:
+        """Note that a job has all its tokens; return whether its request has finished, as the last of its samples.
+
+        The job's sequence has been released.
+        """
+        sequence, origin = job.sequence, job.origin or job
+        assert sequence is not None
+        preemptions, recomputed, copies = job.preemptions, job.recomputed_tokens, job.cow_copies
+        blocks = sequence.num_blocks
+        if origin.left > 1 or origin.totals is not None:
+            before = origin.totals or (0, 0, 0, 0)
+            preemptions += before[0]
+            recomputed += before[1]
+            blocks += before[2]
+            copies += before[3]
+            origin.totals = (preemptions, recomputed, blocks, copies)
+        origin.left -= job.samples
+        if origin.left:
+            return False
+        request = job.request
+        hit_blocks = origin.hit_blocks
+        self._requests.extend(
+            (
+                request.request_id,
+                origin.arrival_ps,
+                request.prompt_tokens,
+                request.output_tokens,
+                request.num_samples,
+                origin.admit_ps,
+                origin.first_ps,
+                now_ps,
+                origin.query_blocks,
+                hit_blocks,
+                hit_blocks * self._manager.tokens_per_block,
+                preemptions,
+                recomputed,
+                blocks,
+                copies,
+                0,
+            )
+        )
+        return True
+
+    @property
+    def map_due_ps(self) -> int | None:
+        """Return when the pool is to be looked at next; None if it never is."""
+        return None if self._map is None else self._map.due_ps
 
     def sample_map(self, now_ps: int, scheduler: Scheduler) -> None:
-        """Look at the pool, if it is time to."""
-        if self._map is not None and now_ps >= self._map.due_ps:
+        """Look at the pool."""
+        if self._map is not None:
             self._map.sample(now_ps, scheduler)
 
     def result(self, wall_s: float) -> RunResult:
         """Return everything."""
-        rows = np.array(self._rows, dtype=np.int64).reshape(-1, len(TIMELINE_COLUMNS))
+        rows = _table(self._timeline, len(TIMELINE_COLUMNS))
         lifetimes = self._manager.pool.lifetimes
         return RunResult(
             requests=self._request_columns(),
@@ -115,18 +163,17 @@ class Recorder:
         )
 
     def _request_columns(self) -> Columns:
-        requests = self._requests
-        columns: Columns = {
-            name: np.array([getattr(request, name) for request in requests], dtype=np.int64)
-            for name in ("request_id", "prompt_tokens", "output_tokens", "num_samples")
-        }
-        causes = np.array(self._causes, dtype=np.str_)
-        columns["status"] = np.where(causes == "", "finished", "rejected")
-        columns["reject_cause"] = causes
-        columns["arrival_ps"] = self._arrivals
-        columns.update(self._times)
-        columns.update(self._counters)
-        return columns
+        rows = _table(self._requests, len(_FIELDS) + 1)
+        rows = rows[np.argsort(rows[:, 0])]
+        columns: Columns = {name: rows[:, column].copy() for column, name in enumerate(_FIELDS)}
+        columns["status"] = np.where(rows[:, -1] == 0, "finished", "rejected")
+        columns["reject_cause"] = np.array(self._causes, dtype=np.str_)[rows[:, -1]]
+        return {name: columns[name] for name in _ORDER}
+
+
+def _table(values: array[int], columns: int) -> NDArray[np.int64]:
+    """Return flat rows as int64 [rows, columns]."""
+    return np.array(values, dtype=np.int64).reshape(-1, columns)
 
 
 def _weighted(pairs: list[tuple[int, int]]) -> WeightedTimes:

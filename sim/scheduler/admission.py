@@ -42,11 +42,13 @@ class GuaranteedNoEvict(AdmissionRule):
     """
 
     def least_blocks(self, job: Job) -> int:
-        return job.final_blocks(self._manager.tokens_per_block)
+        return job.final_blocks
 
     def blocks_for(self, job: Job, match: PrefixMatch) -> int:
-        end = job.final_blocks(self._manager.tokens_per_block)
-        return end - match.hit_blocks + match.evictable_blocks + match.repeated_blocks
+        needed = job.final_blocks
+        if match.path or match.repeated is not None:
+            needed += match.evictable_blocks + match.repeated_blocks - match.hit_blocks
+        return needed
 
     def blocks_promised(self, outstanding: int, prompts: int) -> int:
         return outstanding

@@ -13,60 +13,81 @@ class Job:
     A request begins as one job. When its prompt is computed and it wants several samples, the job is forked
     into one for each, which then live by themselves.
 
-    target      tokens to be computed before the next token can be sampled: the prompt, and after a
-                preemption what had been generated as well
-    generated   tokens sampled so far
-    sample      which of the request's samples it is, from 0; the first one goes on where the prompt's job was
-    samples     sequences this job still stands for: all samples before the fork, 1 after
-    written     tokens that had KV when the job was preempted: what it computes again is net of new hits
+    final_tokens  tokens that have KV at the end: the last one sampled never gets any
+    final_blocks  blocks that the job holds at the end, all its samples together; set when it is accepted
+    target        tokens to be computed before the next token can be sampled: the prompt, and after a
+                  preemption what had been generated as well
+    generated     tokens sampled so far
+    sample        which of the request's samples it is, from 0; the first one goes on where the prompt's job was
+    samples       sequences this job still stands for: all samples before the fork, 1 after
+    written       tokens that had KV when the job was preempted: what it computes again is net of new hits
+    last_ps       when its last token came, while it is preempted; else -1
+
+    What the samples of a request come to together stands in the first one's job, their `origin`:
+
+    left                                 samples that have not finished
+    arrival_ps, admit_ps, first_ps       picoseconds; -1 until then
+    query_blocks, hit_blocks             at the first admission
+    preemptions, recomputed_tokens, cow_copies, blocks
+                                         of a job while it runs; of the samples that finished, in the origin's
+                                         `totals`, once there are several
     """
 
     __slots__ = (
+        "admit_ps",
+        "arrival_ps",
         "content",
         "cow_copies",
+        "final_blocks",
+        "final_tokens",
+        "first_ps",
         "generated",
+        "hit_blocks",
+        "last_ps",
+        "left",
         "match",
+        "origin",
         "preemptions",
+        "query_blocks",
         "recomputed_tokens",
         "request",
         "sample",
         "samples",
         "sequence",
         "target",
+        "totals",
         "written",
     )
 
-    def __init__(self, request: Request, samples: int, sample: int = 0) -> None:
+    def __init__(self, request: Request, samples: int, sample: int = 0, origin: Job | None = None) -> None:
         self.request = request
         self.sample = sample
-        self.samples = samples
-        self.target = request.prompt_tokens
-        self.generated = 0
-        self.written = 0
-        self.preemptions = 0
-        self.recomputed_tokens = 0
-        self.cow_copies = 0
+        self.samples = self.left = samples
+        self.target = prompt = request.prompt_tokens
+        self.final_tokens = prompt + request.output_tokens - 1
+        self.generated = self.written = self.preemptions = self.recomputed_tokens = self.cow_copies = 0
+        self.final_blocks = self.query_blocks = self.hit_blocks = 0
+        self.arrival_ps = self.admit_ps = self.first_ps = self.last_ps = -1
+        self.origin = origin
+        self.totals: tuple[int, int, int, int] | None = None
         self.content: Content | None = None
         self.sequence: KVSequence | None = None
         self.match: PrefixMatch | None = None
-
-    @property
-    def final_tokens(self) -> int:
-        """Return how many tokens have KV at the end: the last one sampled never gets any."""
-        return self.request.prompt_tokens + self.request.output_tokens - 1
 
     @property
     def remaining_tokens(self) -> int:
         """Return how many tokens are still to be sampled."""
         return self.request.output_tokens - self.generated
 
-    def final_blocks(self, tokens_per_block: int) -> int:
+    def blocks_at_end(self, tokens_per_block: int) -> int:
         """Return how many blocks all its samples hold at the end, full blocks of the prompt shared.
 
         Samples of one token are drawn when the prompt is computed, and share all of it.
         """
         end = -(-self.final_tokens // tokens_per_block)
-        shared = end if self.request.output_tokens == 1 else self.request.prompt_tokens // tokens_per_block
+        if self.samples == 1 or self.request.output_tokens == 1:
+            return end
+        shared = self.request.prompt_tokens // tokens_per_block
         return shared + self.samples * (end - shared)
 
     def __repr__(self) -> str:

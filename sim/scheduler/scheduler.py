@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import KeysView
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from allocator.config import BuildConfig
@@ -12,20 +10,27 @@ from allocator.manager import KVCacheManager, PrefixMatch
 from sim.scheduler.admission import make_admission
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
+from sim.scheduler.waiting import FirstCome
 
 
-@dataclass(slots=True)
 class Plan:
-    """What one step computes, beside one token for every decoding job."""
+    """What one step computes, beside one token for every decoding job.
 
-    prefills: list[tuple[Job, int]] = field(default_factory=list)
-    """Job and tokens of each prefill chunk, in the order of scheduling."""
-    admitted: list[Job] = field(default_factory=list)
-    preempted: list[Job] = field(default_factory=list)
-    out_of_blocks: bool = False
-    """Whether decoding or a prefill chunk found too few blocks."""
-    copied: int = 0
-    """Blocks that decoding jobs had to copy before they could write."""
+    prefills       job and tokens of each prefill chunk, in the order of scheduling
+    admitted       jobs that start
+    preempted      jobs that had to go
+    out_of_blocks  whether decoding or a prefill chunk found too few blocks
+    copied         blocks that decoding jobs had to copy before they could write
+    """
+
+    __slots__ = ("admitted", "copied", "out_of_blocks", "preempted", "prefills")
+
+    def __init__(self) -> None:
+        self.prefills: list[tuple[Job, int]] = []
+        self.admitted: list[Job] = []
+        self.preempted: list[Job] = []
+        self.out_of_blocks = False
+        self.copied = 0
 
     @property
     def is_quiet(self) -> bool:
@@ -37,8 +42,9 @@ class Scheduler:
     """Continuous batching: every step gives each decoding job a token, then spends the rest of its token budget
     on prompts, running ones first and new ones after, first come first served.
 
-    A step is `schedule`, which takes all its blocks, and `finish_step`, which gives back those of finished jobs.
-    When a step only decodes, `quiet_steps` says how many more like it follow, and `decode` takes them as one.
+    A step is `schedule`, which takes all its blocks, then `end_decodes` and `end_prefills`, which give back those
+    of finished jobs. When a step only decodes, `quiet_steps` says how many more like it follow, and `decode` takes
+    them as one. `idle_steps` says it before anything is scheduled, where that is plain to see.
     """
 
     def __init__(self, manager: KVCacheManager, build: BuildConfig, config: EngineConfig) -> None:
@@ -48,17 +54,19 @@ class Scheduler:
                 f"({build.max_batch_size}): a step decodes the whole batch"
             )
         self.manager = manager
-        self.waiting: deque[Job] = deque()
+        self.waiting = FirstCome()
         self.running: dict[Job, None] = {}  # in the order of starting; the last is preempted first
         self.batch = manager.batch()
         self.context = 0  # tokens of all decoding sequences
-        self._build = build
+        self.sequences = 0  # running, the samples to come counted
+        self.max_batch_size = build.max_batch_size
+        self._max_num_tokens = build.max_num_tokens
+        self._max_seq_len = build.max_seq_len
         self._chunked = config.enable_chunked_prefill
         self._rule = make_admission(config, manager)
         self._watermark = int(config.watermark * manager.num_blocks)
         self._prefilling: dict[Job, None] = {}
-        self._sequences = 0  # running, the samples to come counted
-        self._outstanding = 0  # blocks that running jobs will take until they finish
+        self._final_blocks = 0  # that the running jobs hold at their end
         self._named = 0  # decoding jobs whose output others may find in the cache
         self._ends: list[tuple[int, int, Job]] = []  # heap: batch tick of the last token, order of joining
         self._joined = 0
@@ -67,13 +75,13 @@ class Scheduler:
     # ---------------------------------------------------------------- what can be accepted at all
 
     def reject_cause(self, job: Job) -> str:
-        """Return why a job can never run, or ""."""
-        request, build = job.request, self._build
-        if request.prompt_tokens + request.output_tokens > build.max_seq_len:
+        """Return why a job can never run, or "". Sets its `final_blocks`."""
+        job.final_blocks = job.blocks_at_end(self.manager.tokens_per_block)
+        if job.final_tokens >= self._max_seq_len:
             return "exceeds_max_seq_len"
-        if request.num_samples > build.max_batch_size:
+        if job.samples > self.max_batch_size:
             return "exceeds_max_batch_size"
-        if not self._chunked and request.prompt_tokens > build.max_num_tokens:
+        if job.target > self._max_num_tokens and not self._chunked:
             return "exceeds_max_num_tokens"
         return "exceeds_pool" if self._rule.least_blocks(job) > self.manager.num_blocks else ""
 
@@ -86,13 +94,17 @@ class Scheduler:
         """
         plan = Plan()
         manager, batch = self.manager, self.batch
-        while batch and manager.blocks_to_advance(batch) > manager.available_blocks:
-            plan.out_of_blocks = True
-            self._preempt_last(plan)
-        copies = manager.tables.cow_copies
-        self.decode()
-        plan.copied = manager.tables.cow_copies - copies
-        budget = self._build.max_num_tokens - len(batch)
+        decoding = len(batch)
+        if decoding:
+            if 2 * decoding > manager.available_blocks:  # each takes one block at most, and one copy
+                while batch and manager.blocks_to_advance(batch) > manager.available_blocks:
+                    plan.out_of_blocks = True
+                    self._preempt(self._victim(), plan)
+                decoding = len(batch)
+            copies = manager.tables.cow_copies
+            self.decode()
+            plan.copied = manager.tables.cow_copies - copies
+        budget = self._max_num_tokens - decoding
         if self._prefilling:
             budget = self._continue_prefills(plan, budget)
         if self.waiting and not plan.preempted:
@@ -102,22 +114,24 @@ class Scheduler:
     def decode(self, steps: int = 1) -> None:
         """Give every decoding job its token, `steps` times over."""
         if self.batch:
-            self._outstanding -= self.manager.blocks_to_advance(self.batch, steps)
             self.manager.advance(self.batch, steps)
             self.context += steps * len(self.batch)
 
-    def finish_step(self, plan: Plan) -> tuple[list[Job], list[Job]]:
-        """Account for the tokens sampled; return the jobs that have just been prefilled, and those that finished.
-
-        A job that finishes with its prefill is in both. Decoding jobs finish first, in the order in which they
-        joined the batch; their blocks are given back.
-        """
+    def end_decodes(self) -> list[Job]:
+        """Return the jobs that have all their tokens now, in the order of joining; their blocks are given back."""
         finished: list[Job] = []
-        while self._decoding and self._next_end() == self.batch.tick:
+        while self._decoding and self.next_end() == self.batch.tick:
             job = heappop(self._ends)[2]
             self._leave_batch(job)
             self._finish(job)
             finished.append(job)
+        return finished
+
+    def end_prefills(self, plan: Plan) -> tuple[list[Job], list[Job]]:
+        """Account for the tokens sampled at the ends of prompts; return the jobs that have just been prefilled, and
+        those of them that finished with it.
+        """
+        finished: list[Job] = []
         prefilled: list[Job] = []
         for job, _ in plan.prefills:
             assert job.sequence is not None
@@ -126,27 +140,50 @@ class Scheduler:
             del self._prefilling[job]
             job.generated += 1
             prefilled.append(job)
-            if job.remaining_tokens:
-                for branch in self._fork(job):
-                    self._join_batch(branch)
-            else:
+            if job.generated == job.request.output_tokens:
                 self._finish(job)
                 finished.append(job)
+            else:
+                if job.samples > 1:
+                    self._fork(job)
+                else:
+                    self._join_batch(job)
         return prefilled, finished
 
     # ---------------------------------------------------------------- steps that are alike
+
+    def idle_steps(self) -> int:
+        """Return for how many steps there is nothing to do but decode, if that is plain to see; else 0.
+
+        The answer is what `schedule` and `quiet_steps` would come to: blocks abound, nobody can start, nobody's
+        prompt is unfinished, no member of the batch has to copy a block, and what it generates nobody else did.
+        """
+        batch = self.batch
+        decoding = len(batch)
+        if not decoding or self._named or self._prefilling or (self.waiting and self._may_start()):
+            return 0
+        steps = self.next_end() - batch.tick
+        # a block started and one filled every tokens_per_block steps, and twice that for where they begin
+        most = 2 * decoding * (steps // self.manager.tokens_per_block + 2)
+        if most > self.manager.available_blocks or not self.manager.writes_in_place(batch):
+            return 0
+        return steps
+
+    def _may_start(self) -> bool:
+        """Return whether the first waiting job finds a place in the batch, so that it depends on blocks."""
+        return self.sequences + self.waiting.first.samples <= self.max_batch_size
 
     def quiet_steps(self) -> int:
         """Return how many steps like the one just scheduled, which only decodes, can follow it: until somebody
         finishes, the pool runs out, or something is cached or evicted that lets the first waiting job start.
         """
-        steps = self._next_end() - self.batch.tick
+        steps = self.next_end() - self.batch.tick
         blocks = self.manager.available_blocks
-        if self._could_start_first():
+        if self.waiting and self._may_start():
             if self._named:
                 # a block can be hit in the very step that fills it, so that step is not like this one
                 steps = min(steps, self.batch.ticks_until_fill() - 1)
-            match = self.waiting[0].match
+            match = self.waiting.first.match
             if match is not None and match.repeated_blocks:
                 # nor is one that evicts a block which the job would have held beside its own
                 blocks = self.manager.pool.num_free
@@ -170,17 +207,22 @@ class Scheduler:
         fills = min(self.batch.fills(steps), self.manager.pool.num_evictable)
         return self.manager.blocks_to_advance(self.batch, steps) + fills
 
-    def _could_start_first(self) -> bool:
-        """Return whether only blocks are lacking for the first waiting job."""
-        return bool(self.waiting) and self._sequences + self.waiting[0].samples <= self._build.max_batch_size
-
     def decoding(self) -> KeysView[Job]:
         """Return the decoding jobs, in the order in which they joined the batch."""
         return self._decoding.keys()
 
     def accepts_arrivals(self) -> bool:
         """Return whether a job that arrives now could be admitted: none waits before it, and the batch has room."""
-        return not self.waiting and self._sequences < self._build.max_batch_size
+        return not self.waiting and self.sequences < self.max_batch_size
+
+    def next_end(self) -> int:
+        """Return the batch's tick at which the next decoding job has its last token. Somebody must be decoding."""
+        ends, decoding = self._ends, self._decoding
+        while True:
+            tick, joined, job = ends[0]
+            if decoding.get(job) == joined:
+                return tick
+            heappop(ends)
 
     # ---------------------------------------------------------------- prefill and admission
 
@@ -195,9 +237,7 @@ class Scheduler:
             chunk = min(job.target - sequence.num_tokens, budget, self._room(job, plan))
             if chunk <= 0:
                 break
-            blocks = sequence.num_blocks
             self.manager.prefill(sequence, chunk)
-            self._outstanding -= sequence.num_blocks - blocks
             plan.prefills.append((job, chunk))
             budget -= chunk
         return budget
@@ -216,19 +256,20 @@ class Scheduler:
             if capacity > sequence.num_tokens:
                 return capacity - sequence.num_tokens
             plan.out_of_blocks = True
-            last = next(reversed(self.running))
+            last = self._victim()
             if last in self._decoding:
                 return 0
             if last is job:
                 if not (self.batch or plan.prefills):  # nobody else will make room: it holds blocks twice
-                    self._preempt_last(plan)
+                    self._preempt(job, plan)
                 return 0
-            self._preempt_last(plan)
+            self._preempt(last, plan)
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        while self.waiting and budget > 0:
-            job = self.waiting[0]
-            if self._sequences + job.samples > self._build.max_batch_size:
+        waiting = self.waiting
+        while waiting and budget > 0:
+            job = waiting.first
+            if self.sequences + job.samples > self.max_batch_size:
                 return
             match = self._look_up(job)
             left = job.target - match.hit_tokens
@@ -237,7 +278,7 @@ class Scheduler:
                 return
             if not self._fits(job, match, chunk):
                 return
-            self.waiting.popleft()
+            waiting.pop_first()
             self._start(job, match, chunk)
             plan.admitted.append(job)
             plan.prefills.append((job, chunk))
@@ -253,7 +294,10 @@ class Scheduler:
     def _fits(self, job: Job, match: PrefixMatch, chunk: int) -> bool:
         if not self.running:
             return self.manager.can_admit(match, chunk)
-        promised = self._rule.blocks_promised(self._outstanding, self._unfinished_prompts())
+        # Whoever decodes has its token for this step, and so a tail of its own: of what the running jobs hold at
+        # their end, the blocks in their tables are all that they have, and the rest is still to be taken.
+        outstanding = self._final_blocks - self.manager.logical_blocks
+        promised = self._rule.blocks_promised(outstanding, self._unfinished_prompts())
         room = self.manager.available_blocks - promised - self._watermark
         return self._rule.blocks_for(job, match) <= room
 
@@ -268,56 +312,59 @@ class Scheduler:
         job.sequence = self.manager.admit(
             job.content, chunk, match, job.request.salt, readmission=job.preemptions > 0
         )
-        job.recomputed_tokens += max(0, job.written - match.hit_tokens)
-        self._outstanding += job.final_blocks(self.manager.tokens_per_block) - job.sequence.num_blocks
-        self._sequences += job.samples
+        if job.written > match.hit_tokens:
+            job.recomputed_tokens += job.written - match.hit_tokens
+        self._final_blocks += job.final_blocks
+        self.sequences += job.samples
         self._prefilling[job] = None
         self.running[job] = None
 
     # ---------------------------------------------------------------- fork, preemption, end
 
-    def _fork(self, job: Job) -> list[Job]:
-        """Return the jobs of all samples; the blocks they will need were counted when the job was admitted."""
+    def _fork(self, job: Job) -> None:
+        """Let all samples of a job decode; the blocks they will need were counted when the job was admitted."""
+        assert job.sequence is not None
         branches = [job]
-        if job.samples > 1:
-            assert job.sequence is not None
-            for sample, sequence in enumerate(self.manager.fork(job.sequence, job.samples - 1), start=1):
-                branch = Job(job.request, 1, sample)
-                branch.generated = job.generated
-                branch.sequence = sequence
-                self.running[branch] = None
-                branches.append(branch)
-            job.samples = 1
-        return branches
+        for sample, sequence in enumerate(self.manager.fork(job.sequence, job.samples - 1), start=1):
+            branch = Job(job.request, 1, sample, job)
+            branch.generated = job.generated
+            branch.sequence = sequence
+            self.running[branch] = None
+            branches.append(branch)
+        job.samples = 1
+        self._final_blocks -= job.final_blocks
+        for branch in branches:
+            branch.final_blocks = branch.blocks_at_end(self.manager.tokens_per_block)
+            self._final_blocks += branch.final_blocks
+            self._join_batch(branch)
 
     def _join_batch(self, job: Job) -> None:
-        assert job.sequence is not None
-        self.batch.add(job.sequence)
-        self.context += job.sequence.num_tokens
-        self._named += job.request.named_tokens > job.request.prompt_tokens
+        sequence, request, batch = job.sequence, job.request, self.batch
+        assert sequence is not None
+        self.context += sequence.num_tokens
+        batch.add(sequence)
+        self._named += request.named_tokens > request.prompt_tokens
         self._joined += 1
         self._decoding[job] = self._joined
-        heappush(self._ends, (self.batch.tick + job.remaining_tokens, self._joined, job))
+        heappush(self._ends, (batch.tick + request.output_tokens - job.generated, self._joined, job))
 
     def _leave_batch(self, job: Job) -> None:
-        assert job.sequence is not None
-        self.context -= job.sequence.num_tokens
-        self._named -= job.request.named_tokens > job.request.prompt_tokens
+        sequence, request = job.sequence, job.request
+        assert sequence is not None
+        tokens = sequence.num_tokens
+        self.context -= tokens
+        self._named -= request.named_tokens > request.prompt_tokens
         del self._decoding[job]
         # every tick since it joined gave it a token; what it has computed is one less than it has sampled
-        job.generated = job.sequence.num_tokens - job.request.prompt_tokens + 1
-        self.batch.remove(job.sequence)
+        job.generated = tokens - request.prompt_tokens + 1
+        self.batch.remove(sequence)
 
-    def _next_end(self) -> int:
-        """Return the tick at which the next decoding job has its last token."""
-        while True:
-            tick, joined, job = self._ends[0]
-            if self._decoding.get(job) == joined:
-                return tick
-            heappop(self._ends)
+    def _victim(self) -> Job:
+        """Return whom to preempt first: the job that started last."""
+        return next(reversed(self.running))
 
-    def _preempt_last(self, plan: Plan) -> None:
-        job = next(reversed(self.running))
+    def _preempt(self, job: Job, plan: Plan) -> None:
+        """Take a running job's blocks away; it computes again what it had when it starts next."""
         sequence = job.sequence
         assert sequence is not None
         if job in self._decoding:
@@ -330,12 +377,7 @@ class Scheduler:
         job.preemptions += 1
         job.match = None
         self._retire(job)
-        self._outstanding = sum(
-            other.final_blocks(self.manager.tokens_per_block) - other.sequence.num_blocks
-            for other in self.running
-            if other.sequence
-        ) + self.manager.tables.copies_needed(self.batch.unready)  # of tails that samples still share
-        self.waiting.appendleft(job)
+        self.waiting.put_back(job)
         plan.preempted.append(job)
 
     def _finish(self, job: Job) -> None:
@@ -347,5 +389,6 @@ class Scheduler:
         assert job.sequence is not None
         self.manager.release(job.sequence)
         job.cow_copies += job.sequence.cow_copies
-        self._sequences -= job.samples
+        self._final_blocks -= job.final_blocks
+        self.sequences -= job.samples
         del self.running[job]
