@@ -101,7 +101,7 @@ def _synthetic(
         output_tokens_max=longest,
     )
     for _ in range(4):
-        workload = Workload(name, generate(recipe).requests, 0, published)
+        workload = Workload(name, list(generate(recipe)), 0, published)
         prompt, output = workload.mean_tokens
         recipe = dataclasses.replace(
             recipe,

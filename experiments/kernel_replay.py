@@ -94,26 +94,25 @@ class Outcome:
 
 def workload(config: Config) -> list[Request]:
     """Return the requests of the synthetic workload: short, shared, sampled several times, all at once."""
-    return generate(
-        WorkloadConfig(
-            num_requests=config.requests,
-            workload_seed=config.seed,
-            requests_per_s=200.0,
-            user_tokens_mean=40,
-            user_tokens_min=4,
-            user_tokens_max=160,
-            output_tokens_mean=16,
-            output_tokens_max=64,
-            system_prompts=2,
-            system_prompt_tokens=44,
-            turns_mean=1.5,
-            turns_max=3,
-            think_s_mean=0.05,
-            sampling_share=0.25,
-            samples_per_request=3,
-            content_tokens_per_chunk=4,
-        )
-    ).requests
+    drawn = WorkloadConfig(
+        num_requests=config.requests,
+        workload_seed=config.seed,
+        requests_per_s=200.0,
+        user_tokens_mean=40,
+        user_tokens_min=4,
+        user_tokens_max=160,
+        output_tokens_mean=16,
+        output_tokens_max=64,
+        system_prompts=2,
+        system_prompt_tokens=44,
+        turns_mean=1.5,
+        turns_max=3,
+        think_s_mean=0.05,
+        sampling_share=0.25,
+        samples_per_request=3,
+        content_tokens_per_chunk=4,
+    )
+    return list(generate(drawn))
 
 
 def shrunk(request: Request, factor: int) -> Request:
@@ -176,8 +175,8 @@ def run(config: Config) -> Outcome:
     if config.trace is None:
         requests = workload(config)
     else:
-        trace = read_trace(config.trace, limit=config.requests)
-        requests = [shrunk(request, config.shrink) for request in trace.requests]
+        trace = read_trace(config.trace, num_requests=config.requests)
+        requests = [shrunk(request, config.shrink) for request in trace]
     longest = max(request.prompt_tokens + request.output_tokens for request in requests)
     num_blocks = config.num_blocks
     if num_blocks is None:

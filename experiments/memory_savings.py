@@ -125,7 +125,9 @@ def workloads(config: Config) -> list[Workload]:
     """Return what is to be served. Raises ValueError for a trace that cannot be read, or has nothing that fits."""
     if config.trace is None:
         return published_workloads(config.num_requests, config.seed, config.max_seq_len)
-    trace = read_trace(config.trace, format=config.format, columns=config.columns, limit=config.num_requests)
+    trace = read_trace(
+        config.trace, format=config.format, columns=config.columns, num_requests=config.num_requests
+    )
     return [from_trace(trace, config.max_seq_len)]
 
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from allocator.config import BuildConfig, CacheConfig, ModelSpec
 from sim.hardware import GPUSpec
 from sim.scheduler.config import EngineConfig
+from sim.traces.reading import ReadOptions
 from sim.workload import WorkloadConfig
 
 SYNTHETIC = "synthetic"
@@ -31,11 +32,7 @@ class TraceSource:
     """
 
     path: str
-    format: str | None = None
-    columns: str | None = None
-    limit: int | None = None
-    time_scale: float = 1.0
-    skip_bad: bool = False
+    reading: ReadOptions = field(default_factory=ReadOptions)
     workload: WorkloadConfig | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +117,7 @@ def _build(kind: type[T], data: Any, where: str) -> T:
     if not isinstance(data, dict):
         raise ValueError(f"{where} ({_shown(data)}) must be an object")
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
     for name in data:
         if name not in known:
             raise ValueError(f"{where}.{name} is unknown to this version")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -15,23 +15,8 @@ from sim.command_line import option_value, parse_dataclass
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
 from sim.scheduler.config import EngineConfig
-from sim.workload import WorkloadConfig
-
-
-@dataclass(frozen=True)
-class TraceOptions:
-    """How the trace file is read."""
-
-    format: str | None = None
-    """Name of the trace's format; None to tell it from the content."""
-    columns: str | None = None
-    """For any other CSV, which column is what: arrival=NAME,prompt=NAME,output=NAME."""
-    limit: int | None = None
-    """Replay the first so many requests only; None for all."""
-    time_scale: float = 1.0
-    """Factor on all times of the trace: 0.5 doubles the request rate."""
-    skip_bad: bool = False
-    """Leave malformed rows out and count them, instead of stopping at the first."""
+from sim.traces.reading import ReadOptions
+from sim.workload import WorkloadConfig, WorkloadShape
 
 
 @dataclass(frozen=True)
@@ -108,7 +93,9 @@ class Replay:
     """Model: a preset's name, or the path of a Hugging Face config.json."""
     figures: bool = True
     """Draw figures/*.png and *.svg."""
-    reading: TraceOptions = field(default_factory=TraceOptions)
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    """How a trace file is read, and which part of it. Of a synthetic workload, too, --num-requests are replayed,
+    1,000 unless said otherwise."""
     build: BuildConfig = field(default_factory=BuildConfig)
     """What is fixed when an engine is built."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -117,25 +104,27 @@ class Replay:
     """How requests are admitted, batched and preempted, and the service level they are held to."""
     hardware: GPUOptions = field(default_factory=GPUOptions)
     """The GPU: a preset, and figures in place of the preset's (or all of them, for a GPU of another name)."""
-    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    workload: WorkloadShape = field(default_factory=WorkloadShape)
     """What a synthetic workload is drawn from, with TRACE `synthetic`: sessions arrive at random, begin with a
     shared system prompt if there are any, and go on for some turns, each prompt holding all that was said."""
 
     @classmethod
     def of(cls, spec: RunSpec, out: Path, from_manifest: Path) -> Replay:
         """Return the command line that describes `spec`."""
-        reading = {each.name: getattr(spec.trace, each.name) for each in dataclasses.fields(TraceOptions)}
+        workload, reading = spec.trace.workload, spec.trace.reading
+        if workload is not None:
+            reading = ReadOptions(num_requests=workload.num_requests)
         return cls(
             trace=spec.trace.path,
             out=out,
             from_manifest=from_manifest,
             model=spec.model.name,
-            reading=TraceOptions(**reading),
+            reading=reading,
             build=spec.build,
             cache=spec.cache,
             engine=spec.engine,
             hardware=GPUOptions.of(spec.gpu),
-            workload=spec.trace.workload or WorkloadConfig(),
+            workload=WorkloadShape() if workload is None else workload.shape,
         )
 
     def spec(self, known_model: ModelSpec | None) -> RunSpec:
@@ -144,19 +133,21 @@ class Replay:
         return RunSpec(self._source(), model, self.hardware.resolve(), self.build, self.cache, self.engine)
 
     def _source(self) -> TraceSource:
-        if self.trace == SYNTHETIC:
-            if given := _changed(self.reading):
-                raise ValueError(f"{given} needs a trace file: TRACE is {SYNTHETIC}")
-            return TraceSource(SYNTHETIC, workload=self.workload)
-        if given := _changed(self.workload):
-            raise ValueError(f"{given} describes a synthetic workload, but TRACE is {self.trace}")
-        return TraceSource(os.path.abspath(self.trace), **dataclasses.asdict(self.reading))
+        if self.trace != SYNTHETIC:
+            if given := _changed(self.workload, WorkloadShape()):
+                raise ValueError(f"{given} describes a synthetic workload, but TRACE is {self.trace}")
+            return TraceSource(os.path.abspath(self.trace), self.reading)
+        count = self.reading.num_requests
+        if given := _changed(self.reading, ReadOptions(num_requests=count)):
+            raise ValueError(f"{given} needs a trace file: TRACE is {SYNTHETIC}")
+        requests = {} if count is None else {"num_requests": count}
+        return TraceSource(SYNTHETIC, workload=WorkloadConfig(**asdict(self.workload), **requests))
 
 
-def _changed(options: TraceOptions | WorkloadConfig) -> str | None:
+def _changed(options: ReadOptions | WorkloadShape, default: ReadOptions | WorkloadShape) -> str | None:
     """Return the first flag whose value is not its default."""
     for each in dataclasses.fields(options):
-        if getattr(options, each.name) != each.default:
+        if getattr(options, each.name) != getattr(default, each.name):
             return "--" + each.name.replace("_", "-")
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from allocator.config import MemoryBudget
 from sim.cost import RooflineCost
@@ -18,14 +18,7 @@ def load_trace(source: TraceSource) -> Trace:
     """Read the trace file, or generate the workload. Raises ValueError (TraceError for a malformed file)."""
     if source.workload is not None:
         return generate(source.workload)
-    return read_trace(
-        source.path,
-        format=source.format,
-        columns=source.columns,
-        limit=source.limit,
-        time_scale=source.time_scale,
-        skip_bad=source.skip_bad,
-    )
+    return read_trace(source.path, **asdict(source.reading))
 
 
 def memory_budget(spec: RunSpec) -> MemoryBudget:
@@ -57,7 +50,7 @@ def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], Non
         kv_bytes_per_token=budget.bytes_per_token,
     )
     result = simulate(
-        loaded.requests,
+        list(loaded),
         spec.build,
         spec.cache,
         spec.engine,

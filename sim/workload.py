@@ -44,8 +44,8 @@ _LEAST_CV = 0.001
 
 
 @dataclass(frozen=True)
-class WorkloadConfig:
-    """What a synthetic workload is drawn from.
+class WorkloadShape:
+    """What a synthetic workload is drawn from, but for how many requests.
 
     The same configuration gives the same requests, as long as NumPy keeps its random streams.
     Sessions arrive at random; each starts with its user's text, behind one of the shared system prompts if there
@@ -55,8 +55,6 @@ class WorkloadConfig:
     Raises ValueError on a broken rule.
     """
 
-    num_requests: int = 1000
-    """Requests of the workload: the first so many to arrive."""
     workload_seed: int = 0
     """Seed of all draws."""
     requests_per_s: float = 4.0
@@ -102,7 +100,8 @@ class WorkloadConfig:
     prompt ends belongs to the session."""
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _INTEGERS.items():
+        for name in _INTEGERS.keys() & {each.name for each in dataclasses.fields(self)}:
+            least, most = _INTEGERS[name]
             require_int(name, getattr(self, name), least)
             if getattr(self, name) > most:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at most {most}")
@@ -143,6 +142,21 @@ class WorkloadConfig:
     @property
     def _system_tokens(self) -> int:
         return self.system_prompt_tokens if self.system_prompts else 0
+
+
+@dataclass(frozen=True)
+class WorkloadConfig(WorkloadShape):
+    """A synthetic workload: its shape, and how many requests. Raises ValueError on a broken rule."""
+
+    num_requests: int = 1000
+    """Requests of the workload: the first so many to arrive."""
+
+    @property
+    def shape(self) -> WorkloadShape:
+        """All of it but the number of requests."""
+        return WorkloadShape(
+            **{each.name: getattr(self, each.name) for each in dataclasses.fields(WorkloadShape)}
+        )
 
     @property
     def sha256(self) -> str:

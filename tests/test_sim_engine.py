@@ -124,7 +124,7 @@ def _workloads(draw: st.DrawFn) -> Scenario:
     size = draw(st.sampled_from([1, 16, 64]))
     model = draw(st.sampled_from(["llama-2-7b", "mistral-7b"]))  # the second has windows: no closed form
     return Scenario(
-        generate(config).requests,
+        list(generate(config)),
         BuildConfig(
             draw(st.sampled_from([8, 64])), draw(st.sampled_from([256, 2048])), tokens_per_block=size
         ),
@@ -149,12 +149,12 @@ def test_skipping_equals_stepping_on_larger_workloads(scenario: Scenario) -> Non
 def test_a_rerun_is_identical() -> None:
     trace = generate(WorkloadConfig(num_requests=300, system_prompts=4, turns_mean=2.0, sampling_share=0.2))
     cost = RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["h100-80gb"])
-    scenario = Scenario(trace.requests, BuildConfig(max_seq_len=65536), 4096, cost=cost)
+    scenario = Scenario(list(trace), BuildConfig(max_seq_len=65536), 4096, cost=cost)
     first = scenario.run()
     assert first.cache.hit_blocks > 0
     assert_identical(first, scenario.run())
     again = generate(WorkloadConfig(num_requests=300, system_prompts=4, turns_mean=2.0, sampling_share=0.2))
-    assert_identical(first, dataclasses.replace(scenario, requests=again.requests).run())
+    assert_identical(first, dataclasses.replace(scenario, requests=list(again)).run())
 
 
 # ------------------------------------------------------------------ no livelock
@@ -247,7 +247,7 @@ def test_littles_law() -> None:
     trace = generate(WorkloadConfig(num_requests=3000, requests_per_s=6.0, user_tokens_mean=200.0))
     cost = RooflineCost(MODEL_PRESETS["llama-2-7b"], GPU_PRESETS["a100-80gb"])
     build = BuildConfig(max_seq_len=16384)
-    result = Scenario(trace.requests, build, 600, engine=GREEDY, cost=cost).run()
+    result = Scenario(list(trace), build, 600, engine=GREEDY, cost=cost).run()
     arrival, _, finish = _times(result)
     rows = result.timeline
     present = (rows["running"] + rows["waiting"]) * (rows["end_ps"] - rows["start_ps"]).astype(np.float64)
@@ -289,7 +289,7 @@ MOONCAKE = _Public("mooncake-fast25/conversation_trace.jsonl", "llama-3-8b", "h1
 
 
 def _public(traces_dir: Path, which: _Public, build: BuildConfig) -> Scenario:
-    requests = read_trace(traces_dir / which.path, limit=which.limit).requests
+    requests = list(read_trace(traces_dir / which.path, num_requests=which.limit))
     model, gpu = MODEL_PRESETS[which.model], GPU_PRESETS[which.gpu]
     budget = MemoryBudget.compute(model, build, CacheConfig(), gpu_memory_bytes=gpu.memory_bytes)
     assert budget.pool_bytes > 10 * GIB

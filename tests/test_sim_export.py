@@ -23,6 +23,7 @@ from sim.hardware import GPUSpec
 from sim.manifest import Manifest, RunSpec, TraceSource, git_revision
 from sim.records import RunResult
 from sim.scheduler.config import EngineConfig
+from sim.traces.reading import ReadOptions
 from sim.workload import WorkloadConfig
 
 
@@ -253,7 +254,10 @@ def test_an_error_of_something_else_is_not_the_folders(tmp_path: Path, error: OS
 # ------------------------------------------------------------------ manifests
 
 SPEC = RunSpec(
-    trace=TraceSource("/data/trace.csv", columns="arrival=a,prompt=p,output=o", limit=7, time_scale=0.1),
+    trace=TraceSource(
+        "/data/trace.csv",
+        ReadOptions(columns="arrival=a,prompt=p,output=o", num_requests=7, time_scale=0.1, end_s=7.5),
+    ),
     model=dataclasses.replace(ModelSpec.preset("mistral-7b"), layer_windows=(4096, None) * 16),
     gpu=GPUSpec.preset("h200"),
     build=BuildConfig(tokens_per_block=16),
@@ -269,14 +273,14 @@ DOCUMENT = {"num_requests": 7, "skipped_rows": 0, "budget": {}}
     st.sampled_from([None, WorkloadConfig(workload_seed=5, session_tokens_max=40_000)]),
 )
 def test_a_manifest_reads_back_as_the_spec_it_was_made_from(
-    tmp_path_factory: pytest.TempPathFactory, limit: int | None, share: float, workload: WorkloadConfig | None
+    tmp_path_factory: pytest.TempPathFactory, count: int | None, share: float, workload: WorkloadConfig | None
 ) -> None:
     path = tmp_path_factory.mktemp("manifest") / MANIFEST
     spec = dataclasses.replace(
         SPEC,
         trace=TraceSource("synthetic", workload=workload)
         if workload
-        else dataclasses.replace(SPEC.trace, limit=limit),
+        else dataclasses.replace(SPEC.trace, reading=ReadOptions(num_requests=count, rate=share)),
         engine=EngineConfig(watermark=share / 2, slo_ttft_s=share),
     )
     document = Manifest(spec, "ab" * 32).document(**DOCUMENT)

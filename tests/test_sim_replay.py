@@ -18,11 +18,12 @@ from allocator.config import BuildConfig, CacheConfig
 from sim.command_line import option_value
 from sim.export import ResultFolder
 from sim.hardware import GPU_PRESETS, GPUSpec
-from sim.options import GPUOptions, TraceOptions, parse
+from sim.options import GPUOptions, parse
 from sim.replay import main
 from sim.report import report_rows
 from sim.scheduler.config import EngineConfig
-from sim.workload import WorkloadConfig
+from sim.traces.reading import ReadOptions
+from sim.workload import WorkloadShape
 
 SMALL = ["synthetic", "--num-requests", "40", "--user-tokens-max", "1000", "--output-tokens-max", "200"]
 SHARED = [*SMALL, "--system-prompts", "2", "--turns-mean", "2", "--session-tokens-max", "2048"]
@@ -135,7 +136,7 @@ def test_a_manifest_reruns_a_file_from_anywhere(
     tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    replay(["trace.csv", *COLUMNS, "--limit", "20", "--time-scale", "0.1"], tmp_path / "a")
+    replay(["trace.csv", *COLUMNS, "--num-requests", "20", "--time-scale", "0.1"], tmp_path / "a")
     monkeypatch.chdir("/")
     replay([f"--from-manifest={tmp_path / 'a' / 'manifest.json'}"], tmp_path / "b")
     for name in TABLES:
@@ -186,7 +187,7 @@ def another(value: object, kind: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", [BuildConfig, CacheConfig, EngineConfig, WorkloadConfig, GPUOptions, TraceOptions]
+    "kind", [BuildConfig, CacheConfig, EngineConfig, WorkloadShape, GPUOptions, ReadOptions]
 )
 def test_every_field_is_a_flag(kind: type) -> None:
     chosen = {
@@ -202,8 +203,8 @@ def test_every_field_is_a_flag(kind: type) -> None:
         "turns_mean": "1.5",
         "session_tokens_max": "90000",
     }
-    part = {GPUOptions: "hardware", TraceOptions: "reading"}.get(
-        kind, kind.__name__.removesuffix("Config").lower()
+    part = {GPUOptions: "hardware", ReadOptions: "reading"}.get(
+        kind, kind.__name__.removesuffix("Config").removesuffix("Shape").lower()
     )
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
@@ -353,7 +354,7 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
             ["synthetic", "--model", "llama-2-70b"],
             "weights (128.48 GiB) of llama-2-70b exceed the GPU's memory",
         ),
-        (["synthetic", "--limit", "3"], "--limit needs a trace file: TRACE is synthetic"),
+        (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
             ["{here}/trace.csv", "--turns-mean", "2"],
             "--turns-mean describes a synthetic workload, but TRACE is ",
@@ -361,7 +362,7 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
         (["{here}/none.csv"], "none.csv: cannot be read: No such file or directory"),
         (["{here}/trace.csv"], "trace.csv:1: header (when, tokens_in, tokens_out) must be that of one of "),
         (["{here}/trace.csv", "--format", "azur"], "unknown trace format 'azur' (did you mean azure?)"),
-        (["{here}/trace.csv", *COLUMNS, "--limit", "0"], "limit (0) must be at least 1"),
+        (["{here}/trace.csv", *COLUMNS, "--num-requests", "0"], "num_requests (0) must be at least 1"),
         (["--from-manifest", "{here}/none.json"], "none.json) cannot be read: No such file or directory"),
         (["--from-manifest", "{here}/trace.csv"], "trace.csv) is not one that a replay wrote: "),
     ],
@@ -399,7 +400,7 @@ def test_an_unwritable_folder_is_found_out_before_the_trace_is_read(
     assert f"error: out ({trace_file / 'below'}) cannot be written: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--tokens-per-blok", "2"], ["--limit", "x"], []])
+@pytest.mark.parametrize("flags", [["--tokens-per-blok", "2"], ["--num-requests", "x"], []])
 def test_unknown_and_ill_typed_flags_exit_with_two(
     capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
@@ -409,7 +410,7 @@ def test_unknown_and_ill_typed_flags_exit_with_two(
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert {"--tokens-per-blok": "Perhaps you meant", "--limit": "--limit"}.get(
+    assert {"--tokens-per-blok": "Perhaps you meant", "--num-requests": "--num-requests"}.get(
         flags[0] if flags else "", "TRACE"
     ) in said
 
@@ -465,7 +466,16 @@ def test_the_azure_code_trace(traces_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens_per_block", [16, 128, 512, 1024])
 def test_the_mooncake_conversation_trace(traces_dir: Path, tmp_path: Path, tokens_per_block: int) -> None:
     trace = str(traces_dir / "mooncake-fast25" / "conversation_trace.jsonl")
-    flags = ["--model", "llama-3-8b", "--gpu", "h100-80gb", "--max-seq-len", "131072", "--limit", "1000"]
+    flags = [
+        "--model",
+        "llama-3-8b",
+        "--gpu",
+        "h100-80gb",
+        "--max-seq-len",
+        "131072",
+        "--num-requests",
+        "1000",
+    ]
     summary = replay([trace, *flags, "--tokens-per-block", str(tokens_per_block)], tmp_path)
     assert summary["finished"] == 1000
     assert summary["hit_tokens"] > 0

@@ -25,7 +25,7 @@ def test_describe_prints_text_or_json(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "0.429 of chunks, 0.598 of tokens" in shown
     assert "1.02 / 0 / 2.44 / 2.99 / 3.05 s (mean / p50 / p90 / p99 / max)" in shown
-    assert main(["describe", path, "--json", "--limit", "2"]) == 0
+    assert main(["describe", path, "--json", "--num-requests", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"] == 2
 
 
@@ -78,8 +78,8 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         f"error: {tmp_path}/no/out cannot be written: No such file or directory\n"
     )
     with pytest.raises(SystemExit, match="2"):
-        main(["describe", str(source), "--limmit", "3"])
-    assert "--limit" in capsys.readouterr().err
+        main(["describe", str(source), "--num-request", "3"])
+    assert "--num-requests" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

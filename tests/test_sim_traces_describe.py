@@ -46,7 +46,7 @@ def test_the_public_mooncake_conversation_trace(traces_dir: Path) -> None:
     assert content["hit_rate_tokens"] == pytest.approx(0.374, abs=0.0005)
     # published for an LRU cache of 10,000 and 30,000 chunks; distances say for each hit what cache it needs.
     # An engine's LRU drops a chunk's parent no earlier than the chunk, so the shares differ in the third digit.
-    distances = sharing(trace.requests).reuse_distances
+    distances = sharing(trace).reuse_distances
     for chunks, published in ((3_000, 0.065), (10_000, 0.212), (30_000, 0.326)):
         assert (distances < chunks).sum() / content["prompt_chunks"] == pytest.approx(published, abs=0.004)
 

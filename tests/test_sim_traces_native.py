@@ -119,14 +119,14 @@ def test_scaled_times_stay_on_the_clock(tmp_path: Path) -> None:
         with pytest.raises(TraceError) as caught:
             read_trace(path, time_scale=scale)
         assert str(caught.value).startswith(f"{path}:2: {message}")
-    assert read_trace(late, time_scale=5e-324).requests[1].arrival_ps == 0
+    assert list(read_trace(late, time_scale=5e-324))[1].arrival_ps == 0
     assert read_trace(late, time_scale=1e308, skip_bad=True).skipped == 1
 
 
 def test_optional_columns_have_defaults(tmp_path: Path) -> None:
     path = table(tmp_path / "t", granularity=[0, 16], named_tokens=[0, 30], chunk_ids=[None, [4, 2]])
     read = read_trace(path)
-    assert as_values(read.requests[1]) == {
+    assert as_values(list(read)[1]) == {
         "request_id": 1,
         "arrival_ps": 7,
         "prompt_tokens": 30,
@@ -143,7 +143,7 @@ def test_optional_columns_have_defaults(tmp_path: Path) -> None:
     }
     narrow = pl.read_parquet(path).with_columns(pl.col("prompt_tokens").cast(pl.UInt16))
     narrow.write_parquet(path)
-    assert read_trace(path).requests[1].prompt_tokens == 30
+    assert list(read_trace(path))[1].prompt_tokens == 30
 
 
 @pytest.mark.parametrize(

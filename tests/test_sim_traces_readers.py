@@ -93,7 +93,7 @@ def test_bailian(tmp_path: Path) -> None:
     # chat 55 is from before the file began; chat 159 is its first row
     assert [request.parent for request in trace] == [-1, -1, 0]
     assert all(request.granularity == 16 for request in trace)
-    last = trace.requests[2].chunk_ids
+    last = list(trace)[2].chunk_ids
     assert last is not None
     assert last[:2].tolist() == [1089, 1090]
     assert last[2] not in (1089, 1090, 1091, 1092)  # 40 tokens, two ids: nobody else's third chunk
@@ -166,10 +166,12 @@ def test_a_byte_order_mark_blank_lines_and_a_missing_last_newline_change_nothing
 
 def test_limit_keeps_the_first_and_reads_no_further(tmp_path: Path) -> None:
     path = write(tmp_path, AZURE + "\nnonsense")
-    assert columns(read_trace(path, limit=2)) == columns(read_trace(write(tmp_path, AZURE, "a"), limit=2))
-    assert len(read_trace(path, limit=3)) == 3
-    assert len(read_trace(write(tmp_path, AZURE, "b"), limit=100)) == 3
-    assert read_trace(path, limit=1).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert columns(read_trace(path, num_requests=2)) == columns(
+        read_trace(write(tmp_path, AZURE, "a"), num_requests=2)
+    )
+    assert len(read_trace(path, num_requests=3)) == 3
+    assert len(read_trace(write(tmp_path, AZURE, "b"), num_requests=100)) == 3
+    assert read_trace(path, num_requests=1).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_time_scale_multiplies_times_exactly(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_numbers_beyond_reason_are_refused_without_computing_them() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"limit": 0}, r"^limit \(0\) must be at least 1$"),
+        ({"num_requests": 0}, r"^num_requests \(0\) must be at least 1$"),
         ({"time_scale": 0.0}, r"^time_scale \(0.0\) must be a positive number$"),
         ({"time_scale": float("nan")}, r"^time_scale \(nan\) must be a positive number$"),
         (
@@ -256,7 +258,7 @@ def test_the_public_azure_trace(traces_dir: Path) -> None:
     trace = read_trace(traces_dir / "azure-llm-2023" / "AzureLLMInferenceTrace_code.csv")
     assert len(trace) == 8819
     assert trace.duration_ps == 3_435_948_056_000_000
-    assert as_values(trace.requests[1])["arrival_ps"] == 52 * MS
+    assert as_values(list(trace)[1])["arrival_ps"] == 52 * MS
 
 
 def test_the_public_mooncake_trace_is_read_in_well_under_a_second(traces_dir: Path) -> None:

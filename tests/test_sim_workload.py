@@ -53,7 +53,7 @@ def ids(request: Request) -> list[int]:
 @given(configs)
 def test_any_workload_keeps_its_promises(config: WorkloadConfig) -> None:
     trace = generate(config)
-    rows = trace.requests
+    rows = list(trace)
     assert len(rows) == config.num_requests
     assert rows[0].arrival_ps == 0
     assert all(a.arrival_ps <= b.arrival_ps for a, b in itertools.pairwise(rows))
@@ -106,7 +106,7 @@ def test_content_is_shared_by_system_prompt_and_by_session_only() -> None:
         content_tokens_per_chunk=16,
         user_tokens_mean=60,
     )
-    rows = generate(config).requests
+    rows = list(generate(config))
     session = list(range(len(rows)))
     for request in rows:
         if request.parent >= 0:
@@ -144,7 +144,7 @@ def test_outputs_are_named_only_where_a_turn_repeats_them() -> None:
         output_tokens_max=300,
         session_tokens_max=1000,
     )
-    rows = generate(config).requests
+    rows = list(generate(config))
     followed = {request.parent for request in rows}
     ended = [request for request in rows[:-1] if request.request_id not in followed]
     assert sum(request.parent >= 0 for request in ended) > 10

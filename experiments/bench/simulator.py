@@ -104,17 +104,19 @@ def cases(config: Config) -> list[Case]:
 
 def _requests(case: Case, count: int) -> Sequence[Request]:
     if case.trace is not None:
-        return read_trace(case.trace).requests
+        return list(read_trace(case.trace))
     fixed = {"user_tokens_sigma": 0.0, "output_tokens_sigma": 0.0}
-    return generate(
-        WorkloadConfig(
-            num_requests=count,
-            requests_per_s=case.requests_per_s,
-            user_tokens_mean=512,
-            output_tokens_mean=case.output_tokens,
-            **fixed,
+    return list(
+        generate(
+            WorkloadConfig(
+                num_requests=count,
+                requests_per_s=case.requests_per_s,
+                user_tokens_mean=512,
+                output_tokens_mean=case.output_tokens,
+                **fixed,
+            )
         )
-    ).requests
+    )
 
 
 def yardstick() -> float:

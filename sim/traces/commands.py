@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,61 +16,40 @@ from sim.command_line import parse_dataclass
 from sim.traces.describe import describe, render
 from sim.traces.native import check_target, write_trace
 from sim.traces.reader import read_trace
+from sim.traces.reading import ReadOptions
 from sim.traces.trace import Trace
 from sim.workload import WorkloadConfig, generate
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """How to read a trace file."""
+class Describe:
+    """Print what a trace is made of: rate, lengths, sessions, and how much of its content repeats."""
 
     trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE")]
     """Trace file."""
-    format: str | None = None
-    """azure, burstgpt, mooncake, bailian, sharegpt, csv or native; told from the content if not given."""
-    columns: str | None = None
-    """Columns of any other CSV file: arrival=NAME,prompt=NAME,output=NAME. Arrivals are seconds or timestamps;
-    arrival_ms=NAME, arrival_us=NAME, arrival_ns=NAME for other units."""
-    limit: int | None = None
-    """Read only so many requests."""
-    time_scale: float = 1.0
-    """Multiply all times: 0.5 doubles the rate."""
-    skip_bad: bool = False
-    """Count malformed rows and go on, instead of stopping at the first."""
-
-    def read(self) -> Trace:
-        """Return the trace. Raises ValueError."""
-        return read_trace(
-            self.trace,
-            format=self.format,
-            columns=self.columns,
-            limit=self.limit,
-            time_scale=self.time_scale,
-            skip_bad=self.skip_bad,
-        )
-
-
-@dataclass(frozen=True)
-class Describe(ReadOptions):
-    """Print what a trace is made of: rate, lengths, sessions, and how much of its content repeats."""
-
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    """How the trace file is read, and which part of it."""
     json: bool = False
     """Print JSON instead of text."""
 
     def run(self) -> None:
-        figures = describe(self.read())
+        figures = describe(read_trace(self.trace, **asdict(self.reading)))
         print(json.dumps(figures, indent=2) if self.json else render(figures))
 
 
 @dataclass(frozen=True)
-class Convert(ReadOptions):
-    """Write a trace of any format as native Parquet."""
+class Convert:
+    """Write a trace of any format, or a part of it, as native Parquet."""
 
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = tyro.MISSING
+    trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE")]
+    """Trace file."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File to write."""
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    """How the trace file is read, and which part of it."""
 
     def run(self) -> None:
-        _write(self.read, self.out)
+        _write(lambda: read_trace(self.trace, **asdict(self.reading)), self.out)
 
 
 @dataclass(frozen=True)
@@ -121,8 +100,8 @@ def _write(make: Callable[[], Trace], out: Path) -> None:
     try:
         check_target(out)  # found out before the trace is made, which may take long
         trace = make()
-        write_trace(trace, out)
+        count = write_trace(trace, out)
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from None
     skipped = f" ({trace.skipped:,} malformed rows skipped)" if trace.skipped else ""
-    print(f"{len(trace):,} requests{skipped} written to {' '.join(str(out).splitlines())}")
+    print(f"{count:,} requests{skipped} written to {' '.join(str(out).splitlines())}")

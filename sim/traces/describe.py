@@ -48,7 +48,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "output_tokens": _lengths([request.output_tokens for request in trace]),
         "sampled_requests": sum(request.num_samples > 1 for request in trace),
         "sessions": _sessions(trace),
-        "content": _content(trace, sharing(trace.requests)),
+        "content": _content(trace, sharing(trace)),
     }
 
 

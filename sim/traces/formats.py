@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sim.traces.fields import FieldError, Row, listed
-from sim.traces.lines import csv_rows, json_objects
+from sim.traces.lines import csv_rows, json_objects, open_error
 from sim.traces.trace import TraceError
+
+STREAMED_BYTES = 2**25
+"""Text files beyond this size, 32 MiB, are not kept in memory."""
 
 Rows = Iterator[tuple[int, "Row | FieldError"]]
 """(line number, what it says), or the error in its place, so that a reader may go on behind it."""
@@ -26,10 +29,19 @@ class TraceFormat(ABC):
     """Field that holds the arrival time, for messages."""
     from_first_arrival: ClassVar[bool] = True
     """Whether time 0 of the trace is its first arrival; else the file's own 0."""
+    keys_are_rows: ClassVar[bool] = False
+    """Whether the keys of its rows are their places in the file, from 0, and its lines count from 1."""
 
     @abstractmethod
     def rows(self, path: Path) -> Rows:
         """Yield each row of the file. Raises TraceError for what makes the file as a whole unreadable."""
+
+    def is_large(self, path: Path) -> bool:
+        """Return whether the file's requests are too many to be kept in memory. Raises TraceError."""
+        try:
+            return path.stat().st_size > STREAMED_BYTES
+        except OSError as error:
+            raise open_error(path, error) from None
 
 
 class JsonLinesFormat(TraceFormat):

@@ -6,22 +6,33 @@ import errno
 import io
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from polars.io.plugins import register_io_source
 
 from sim.request import MAX_GRANULARITY, MAX_TIME_PS, Request
 from sim.traces.fields import FieldError, Row, listed, tokens
 from sim.traces.formats import Rows, TraceFormat
 from sim.traces.lines import open_error
-from sim.traces.trace import Trace, TraceError
+from sim.traces.trace import TraceError
 
 MAGIC = b"PAR1"
+
+STREAMED_REQUESTS = 2**20
+"""Files of more requests than this, a million or so, are not kept in memory."""
+
+BATCH_ROWS = 2**16
+"""Rows that are held at once, when a file is written or read; fewer where they have many ids."""
+
+_BATCH_IDS = 2**22
 
 SCHEMA: dict[str, pl.DataType] = {
     "arrival_ps": pl.Int64(),
@@ -39,6 +50,9 @@ SCHEMA: dict[str, pl.DataType] = {
 }
 """Columns of the file, one row a request; each is a field of Request. Null ids: the trace has none."""
 
+_LISTS = ("chunk_ids", "token_ids")
+_SCALARS = tuple(name for name in SCHEMA if name not in _LISTS)
+
 
 class NativeFormat(TraceFormat):
     """Parquet with the columns of SCHEMA, in any order; all but the first three may be absent."""
@@ -47,51 +61,73 @@ class NativeFormat(TraceFormat):
     describes = "this project's own traces: Parquet, as `convert` and the workload generator write them"
     arrival_field = "arrival_ps"
     from_first_arrival = False
+    keys_are_rows = True
+
+    def is_large(self, path: Path) -> bool:
+        with _parquet_errors(path):
+            count = _scan(path).select(pl.len()).collect().item()
+            return bool(count > STREAMED_REQUESTS)
 
     def rows(self, path: Path) -> Rows:
-        frame = _read(path)
-        ids = {name: _slices(frame, name) for name in ("chunk_ids", "token_ids")}
-        scalars = frame.drop("chunk_ids", "token_ids")
-        for number, values in enumerate(scalars.iter_rows(named=True), start=1):
-            try:
-                yield (
-                    number,
-                    _parse(number - 1, values, {name: take(number - 1) for name, take in ids.items()}),
-                )
-            except FieldError as error:
-                yield number, error
+        row = 0
+        for frame in _batches(path):
+            chunks, token_ids = (_slices(frame, name) for name in ("chunk_ids", "token_ids"))
+            columns = [frame[name].to_list() for name in _SCALARS]
+            for place, values in enumerate(zip(*columns, strict=True)):
+                try:
+                    found: Row | FieldError = _parse(row, values, chunks(place), token_ids(place))
+                except FieldError as error:
+                    found = error
+                row += 1
+                yield row, found
 
 
-def _read(path: Path) -> pl.DataFrame:
-    """Return the file's columns, cast to SCHEMA, with defaults in place of the absent ones."""
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Raise what polars and the operating system say about a file as TraceError."""
     try:
-        with path.open("rb") as file:
-            whole = file.read(4) == MAGIC and file.seek(0, os.SEEK_END) >= 12
-            if whole:
-                file.seek(-4, os.SEEK_END)
-                whole = file.read(4) == MAGIC
-            if not whole:
-                raise TraceError(f"{path}: must be a whole Parquet file: it does not begin and end with PAR1")
-            file.seek(0)
-            frame = pl.read_parquet(file)  # by its name, polars would take it for a pattern of names
+        yield
     except OSError as error:
         raise open_error(path, error) from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise TraceError(f"{path}: must be a Parquet file: {' '.join(str(error).split())}") from None
+
+
+def _scan(path: Path) -> pl.LazyFrame:
+    """Return the file's columns, cast to SCHEMA, with defaults in place of the absent ones; nothing is read yet."""
+    with path.open("rb") as file:
+        whole = file.read(4) == MAGIC and file.seek(0, os.SEEK_END) >= 12
+        if whole:
+            file.seek(-4, os.SEEK_END)
+            whole = file.read(4) == MAGIC
+    if not whole:
+        raise TraceError(f"{path}: must be a whole Parquet file: it does not begin and end with PAR1")
+    # The name is no pattern, and its folders hold no columns.
+    scan = pl.scan_parquet(path.absolute(), glob=False, hive_partitioning=False)
+    schema = scan.collect_schema()
     columns = []
     for name, dtype in SCHEMA.items():
-        if name not in frame.columns:
+        if name not in schema:
             if name in ("arrival_ps", "prompt_tokens", "output_tokens"):
-                raise TraceError(
-                    f"{path}: field {name!r} is missing among the columns ({listed(frame.columns)})"
-                )
+                raise TraceError(f"{path}: field {name!r} is missing among the columns ({listed(schema)})")
             columns.append(pl.lit(_DEFAULTS.get(name), dtype=dtype).alias(name))
             continue
-        found = frame.schema[name]
+        found = schema[name]
         if not (found == dtype or (dtype.is_integer() and found.is_integer())):
             raise TraceError(f"{path}: field {name!r} ({found}) must be a column of {dtype}")
         columns.append(pl.col(name).cast(dtype, strict=False))
-    return frame.select(columns)
+    return scan.select(columns)
+
+
+def _batches(path: Path) -> Iterator[pl.DataFrame]:
+    """Yield the file's rows in order, some thousands at a time."""
+    with _parquet_errors(path):
+        batches = _scan(path).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
+        while True:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -123,19 +159,21 @@ def _slices(frame: pl.DataFrame, name: str) -> Callable[[int], NDArray[Any] | No
     return take
 
 
-def _parse(row: int, values: dict[str, Any], ids: dict[str, NDArray[Any] | None]) -> Row:
-    for name, value in values.items():
-        if value is None:
-            raise FieldError(name, "(null) must not be null")
-    prompt = tokens("prompt_tokens", values["prompt_tokens"])
-    output = tokens("output_tokens", values["output_tokens"])
-    for name in ("arrival_ps", "think_ps"):
-        if not 0 <= values[name] <= MAX_TIME_PS:
-            raise FieldError(name, f"({values[name]}) must be in 0..{MAX_TIME_PS}")
-    if not -1 <= values["parent"] < row:
-        raise FieldError("parent", f"({values['parent']}) must be -1 or an earlier row than {row}")
-    named, granularity = values["named_tokens"], values["granularity"]
-    chunks, token_ids = ids["chunk_ids"], ids["token_ids"]
+def _parse(
+    row: int, values: tuple[Any, ...], chunks: NDArray[Any] | None, token_ids: NDArray[Any] | None
+) -> Row:
+    """Read one row: the values of _SCALARS, and the ids. Raises FieldError."""
+    if None in values:
+        raise FieldError(_SCALARS[values.index(None)], "(null) must not be null")
+    arrival_ps, prompt, output, samples, parent, think_ps, priority, salt, granularity, named = values
+    tokens("prompt_tokens", prompt)
+    tokens("output_tokens", output)
+    if not 0 <= arrival_ps <= MAX_TIME_PS:
+        raise FieldError("arrival_ps", f"({arrival_ps}) must be in 0..{MAX_TIME_PS}")
+    if not 0 <= think_ps <= MAX_TIME_PS:
+        raise FieldError("think_ps", f"({think_ps}) must be in 0..{MAX_TIME_PS}")
+    if not -1 <= parent < row:
+        raise FieldError("parent", f"({parent}) must be -1 or an earlier row than {row}")
     if chunks is not None and token_ids is not None:
         raise FieldError("token_ids", "must be null where chunk_ids are given")
     if (chunks is None) != (granularity == 0):
@@ -152,19 +190,19 @@ def _parse(row: int, values: dict[str, Any], ids: dict[str, NDArray[Any] | None]
     if token_ids is not None:
         _check_ids("token_ids", token_ids, named)
     return Row(
-        values["arrival_ps"],
+        arrival_ps,
         prompt,
         output,
         chunk_ids=chunks,
         granularity=granularity,
         token_ids=token_ids,
         named_tokens=named,
-        num_samples=tokens("num_samples", values["num_samples"]),
+        num_samples=tokens("num_samples", samples),
         key=row,
-        parent_key=None if values["parent"] == -1 else values["parent"],
-        think_ps=values["think_ps"],
-        priority=values["priority"],
-        salt=values["salt"],
+        parent_key=None if parent == -1 else parent,
+        think_ps=think_ps,
+        priority=priority,
+        salt=salt,
     )
 
 
@@ -195,30 +233,92 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Write a trace as native Parquet, to be read back request by request as it is.
+def write_trace(trace: Iterable[Request], path: str | os.PathLike[str]) -> int:
+    """Write a trace as native Parquet, to be read back request by request as it is; return how many requests.
 
-    The file appears whole or not at all: it is written beside its place, then moved there. Raises OSError, with
-    the file's name, where `check_target` does and when the disk is full.
+    The requests are walked through once, and only some thousands of them are held at a time. The file appears
+    whole or not at all: it is written beside its place, then moved there. Raises OSError, with the file's name,
+    where `check_target` does and when the disk is full, and whatever the walk raises.
     """
     target = check_target(path)
-    frame = pl.DataFrame(
-        {name: [_value(request, name) for request in trace.requests] for name in SCHEMA}, schema=SCHEMA
-    )
-    # Into memory first, as polars hides the cause of a failed write; a short name fits where the target's does.
-    encoded = io.BytesIO()
-    frame.write_parquet(encoded)
-    partial = target.with_name(f".unfinished-{secrets.token_hex(8)}")
+    partial = target.with_name(
+        f".unfinished-{secrets.token_hex(8)}"
+    )  # a short name fits where the target's does
     try:
-        with partial.open("xb") as file:
-            file.write(encoded.getbuffer())
+        with partial.open("xb", buffering=0) as file:
+            count = _write(trace, file)
         partial.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
+    return count
 
 
-def _value(request: Request, name: str) -> Any:
-    value = getattr(request, name)
-    return pl.Series(value) if isinstance(value, np.ndarray) else value
+def _write(trace: Iterable[Request], file: io.FileIO) -> int:
+    """Write requests batch by batch, a row group each; return how many."""
+    requests, count = iter(trace), 0
+    head = list(islice(requests, BATCH_ROWS))
+    ids = sum(request.named_tokens // max(request.granularity, 1) for request in head)
+    # Row groups of requests with many ids are smaller: the reader holds some of them.
+    rows = max(1, min(BATCH_ROWS, _BATCH_IDS * len(head) // max(ids, 1)))
+
+    def frames(*_: object) -> Iterator[pl.DataFrame]:
+        nonlocal count
+        all_requests = chain(head, requests)
+        while batch := list(islice(all_requests, rows)):
+            count += len(batch)
+            yield _frame(batch)
+
+    sink = _Sink(file)
+    source = register_io_source(frames, schema=SCHEMA, is_pure=False)
+    try:
+        source.sink_parquet(
+            cast(IO[bytes], sink), row_group_size=rows, maintain_order=True, engine="streaming"
+        )
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        if sink.failed is not None:
+            raise sink.failed from None
+        raise
+    return count
+
+
+class _Sink(io.RawIOBase):
+    """A file that remembers why it could not be written, which polars does not tell."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.failed: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.failed = error
+            raise
+        return size
+
+
+def _frame(batch: list[Request]) -> pl.DataFrame:
+    columns = {name: [getattr(request, name) for request in batch] for name in _SCALARS}
+    frame = pl.DataFrame(columns, schema={name: SCHEMA[name] for name in _SCALARS})
+    lists = [_list_column(name, [getattr(request, name) for request in batch]) for name in _LISTS]
+    return frame.with_columns(lists).select(list(SCHEMA))
+
+
+def _list_column(name: str, arrays: list[NDArray[Any] | None]) -> pl.Series:
+    """Return arrays as one column; a list of arrays handed to polars as it is would take ten times as long."""
+    present = [(row, array) for row, array in enumerate(arrays) if array is not None]
+    if not present:
+        return pl.Series(name, [None] * len(arrays), dtype=SCHEMA[name])
+    rows = np.repeat(np.array([row for row, _ in present]), np.array([len(array) for _, array in present]))
+    flat = pl.DataFrame({"row": rows, name: np.concatenate([array for _, array in present])})
+    lists = flat.group_by("row", maintain_order=True).agg(name)
+    every = pl.DataFrame({"row": np.arange(len(arrays))})
+    return every.join(lists, on="row", how="left", maintain_order="left")[name].cast(SCHEMA[name])

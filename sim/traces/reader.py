@@ -1,28 +1,28 @@
-"""read_trace: find out what a file is, read it, and give its rows their place in a trace."""
+"""read_trace: find out what a file is, and read it."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import os
-from collections.abc import Mapping
-from decimal import Decimal
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from pathlib import Path
 
-from sim.request import MAX_TIME_PS, Request
+from sim.request import PS_PER_S, Request
 from sim.traces.azure import AzureFormat
 from sim.traces.bailian import BailianFormat
 from sim.traces.burstgpt import BurstGptFormat
 from sim.traces.csv_columns import CsvColumnsFormat
-from sim.traces.fields import PS_PER_S, FieldError, Row, listed
+from sim.traces.fields import FieldError, listed
 from sim.traces.formats import CsvFormat, JsonLinesFormat, TraceFormat
 from sim.traces.lines import csv_rows, json_objects, open_error, require_regular
 from sim.traces.mooncake import MooncakeFormat
 from sim.traces.native import MAGIC, NativeFormat
+from sim.traces.reading import ReadOptions, exact
 from sim.traces.token_ids import TokenIdsFormat
-from sim.traces.trace import Trace, TraceError
+from sim.traces.trace import RequestStream, Trace, TraceError
+from sim.traces.walk import Walk
 
 CSV_FORMATS: tuple[type[CsvFormat], ...] = (AzureFormat, BurstGptFormat)
 # Bailian before Mooncake, which knows its files by fields that both have.
@@ -37,108 +37,70 @@ def read_trace(
     *,
     format: str | None = None,
     columns: str | Mapping[str, str] | None = None,
-    limit: int | None = None,
+    num_requests: int | None = None,
+    start_request: int = 0,
+    start_s: float = 0.0,
+    end_s: float | None = None,
     time_scale: float = 1.0,
+    rate: float | None = None,
     skip_bad: bool = False,
+    stream: bool | None = None,
 ) -> Trace:
-    """Read a trace file of any known format.
+    """Read a trace file of any known format, or a part of it.
 
     format      name of the format (see FORMATS); default: told from the content
     columns     for the "csv" format, which column is what: "arrival=NAME,prompt=NAME,output=NAME" or a mapping;
                 given, it also chooses that format
-    limit       read the first `limit` requests only
-    time_scale  multiplies every time of the trace: 0.5 has requests arrive at twice the rate
-    skip_bad    leave malformed rows out, and count them in `Trace.skipped`, instead of stopping at the first
+    num_requests, start_request, start_s, end_s, time_scale, rate, skip_bad
+                see ReadOptions; the malformed rows that were left out are counted in `Trace.skipped`
+    stream      whether to read the requests anew from the file each time they are walked through, instead of
+                keeping them; default: if the file is large
 
-    Arrivals count from the first request's, except in native files, which are read as written. They must not
-    decrease. A row without prompt or output tokens is malformed: nothing could be replayed. A session's turn whose
-    parent is not in the trace (left out, or from before it) has none.
+    Arrivals count from the first request's, except in native files read from their beginning, which are taken as
+    written. They must not decrease. A row without prompt or output tokens is malformed: nothing could be replayed.
+    A session's turn whose parent is not in the trace (left out, or from before it) has none. A part is cut out
+    before times are scaled; start_s and end_s count from the first arrival, in native files from their time 0.
+
+    The whole part is read and checked before this returns, streamed or not. A format with sessions of its own
+    (Bailian) takes memory for each request even then: the number that its later turns call it.
 
     Raises TraceError, one line with file, line and field, when the file is malformed, and ValueError when an
     argument is.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit ({limit}) must be at least 1")
-    if not (math.isfinite(time_scale) and time_scale > 0):
-        raise ValueError(f"time_scale ({time_scale}) must be a positive number")
+    options = ReadOptions(
+        format=format,
+        columns=None if columns is None or isinstance(columns, Mapping) else columns,
+        num_requests=num_requests,
+        start_request=start_request,
+        start_s=start_s,
+        end_s=end_s,
+        time_scale=time_scale,
+        rate=rate,
+        skip_bad=skip_bad,
+    )
     file = Path(path)
     require_regular(file)
     kind = _choose(file, format, columns)
-    builder = _Builder(kind, time_scale)
-    for line, row in kind.rows(file):
-        error = row if isinstance(row, FieldError) else builder.add(row)
-        if error is not None:
-            if not skip_bad:
-                raise TraceError(f"{file}:{line}: {error}")
-            builder.skipped += 1
-        elif len(builder.requests) == limit:
-            break
-    if not builder.requests:
-        skipped = f" ({builder.skipped} malformed rows skipped)" if builder.skipped else ""
-        raise TraceError(f"{file}: must hold at least one request{skipped}")
-    return Trace(file.stem, kind.name, _sha256(file), builder.requests, builder.skipped)
+    scale = exact(time_scale) if rate is None else _scale_to(rate, Walk(file, kind, options))
+    walk = Walk(file, kind, options, scale)
+    sha256 = _sha256(file)
+    if stream if stream is not None else kind.is_large(file):
+        count = sum(1 for _ in walk)
+        requests: Collection[Request] = RequestStream(lambda: iter(Walk(file, kind, options, scale)), count)
+    else:
+        requests = list(walk)
+    return Trace(file.stem, kind.name, sha256, requests, walk.skipped)
 
 
-class _Builder:
-    """Turn rows into requests: row numbers for keys, one clock, arrivals in order."""
-
-    def __init__(self, kind: TraceFormat, time_scale: float) -> None:
-        self.requests: list[Request] = []
-        self.skipped = 0
-        self._kind = kind
-        # A decimal factor such as 0.1 is meant as 1/10, not as the nearest binary fraction.
-        self._scale = None if time_scale == 1 else Fraction(repr(float(time_scale)))
-        self._first_ps: int | None = None if kind.from_first_arrival else 0
-        self._last_ps: int | None = None
-        self._ids: dict[int, int] = {}
-
-    def add(self, row: Row) -> FieldError | None:
-        """Append a request, or return what is wrong with it."""
-        field = self._kind.arrival_field
-        if self._last_ps is not None and row.arrival_ps < self._last_ps:
-            behind = (self._last_ps - row.arrival_ps) / PS_PER_S
-            return FieldError(field, f"({behind:g} s before the row above) must not decrease")
-        first_ps = row.arrival_ps if self._first_ps is None else self._first_ps
-        arrival_ps = self._scaled(row.arrival_ps - first_ps)
-        think_ps = self._scaled(row.think_ps)
-        if arrival_ps > MAX_TIME_PS:
-            return FieldError(
-                field, f"({_days(arrival_ps)} after the start) must be within {_days(MAX_TIME_PS)} of it"
-            )
-        if think_ps > MAX_TIME_PS:
-            return FieldError("think_ps", f"({_days(think_ps)}) must be within {_days(MAX_TIME_PS)}")
-        request_id = len(self.requests)
-        request = Request(
-            request_id=request_id,
-            arrival_ps=arrival_ps,
-            prompt_tokens=row.prompt_tokens,
-            output_tokens=row.output_tokens,
-            chunk_ids=row.chunk_ids,
-            granularity=row.granularity,
-            token_ids=row.token_ids,
-            named_tokens=row.named_tokens,
-            num_samples=row.num_samples,
-            parent=-1 if row.parent_key is None else self._ids.get(row.parent_key, -1),
-            think_ps=think_ps,
-            priority=row.priority,
-            salt=row.salt,
-        )
-        if row.key is not None:
-            self._ids[row.key] = request_id
-        self._first_ps, self._last_ps = first_ps, row.arrival_ps
-        self.requests.append(request)
-        return None
-
-    def _scaled(self, time_ps: int) -> int:
-        if self._scale is None:
-            return time_ps
-        return time_ps * self._scale.numerator // self._scale.denominator
-
-
-def _days(time_ps: int) -> str:
-    """Return a time as text; one that was scaled may be far beyond what a float holds."""
-    days = Decimal(time_ps) / (86400 * PS_PER_S)
-    return f"{days:.1f} days" if days < 10**9 else f"{days:.3e} days"
+def _scale_to(rate: float, walk: Walk) -> Fraction:
+    """Return the factor on times that brings the requests to `rate` requests/s: one over their mean gap."""
+    count, first_ps, last_ps = 0, 0, 0
+    for count, last_ps in enumerate(walk.arrivals_ps(), start=1):
+        if count == 1:
+            first_ps = last_ps
+    if last_ps == first_ps:
+        raise TraceError(f"{walk.path}: must hold requests at two times at least to be brought to a rate")
+    return Fraction(PS_PER_S * (count - 1), last_ps - first_ps) / exact(rate)
 
 
 def _choose(path: Path, format: str | None, columns: str | Mapping[str, str] | None) -> TraceFormat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class Sharing:
     holds more chunks than that."""
 
 
-def sharing(requests: list[Request]) -> Sharing:
+def sharing(requests: Iterable[Request]) -> Sharing:
     """Measure the sharing of the requests that have content ids; the others have no part in it."""
     identities: dict[tuple[int, Hashable], int] = {}
     last_use: list[int] = []  # by identity: its last use, counted over the uses of all

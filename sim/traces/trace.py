@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from sim.request import Request
@@ -16,9 +16,31 @@ class TraceError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+class RequestStream(Collection[Request]):
+    """Requests that are not kept in memory but made anew, one after the other, each time they are walked through.
+
+    The count is known beforehand, so that a stream has a length like a list; but it has no places, and requests
+    are compared by identity, so nothing that was made before is in it.
+    """
+
+    def __init__(self, start: Callable[[], Iterator[Request]], count: int) -> None:
+        """Take a function that starts a new walk, and how many requests each walk yields."""
+        self._start = start
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        return self._start()
+
+    def __contains__(self, item: object) -> bool:
+        return False
+
+
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Requests in order of arrival, and where they come from."""
+    """Requests in order of arrival, and where they come from. Walk through it as often as needed."""
 
     name: str
     """File name without its suffix, or the workload's name."""
@@ -26,8 +48,9 @@ class Trace:
     """Name of the format it was read as, or "synthetic"."""
     sha256: str
     """Hex digest of the file's bytes, or of the workload's configuration."""
-    requests: list[Request]
-    """Row i has request_id i; arrivals never decrease."""
+    requests: Collection[Request]
+    """A list, or a RequestStream where there are too many to be kept in memory. The i-th, from 0, has request_id i;
+    arrivals never decrease."""
     skipped: int = 0
     """Malformed rows that were left out, where that was asked for."""
 
@@ -39,5 +62,8 @@ class Trace:
 
     @property
     def duration_ps(self) -> int:
-        """Picoseconds from the first arrival to the last."""
-        return self.requests[-1].arrival_ps - self.requests[0].arrival_ps if self.requests else 0
+        """Picoseconds from the first arrival to the last. Walks through all requests."""
+        first = last = None
+        for last in self.requests:
+            first = first or last
+        return last.arrival_ps - first.arrival_ps if first and last else 0
