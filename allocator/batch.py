@@ -165,7 +165,7 @@ class Batch(Sequence[KVSequence]):
         """Go on by a tick, in which the members' token ids (None if unknown) are written."""
         if ids is not None:
             self.ring.write(self._arrange(), ids)
-        elif self.ring.named:
+        else:
             self.settle_all()
         self.tick += 1
         if self._slots is not None:
@@ -218,20 +218,27 @@ class Batch(Sequence[KVSequence]):
 
     def settle_all(self) -> None:
         """Settle every member, as tokens without names are about to follow."""
-        for sequence in self._members:
-            self.settle(sequence)
-        self._since.clear()
-        self.ring.named = 0
-
-    def settle_block(self, sequence: KVSequence, row: int) -> bytes:
-        """Settle the block that a member has just filled, and return the block's key."""
-        size, full = self.tokens_per_block, len(sequence.table)
-        if self.ring.named >= size and sequence not in self._since:  # all its tokens are in the ring
-            return sequence.settled_history.record_block(full - 1, self.ring.latest(row, size))
         if self.ring.named:
-            self._settle(sequence, full * size, size)
-            self._since.pop(sequence, None)
-        return sequence.settled_history.keys(full - 1, full)
+            for sequence in self._members:
+                self.settle(sequence)
+            self._since.clear()
+            self.ring.named = 0
+
+    def settle_blocks(self, filled: Bucket) -> list[bytes]:
+        """Settle the blocks that members have just filled, and return the blocks' keys."""
+        ring, size, since = self.ring, self.tokens_per_block, self._since
+        keys = []
+        for sequence, row in filled.items():
+            last = len(sequence.table) - 1
+            if ring.named >= size and sequence not in since:  # the ring has all tokens of the block
+                key = sequence.settled_history.record_block(last, ring.latest(row, size))
+            else:
+                if ring.named:
+                    self._settle(sequence, (last + 1) * size, size)
+                    since.pop(sequence, None)
+                key = sequence.settled_history.keys(last, last + 1)
+            keys.append(key)
+        return keys
 
     def replace_history(self, sequence: KVSequence, history: History) -> None:
         """Note that a member is about to go on with another history, up to the same length."""
@@ -249,6 +256,8 @@ class Batch(Sequence[KVSequence]):
 
     def growth(self, num_tokens: int) -> int:
         """Return how many blocks the next `num_tokens` ticks take, copies apart."""
+        if num_tokens == 1:
+            return len(self.starting())
         size, tick = self.tokens_per_block, self.tick
         blocks = 0
         for residue, bucket in self._buckets.items():

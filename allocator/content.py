@@ -19,6 +19,7 @@ negative number; as the stream fixes all the tokens before, that is an exact ide
 from __future__ import annotations
 
 import itertools
+import struct
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
@@ -121,29 +122,26 @@ class TokenContent(Content):
     def __init__(
         self, token_ids: Iterable[int] | NDArray[np.integer], num_prompt_tokens: int | None = None
     ) -> None:
-        if isinstance(token_ids, np.ndarray):
+        if isinstance(token_ids, list):
+            ids = _pack_list(token_ids)
+        elif isinstance(token_ids, np.ndarray):
             _require_integers("token_ids", token_ids)
             if token_ids.size and token_ids.max() >= 2**31:
                 raise ValueError(f"token_ids ({token_ids.max()}) must be less than 2**31")
-            ids = array("i", np.ascontiguousarray(token_ids, dtype=np.int32).tobytes())
+            ids = np.ascontiguousarray(token_ids, dtype=np.int32).tobytes()
         else:
-            try:
-                ids = array("i", token_ids)
-            except OverflowError:
-                raise ValueError("token_ids must all be less than 2**31, and none negative") from None
-            except TypeError as error:
-                raise ValueError(f"token_ids must be integers: {error}") from None
-        super().__init__(len(ids) if num_prompt_tokens is None else num_prompt_tokens)
-        if len(ids) < self.num_prompt_tokens:
-            raise ValueError(
-                f"token_ids ({len(ids)} of them) must cover the prompt ({self.num_prompt_tokens})"
-            )
-        if np.frombuffer(ids, np.int32).min() < 0:
-            raise ValueError(f"token_ids ({min(ids)}) must not be negative")
+            ids = _pack_list(token_ids)
+        named = len(ids) // 4
+        super().__init__(named if num_prompt_tokens is None else num_prompt_tokens)
+        if named < self.num_prompt_tokens:
+            raise ValueError(f"token_ids ({named} of them) must cover the prompt ({self.num_prompt_tokens})")
+        least = np.minimum.reduce(np.frombuffer(ids, np.int32))
+        if least < 0:
+            raise ValueError(f"token_ids ({least}) must not be negative")
         self._ids = ids
 
     @classmethod
-    def _resumed(cls, ids: array[int], num_prompt_tokens: int) -> TokenContent:
+    def _resumed(cls, ids: bytes, num_prompt_tokens: int) -> TokenContent:
         """Wrap ids that may include streams (negative numbers) of the sequence that is being resumed."""
         content = cls.__new__(cls)
         Content.__init__(content, num_prompt_tokens)
@@ -154,56 +152,95 @@ class TokenContent(Content):
         return "tokens"
 
     def history(self, tokens_per_block: int) -> TokenHistory:
-        return TokenHistory(self._ids[:], tokens_per_block)
+        return TokenHistory(self._ids, tokens_per_block)
 
     def prompt_keys(self, tokens_per_block: int) -> bytes:
         full = self.num_prompt_tokens - self.num_prompt_tokens % tokens_per_block
-        return memoryview(self._ids)[:full].tobytes()
+        return self._ids[: 4 * full]
+
+
+def _pack_list(token_ids: Iterable[int]) -> bytes:
+    """Return token ids as int32, one after the other."""
+    if not isinstance(token_ids, list):
+        try:
+            token_ids = list(token_ids)
+        except TypeError as error:
+            raise ValueError(f"token_ids must be integers: {error}") from None
+    try:
+        return struct.pack(f"{len(token_ids)}i", *token_ids)  # half the time of array or ndarray
+    except struct.error:
+        pass
+    try:
+        return array("i", token_ids).tobytes()  # raises as well, and says what is wrong
+    except OverflowError:
+        raise ValueError("token_ids must all be less than 2**31, and none negative") from None
+    except TypeError as error:
+        raise ValueError(f"token_ids must be integers: {error}") from None
 
 
 class TokenHistory(History):
-    """Token ids of a sequence; unnamed tokens hold the negated stream."""
+    """Token ids of a sequence, int32 each; unnamed tokens hold the negated stream.
 
-    __slots__ = ("_ids", "_stream")
+    _first   ids shared with the content and with other histories: never changed
+    _rest    ids beyond
+    """
+
+    __slots__ = ("_first", "_rest", "_stream")
 
     nameable = True
 
-    def __init__(self, ids: array[int], tokens_per_block: int) -> None:
-        self._ids = ids
+    def __init__(self, ids: bytes, tokens_per_block: int) -> None:
+        self._first = ids
+        self._rest = bytearray()
         self._stream = 0  # drawn when the first unnamed token is met
         self.tokens_per_block = tokens_per_block
         self.key_width = 4 * tokens_per_block
 
+    def _bytes(self, begin: int, end: int) -> bytes:
+        """Return bytes begin … end − 1 of the ids, as far as there are any."""
+        first = self._first
+        shared = len(first)
+        if end <= shared:
+            return first[begin:end]
+        if begin >= shared:
+            return bytes(self._rest[begin - shared : end - shared])
+        return first[begin:] + self._rest[: end - shared]
+
     def _fill(self, num_tokens: int) -> None:
-        missing = num_tokens - len(self._ids)
+        missing = num_tokens - (len(self._first) + len(self._rest)) // 4
         if missing > 0:
             if not self._stream:
                 self._stream = _new_stream()
-            self._ids.extend(array("i", (-self._stream,)) * missing)
+            self._rest += struct.pack("i", -self._stream) * missing
 
     def keys(self, first: int, last: int) -> bytes:
-        size = self.tokens_per_block
-        self._fill(last * size)
-        return self._ids[first * size : last * size].tobytes()
+        end = last * self.key_width
+        if end > len(self._first):
+            self._fill(last * self.tokens_per_block)
+        return self._bytes(first * self.key_width, end)
 
     def record(self, position: int, token_ids: Sequence[int]) -> None:
         self._fill(position)
-        self._ids[position : position + len(token_ids)] = array("i", token_ids)
+        begin = 4 * position - len(self._first)
+        if begin < 0:  # ids that the content named already
+            self._rest[:0] = self._first[begin:]
+            self._first = self._first[:begin]
+            begin = 0
+        self._rest[begin : begin + 4 * len(token_ids)] = array("i", token_ids).tobytes()
 
     def record_block(self, block: int, token_ids: bytes) -> bytes:
-        ids = self._ids
-        if len(ids) == block * self.tokens_per_block:
-            ids.frombytes(token_ids)
+        if len(self._first) + len(self._rest) == block * self.key_width:
+            self._rest += token_ids
             return token_ids
         return super().record_block(block, token_ids)
 
     def diverge(self, position: int) -> TokenHistory:
         self._fill(position)
-        return TokenHistory(self._ids[:position], self.tokens_per_block)
+        return TokenHistory(self._bytes(0, 4 * position), self.tokens_per_block)
 
     def content(self, num_tokens: int) -> TokenContent:
         self._fill(num_tokens)
-        return TokenContent._resumed(self._ids[:], num_tokens)
+        return TokenContent._resumed(self._first + self._rest, num_tokens)
 
 
 _Layers = tuple[tuple[int, int], ...]

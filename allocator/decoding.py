@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 import numpy as np
@@ -88,18 +88,19 @@ class Decoding(ManagerState):
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
         """Return how many blocks `append` would take: growth and copies."""
         if isinstance(sequences, Batch):
-            return sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
+            growth, unready = sequences.growth(num_tokens), sequences.unready
+            return growth + self.tables.copies_needed(unready) if unready else growth
         return self._growth(sequences, num_tokens) + self.tables.copies_needed(sequences)
 
     def _growth(self, sequences: Sequence[KVSequence], num_tokens: int) -> int:
         size = self.tokens_per_block
         return sum(-(-(s.num_tokens + num_tokens) // size) - len(s.table) for s in sequences)
 
-    def _check_room(self, needed: int, writers: Iterable[KVSequence]) -> None:
+    def _check_room(self, needed: int, writers: Collection[KVSequence]) -> None:
         """Raise, before anything changes, if blocks are lacking or a copy would read what is yet to come."""
-        if needed > self.pool.available:
+        if needed and needed > self.pool.available:
             raise OutOfBlocks(needed, self.pool.available)
-        if len(self.tables.copies):
+        if writers and len(self.tables.copies):
             for sequence in writers:
                 tail = self.tables.shared_tail(sequence)
                 if tail is not None and self.tables.copies.is_destination(tail):
@@ -159,10 +160,11 @@ class Decoding(ManagerState):
                 for sequence in bucket:
                     if sequence.tenant is not None:
                         sequence.tenant.blocks += blocks
-        for sequence in batch.unready:
-            self.tables.own_tail(sequence)
-            batch.place(sequence)
-        batch.unready.clear()
+        if batch.unready:
+            for sequence in batch.unready:
+                self.tables.own_tail(sequence)
+                batch.place(sequence)
+            batch.unready.clear()
         if num_tokens == 1:
             if rows is not None:
                 ids = np.array(rows, dtype=np.int32).ravel()
@@ -181,9 +183,9 @@ class Decoding(ManagerState):
             batch.start_blocks(starting, self.pool.take(len(starting)))
             self._logical_blocks += len(starting)
         batch.step(ids)
-        index_last = self.tables.index_last
-        for sequence, row in batch.starting().items():
-            index_last(sequence, batch.settle_block(sequence, row))
+        filled = batch.starting()
+        if filled:
+            self.tables.index_filled(filled, batch.settle_blocks(filled))
 
     def _ticks(self, batch: Batch, num_tokens: int) -> None:
         """Let a batch go on by several ticks at once, in the order in which single ones would do it."""
@@ -201,9 +203,7 @@ class Decoding(ManagerState):
                     sequence.table.append(block)
                 self._logical_blocks += len(bucket)
             else:
-                for sequence in bucket:
-                    full = len(sequence.table)
-                    self.tables.index_last(sequence, sequence.settled_history.keys(full - 1, full))
+                self.tables.index_filled(bucket, batch.settle_blocks(bucket))
         batch.tick += num_tokens
 
     def pending_copies(self) -> NDArray[np.int32]:

@@ -34,7 +34,7 @@ class Extent:
     references      sequences whose path leads through here (a parent has at least its children's)
     live_children   children that hold blocks
     sealed          once hit or released; a sealed extent is not grown in place, so that all its blocks have
-                    been hit and released together
+                    been hit and released together (a root, which has no blocks, always is)
     born, touched   lifetimes: when each block was filled, when the extent was last used (caller's clock)
     """
 
@@ -99,6 +99,7 @@ class Root(Extent):
 
     def __init__(self, family: Hashable, salt: Hashable, width: int) -> None:
         super().__init__(None, b"", array("i"), width)
+        self.sealed = True
         self.family = family
         self.salt = salt
 

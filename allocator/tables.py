@@ -35,18 +35,19 @@ class Tables:
 
     # -------------------------------------------------------- caching what is full
 
-    def index_last(self, sequence: KVSequence, key: bytes) -> None:
-        """Put a sequence's last block, which has just filled up and has this key, into the index."""
-        anchor, table = sequence.anchor, sequence.table
-        full = len(table)
-        # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
-        if anchor.references == 1 and not anchor.sealed and not anchor.children and anchor.parent is not None:
-            self.index.version += 1
-            anchor.keys += key
-            anchor.ids.append(table[-1])
-            self.pool.cached(anchor, 1)
-        else:
-            self.index_full(sequence, full)
+    def index_filled(self, sequences: Iterable[KVSequence], keys: Iterable[bytes]) -> None:
+        """Put the last block of each sequence, which has just filled up and has this key, into the index."""
+        note_cached = self.pool.cached
+        for sequence, key in zip(sequences, keys, strict=True):
+            anchor, table = sequence.anchor, sequence.table
+            # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
+            if anchor.references == 1 and not anchor.sealed and not anchor.children:
+                anchor.keys += key
+                anchor.ids.append(table[-1])
+                note_cached(anchor, 1)
+            else:
+                self.index_full(sequence, len(table))
+        self.index.version += 1
 
     def index_full(self, sequence: KVSequence, full: int) -> None:
         """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins."""
@@ -54,7 +55,7 @@ class Tables:
         first = anchor.end
         keys = sequence.settled_history.keys(first, full)
         ids = sequence.table[first:full]
-        if anchor.references == 1 and not anchor.sealed and not anchor.children and anchor.parent is not None:
+        if anchor.references == 1 and not anchor.sealed and not anchor.children:
             self.index.grow(anchor, keys, ids)
             self.pool.cached(anchor, full - first)
             return

@@ -1,0 +1,153 @@
+"""The managers of the head-to-head, each behind the calls of `_serving.Server`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.content import TokenContent
+from allocator.manager import KVCacheManager, KVSequence
+from experiments.bench._serving import OUTPUT_TOKENS, TOKENS_PER_BLOCK, Run, Workload, replay
+
+
+class Ours:
+    """KVCacheManager with block reuse and LRU, the default."""
+
+    name = "allocator"
+
+    def __init__(self, workload: Workload) -> None:
+        self.manager = KVCacheManager(workload.num_blocks, TOKENS_PER_BLOCK)
+        self._batch = self.manager.batch()
+
+    def admit(self, prompt: list[int]) -> tuple[KVSequence, int]:
+        """Look the prompt up, and admit all that is missing."""
+        manager, content = self.manager, TokenContent(prompt)
+        match = manager.lookup(content)
+        sequence = manager.admit(content, len(prompt) - match.hit_tokens, match)
+        self._batch.add(sequence)
+        return sequence, match.hit_tokens
+
+    def append(self, tokens: list[int]) -> NDArray[np.int64]:
+        """Append to all; return the slots, int64 [len(tokens)]."""
+        return self.manager.append(self._batch, tokens)
+
+    def free(self, request: KVSequence) -> None:
+        """Release a sequence."""
+        self.manager.release(request)
+
+    def verify(self, workload: Workload, run: Run) -> None:
+        """Do with a shadow pool what the tables and slots of a run said; raise AssertionError where KV is wrong.
+
+        Each slot holds what was written into it last: a 64-bit digest of all tokens up to the one in question. A
+        block that was hit must hold the prompt's prefix, and a freed request must find all it ever wrote.
+        """
+        self.manager.check_invariants()
+        shadow = np.zeros(workload.num_blocks * TOKENS_PER_BLOCK, dtype=np.uint64)
+        texts = [prefix_digests(p + o) for p, o in zip(workload.prompts, workload.outputs, strict=True)]
+        slots = [_slots_of(request) for request in run.requests]
+        written: dict[int, int] = {}
+        steps = iter(run.slots)
+        for event, requests in replay(workload):
+            if event == "append":
+                answered = next(steps)
+                at = [written[request] for request in requests]
+                expected = [slots[request][position] for request, position in zip(requests, at, strict=True)]
+                assert answered.tolist() == expected, "a slot is not where the table says"
+                shadow[answered] = [texts[request][p] for request, p in zip(requests, at, strict=True)]
+                for request in requests:
+                    written[request] += 1
+                continue
+            (request,) = requests
+            own, text = slots[request], texts[request]
+            if event == "admit":
+                hit, prompt = run.hits[request], len(workload.prompts[request])
+                assert (shadow[own[:hit]] == text[:hit]).all(), f"request {request} hit other content"
+                shadow[own[hit:prompt]] = text[hit:prompt]
+                written[request] = prompt
+            else:
+                assert (shadow[own] == text).all(), f"request {request} lost KV"
+
+
+def prefix_digests(tokens: list[int]) -> NDArray[np.uint64]:
+    """Return a digest of each prefix, uint64 [len(tokens)]: Σ token[i] · r^i modulo 2^64, for an odd r."""
+    with np.errstate(over="ignore"):
+        factors = np.full(len(tokens), 6_364_136_223_846_793_005, dtype=np.uint64)
+        powers: NDArray[np.uint64] = np.multiply.accumulate(factors)
+        return np.cumsum(np.array(tokens, dtype=np.uint64) * powers, dtype=np.uint64)
+
+
+def _slots_of(sequence: KVSequence) -> NDArray[np.int64]:
+    """Return the slots of all tokens of a sequence, by its table, int64 [tokens]."""
+    table = sequence.block_table.astype(np.int64)
+    slots = table[:, None] * TOKENS_PER_BLOCK + np.arange(TOKENS_PER_BLOCK)
+    return slots.ravel()[: sequence.num_tokens]
+
+
+class VLLM:
+    """vLLM's KVCacheManager (0.33): CPU torch and the vllm wheel without its dependencies are enough."""
+
+    name = "vllm"
+
+    def __init__(self, workload: Workload) -> None:
+        import torch
+        from vllm.sampling_params import SamplingParams
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_manager import KVCacheManager as VLLMManager
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.request import Request
+
+        init_none_hash(sha256)
+        spec = FullAttentionSpec(
+            block_size=TOKENS_PER_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float16
+        )
+        config = KVCacheConfig(  # block 0 is reserved
+            num_blocks=workload.num_blocks + 1,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        )
+        self._manager: Any = VLLMManager(
+            config,
+            max_model_len=65_536,
+            scheduler_block_size=TOKENS_PER_BLOCK,
+            hash_block_size=TOKENS_PER_BLOCK,
+            enable_caching=True,
+        )
+        self._request = Request
+        self._sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
+        self._hasher = get_request_block_hasher(TOKENS_PER_BLOCK, sha256)
+        self._running: dict[Any, None] = {}
+
+    def admit(self, prompt: list[int]) -> tuple[Any, int]:
+        """Make the request (which hashes its blocks), look it up, allocate what is missing."""
+        manager = self._manager
+        request = self._request(
+            str(len(prompt)) + str(id(prompt)), prompt, self._sampling, None, block_hasher=self._hasher
+        )
+        blocks, hit = manager.get_computed_blocks(request)
+        given = manager.allocate_slots(request, len(prompt) - hit, hit, blocks)
+        assert given is not None, "out of blocks"
+        request.num_computed_tokens = len(prompt)
+        self._running[request] = None
+        return request, hit
+
+    def append(self, tokens: list[int]) -> None:
+        """Append to all, one by one, as its scheduler does; it computes no slots."""
+        manager = self._manager
+        for request, token in zip(self._running, tokens, strict=True):
+            request.append_output_token_ids(token)
+            given = manager.allocate_slots(request, 1)
+            assert given is not None, "out of blocks"
+            request.num_computed_tokens += 1
+
+    def free(self, request: Any) -> None:
+        """Free a request."""
+        self._manager.free(request)
+        del self._running[request]
+
+    def verify(self, workload: Workload, run: Run) -> None:
+        """Check that nothing leaked; what is in its tables, its own tests have to say."""
+        free = self._manager.block_pool.get_num_free_blocks()
+        assert free == workload.num_blocks, f"{workload.num_blocks - free} blocks leaked"

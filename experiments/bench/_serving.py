@@ -1,0 +1,157 @@
+"""The seeded workloads of the allocator's head-to-head, and the loop that serves them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+TOKENS_PER_BLOCK = 16
+OUTPUT_TOKENS = 128
+PREFIX_TOKENS = 512
+VOCABULARY = 32_000
+
+PROMPTS_SHA256 = {"standard": "e618c3e7d375496c", "hard": "05980dfd3aa3e0fe"}
+"""How the SHA-256 of all prompts begins, as one row of int32, for seed 0 and 2,000 requests."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests to serve: token ids as lists, as they would arrive; the pool and how many run at once."""
+
+    name: str
+    num_blocks: int
+    max_running: int
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def tokens(self) -> int:
+        """Return all tokens, prompts and outputs."""
+        return self.prompt_tokens + sum(map(len, self.outputs))
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of all prompts as one row of int32."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(np.array(prompt, dtype=np.int32).tobytes())
+        return digest.hexdigest()
+
+
+def make_workload(hard: bool = False, seed: int = 0, requests: int = 2000) -> Workload:
+    """Return the workload: lognormal lengths of mean 1,000, of which a share begins with one of some prefixes.
+
+    Half share one of 20 prefixes, evenly, in 20,000 blocks with 64 running. Hard: 80% share one of 300, by rank
+    to the power −0.7, in 6,000 blocks with 32 running, so that what is evicted decides.
+    """
+    prefixes, share = (300, 0.8) if hard else (20, 0.5)
+    rng = np.random.default_rng(seed)
+    sigma = 0.7
+    lengths = np.clip(np.rint(rng.lognormal(np.log(1000) - sigma**2 / 2, sigma, requests)), 16, 8192)
+    texts = rng.integers(1, VOCABULARY, (prefixes, PREFIX_TOKENS))
+    shared = rng.random(requests) < share
+    if hard:
+        weights = np.arange(1, prefixes + 1) ** -sigma
+        chosen = rng.choice(prefixes, requests, p=weights / weights.sum())
+    else:
+        chosen = rng.integers(0, prefixes, requests)
+    prompts, outputs = [], []
+    for length, index, is_shared in zip(lengths.astype(int), chosen, shared, strict=True):
+        if is_shared:
+            rest = rng.integers(1, VOCABULARY, max(length - PREFIX_TOKENS, 16))
+            prompts.append(np.concatenate([texts[index], rest]).tolist())
+        else:
+            prompts.append(rng.integers(1, VOCABULARY, length).tolist())
+        outputs.append(rng.integers(1, VOCABULARY, OUTPUT_TOKENS).tolist())
+    blocks, running = (6_000, 32) if hard else (20_000, 64)
+    return Workload("hard" if hard else "standard", blocks, running, prompts, outputs)
+
+
+class Server(Protocol):
+    """A cache manager behind the four calls that the loop makes."""
+
+    def admit(self, prompt: list[int]) -> tuple[Any, int]:
+        """Admit a request, its whole prompt at once; return a handle and the prompt tokens found in the cache."""
+
+    def append(self, tokens: list[int]) -> object:
+        """Give each running request, in order of admission, a token; return the slots, if it knows them."""
+
+    def free(self, request: Any) -> None:
+        """Free a request."""
+
+
+@dataclass
+class Run:
+    """What serving a workload took (s), and what happened."""
+
+    total_s: float = 0.0
+    admit_s: float = 0.0
+    append_s: float = 0.0
+    free_s: float = 0.0
+    hits: list[int] = field(default_factory=list)  # by request
+    requests: list[Any] = field(default_factory=list)  # handles, by request
+    slots: list[Any] = field(default_factory=list)  # by step
+
+
+def serve(server: Server, workload: Workload) -> Run:
+    """Admit in order while there is room for more to run, give each a token, free the finished; until all are done.
+
+    Everything is on the clock, from the first list of ids to the last free.
+    """
+    run = Run()
+    waiting = deque(zip(workload.prompts, workload.outputs, strict=True))
+    running: deque[tuple[Any, int]] = deque()  # handle, and the step after which it is done
+    outputs: deque[Any] = deque()
+    step = 0
+    start = now = perf_counter()
+    while waiting or running:
+        while waiting and len(running) < workload.max_running:
+            prompt, output = waiting.popleft()
+            request, hit = server.admit(prompt)
+            run.requests.append(request)
+            run.hits.append(hit)
+            running.append((request, step + len(output)))
+            outputs.append(iter(output))
+        before, now = now, perf_counter()
+        run.admit_s += now - before
+        run.slots.append(server.append([next(output) for output in outputs]))
+        step += 1
+        before, now = now, perf_counter()
+        run.append_s += now - before
+        while running and running[0][1] == step:
+            server.free(running.popleft()[0])
+            outputs.popleft()
+        before, now = now, perf_counter()
+        run.free_s += now - before
+    run.total_s = perf_counter() - start
+    return run
+
+
+def replay(workload: Workload) -> Sequence[tuple[str, list[int]]]:
+    """Return what `serve` does, in order: ("admit" | "append" | "free", the requests concerned)."""
+    done: list[tuple[str, list[int]]] = []
+    running: deque[int] = deque()
+    left: dict[int, int] = {}
+    arrived = 0
+    while arrived < len(workload.prompts) or running:
+        while arrived < len(workload.prompts) and len(running) < workload.max_running:
+            done.append(("admit", [arrived]))
+            left[arrived] = len(workload.outputs[arrived])
+            running.append(arrived)
+            arrived += 1
+        done.append(("append", list(running)))
+        for request in running:
+            left[request] -= 1
+        while running and not left[running[0]]:
+            done.append(("free", [running.popleft()]))
+    return done
