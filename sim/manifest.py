@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from allocator.config import BuildConfig, CacheConfig, ModelSpec
 from sim.hardware import GPUSpec
 from sim.scheduler.config import EngineConfig
+from sim.timing import TimingConfig
 from sim.traces.reading import ReadOptions
 from sim.workload import WorkloadConfig
 
@@ -57,6 +58,7 @@ class RunSpec:
     build: BuildConfig
     cache: CacheConfig
     engine: EngineConfig
+    timing: TimingConfig = field(default_factory=TimingConfig)
 
 
 @dataclass(frozen=True)

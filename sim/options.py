@@ -10,13 +10,33 @@ from typing import Annotated
 
 import tyro
 
-from allocator.config import BuildConfig, CacheConfig, ModelSpec, load_model
+from allocator.config import BuildConfig, CacheConfig, load_model
+from sim.calibration import Calibration
 from sim.command_line import option_value, parse_dataclass
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
 from sim.scheduler.config import EngineConfig
+from sim.timing import TimingConfig
 from sim.traces.reading import ReadOptions
 from sim.workload import WorkloadConfig, WorkloadShape
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """How long a step takes."""
+
+    cost: str = "roofline"
+    """Model of a step's duration: roofline, distserve or dynamo (published fits, whatever the model and GPU), or
+    package.module:Class, made with one argument (sim.timing.Setting)."""
+    calibration: Path | None = None
+    """File of measured attention times (experiments.tools.calibrate writes it), in place of the roofline's."""
+
+    def resolve(self, known: TimingConfig | None) -> TimingConfig:
+        """Return the TimingConfig; `known` has the calibration of a manifest. Raises ValueError for a bad one."""
+        if self.calibration is not None:
+            return TimingConfig(self.cost, Calibration.read(self.calibration))
+        same = known is not None and known.cost == self.cost
+        return TimingConfig(self.cost, known.calibration if known is not None and same else None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,8 @@ class Replay:
     """How requests are admitted, batched and preempted, and the service level they are held to."""
     hardware: GPUOptions = field(default_factory=GPUOptions)
     """The GPU: a preset, and figures in place of the preset's (or all of them, for a GPU of another name)."""
+    timing: TimingOptions = field(default_factory=TimingOptions)
+    """How long a step takes."""
     workload: WorkloadShape = field(default_factory=WorkloadShape)
     """What a synthetic workload is drawn from, with TRACE `synthetic`: sessions arrive at random, begin with a
     shared system prompt if there are any, and go on for some turns, each prompt holding all that was said."""
@@ -124,13 +146,20 @@ class Replay:
             cache=spec.cache,
             engine=spec.engine,
             hardware=GPUOptions.of(spec.gpu),
+            timing=TimingOptions(spec.timing.cost),
             workload=WorkloadShape() if workload is None else workload.shape,
         )
 
-    def spec(self, known_model: ModelSpec | None) -> RunSpec:
-        """Return what to run. Raises ValueError for options that do not go together or name nothing."""
-        model = known_model if known_model and known_model.name == self.model else load_model(self.model)
-        return RunSpec(self._source(), model, self.hardware.resolve(), self.build, self.cache, self.engine)
+    def spec(self, known: RunSpec | None) -> RunSpec:
+        """Return what to run; `known` is what a manifest described, for what no flag can say.
+
+        Raises ValueError for options that do not go together or name nothing.
+        """
+        model = known.model if known and known.model.name == self.model else load_model(self.model)
+        timing = self.timing.resolve(known.timing if known else None)
+        return RunSpec(
+            self._source(), model, self.hardware.resolve(), self.build, self.cache, self.engine, timing
+        )
 
     def _source(self) -> TraceSource:
         if self.trace != SYNTHETIC:

@@ -26,7 +26,7 @@ def replay(arguments: list[str]) -> None:
     from sim.options import parse
 
     options, manifest = parse(arguments)
-    spec = options.spec(manifest.spec.model if manifest else None)
+    spec = options.spec(manifest.spec if manifest else None)
 
     from sim.export import ResultFolder
     from sim.runner import load_trace, memory_budget

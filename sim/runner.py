@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from allocator.config import MemoryBudget
-from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
 from sim.records import RunResult
+from sim.timing import Setting
 from sim.traces import Trace, read_trace
 from sim.workload import generate
 
@@ -37,17 +37,14 @@ class Run:
 
 
 def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], None] | None = None) -> Run:
-    """Simulate `spec` on its trace, or on `trace` where it is loaded already, with the roofline cost.
+    """Simulate `spec` on its trace, or on `trace` where it is loaded already.
 
     `progress` is called now and then with the number of requests that are done.
     """
     budget = memory_budget(spec)
     loaded = load_trace(spec.trace) if trace is None else trace
-    cost = RooflineCost(
-        spec.model,
-        spec.gpu,
-        spec.cache.tensor_parallel_size,
-        kv_bytes_per_token=budget.bytes_per_token,
+    cost = spec.timing.make(
+        Setting(spec.model, spec.gpu, spec.build, budget, spec.cache.tensor_parallel_size)
     )
     result = simulate(
         list(loaded),
