@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+
+import numpy as np
+from numpy.typing import NDArray
 
 from allocator.prefix import Extent
 
+Durations = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Values, and how many blocks each stands for: int64 [n] both."""
+
 
 class Lifetimes:
-    """Collect durations in the caller's time unit; each value stands for a number of blocks.
+    """Collect durations in the caller's time unit.
 
     lifetime           from the moment a block was filled to its eviction
     idle_before_evict  from its last use (the release of its last holder) to its eviction
     reuse_gap          from its last use to a hit that found it unreferenced
 
-    The same three quantities as vLLM's kv_block_{lifetime, idle_before_evict, reuse_gap}_seconds.
+    The same three quantities as vLLM's kv_block_{lifetime, idle_before_evict, reuse_gap}_seconds. An eviction
+    notes the moments as they are; the durations are computed when somebody wants them.
     """
 
     def __init__(self) -> None:
-        self.lifetime: list[tuple[int, int]] = []  # (duration, blocks)
-        self.idle_before_evict: list[tuple[int, int]] = []
-        self.reuse_gap: list[tuple[int, int]] = []
+        self._evictions = array("q")  # now, blocks, last use; a triple for each eviction from an extent
+        self._born = array("q")  # when each evicted block was filled, eviction by eviction
+        self._hits = array("q")  # now, blocks, last use
+        self._evicted = self._evictions.extend
+        self._hit = self._hits.extend
+
+    def __len__(self) -> int:
+        """Return how many numbers are held, 8 bytes each."""
+        return len(self._evictions) + len(self._born) + len(self._hits)
 
     def filled(self, extent: Extent, num_blocks: int, now: int) -> None:
         """Note that the last `num_blocks` blocks of `extent` were filled just now."""
@@ -35,15 +47,40 @@ class Lifetimes:
     def hit(self, extent: Extent, now: int) -> None:
         """Note a hit on all of `extent`, before it is referenced."""
         if not extent.references:
-            self.reuse_gap.append((now - extent.touched, len(extent.ids)))
+            self._hit((now, len(extent.ids), extent.touched))
 
-    def evicted(self, extent: Extent, num_blocks: int, now: int) -> None:
-        """Note that the last `num_blocks` blocks of `extent` are about to be evicted."""
-        self.idle_before_evict.append((now - extent.touched, num_blocks))
+    def evicted(self, extent: Extent, num_blocks: int, now: int, after: int = 0) -> None:
+        """Note the eviction, `now`, of the last `num_blocks` blocks of `extent` but for `after` that went before.
+
+        Its blocks are all still there.
+        """
         born = extent.born
         assert born is not None
-        first, end = len(born) - num_blocks, len(born)
-        while first < end:  # moments never fall along an extent, so equal ones are found by bisection
-            after = bisect_right(born, born[first], first)
-            self.lifetime.append((now - born[first], after - first))
-            first = after
+        end = len(born) - after
+        self._born.extend(born[end - num_blocks : end])
+        self._evicted((now, num_blocks, extent.touched))
+
+    def take(self) -> dict[str, Durations]:
+        """Return and forget the durations, by name, in the order in which they ended.
+
+        Equal ones that follow each other are joined.
+        """
+        evictions, hits = (
+            np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (self._evictions, self._hits)
+        )
+        born = np.array(self._born, dtype=np.int64)
+        for kept in (self._evictions, self._born, self._hits):
+            del kept[:]
+        lived = np.repeat(evictions[:, 0], evictions[:, 1]) - born
+        return {
+            "lifetime": _joined(lived, np.ones_like(lived)),
+            "idle_before_evict": _joined(evictions[:, 0] - evictions[:, 2], evictions[:, 1]),
+            "reuse_gap": _joined(hits[:, 0] - hits[:, 2], hits[:, 1]),
+        }
+
+
+def _joined(values: NDArray[np.int64], weights: NDArray[np.int64]) -> Durations:
+    if not values.size:
+        return values, weights
+    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+    return values[starts], np.add.reduceat(weights, starts)

@@ -38,6 +38,11 @@ class BlockPool(FreeBlocks):
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
         self._notes_cached = type(policy).cached is not EvictionPolicy.cached
+        # A policy that empties one victim before it chooses the next need not be asked block by block. It has to
+        # say so itself: a subclass may choose differently.
+        self.drains: bool = vars(type(policy)).get("drains_victims", False)
+        self._drained: list[tuple[int, int]] = []  # (now, blocks) of each part of the victim that is gone
+        index.settle = self.settle
         policy.attached(self.num_blocks)
 
     @property
@@ -46,24 +51,71 @@ class BlockPool(FreeBlocks):
         return self.num_blocks - self.num_free - self.num_evictable - len(self.limbo)
 
     def _evict(self, wanted: int) -> array[int]:
-        policy = self.policy
-        chosen = policy.victim(wanted)
-        if not self._can_be_taken(chosen, wanted):
-            raise ValueError(
-                f"policy {type(policy).__name__} chose {chosen!r}: a victim must be an extent without references "
-                f"and cached children, and between 1 and {wanted} of its blocks"
-            )
-        extent, count = chosen
-        parent = extent.parent
-        assert parent is not None
-        if self.lifetimes is not None:
-            self.lifetimes.evicted(extent, count, self.now)
-        ids = self.index.trim(extent, count)
+        extent = self.index.draining
+        if extent is None:
+            policy = self.policy
+            chosen = policy.victim(wanted)
+            if not self._can_be_taken(chosen, wanted):
+                raise ValueError(
+                    f"policy {type(policy).__name__} chose {chosen!r}: a victim must be an extent without references "
+                    f"and cached children, and between 1 and {wanted} of its blocks"
+                )
+            extent, count = chosen
+            if not self.drains or count == len(extent.ids):
+                return self._evict_from(extent, count)
+            self.index.draining = extent
+            self.index.version += 1  # a match that leads through it is not current any more
+            gone = 0
+        else:
+            gone = sum([count for _, count in self._drained])
+        return self._drain(extent, gone, wanted)
+
+    def _drain(self, extent: Extent, gone: int, wanted: int) -> array[int]:
+        """Take blocks from a victim of which `gone` are gone, and leave it to `settle` to tell index and policy."""
+        left = len(extent.ids) - gone
+        count = min(wanted, left)
+        ids = extent.ids[left - count : left]
+        ids.reverse()
+        self._drained.append((self.now, count))
         self.num_evictable -= count
         self.evicted_blocks += count
-        policy.evicted(extent, count)
+        index = self.index
+        if count == left or (not index.forgot and index.ghost_blocks + gone + count > index.ghost_capacity):
+            self.settle()
+        return ids
+
+    def settle(self) -> None:
+        """Let index and policy know how much of the victim that is being emptied is gone.
+
+        Until then nobody has asked: the index calls this before it would tell anyone about the victim, or about
+        ghosts, of which there are more now.
+        """
+        extent = self.index.draining
+        if extent is None:
+            return
+        self.index.draining = None
+        gone = 0
+        for now, count in self._drained:
+            if self.lifetimes is not None:
+                self.lifetimes.evicted(extent, count, now, gone)
+            gone += count
+        self._drained.clear()
+        self._trim(extent, gone)
+
+    def _evict_from(self, extent: Extent, count: int) -> array[int]:
+        if self.lifetimes is not None:
+            self.lifetimes.evicted(extent, count, self.now)
+        self.num_evictable -= count
+        self.evicted_blocks += count
+        return self._trim(extent, count)
+
+    def _trim(self, extent: Extent, count: int) -> array[int]:
+        parent = extent.parent
+        assert parent is not None
+        ids = self.index.trim(extent, count)
+        self.policy.evicted(extent, count)
         if not extent.ids and self._is_exposed(parent):
-            policy.exposed(parent)
+            self.policy.exposed(parent)
         return ids
 
     def _can_be_taken(self, chosen: object, wanted: int) -> bool:

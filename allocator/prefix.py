@@ -120,6 +120,10 @@ def common_blocks(keys: bytearray | bytes, other: bytes, at: int, width: int) ->
     return low
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class PrefixIndex:
     """The tree, and the ghosts in it. It knows neither references nor policies; the pool does."""
 
@@ -129,6 +133,8 @@ class PrefixIndex:
         self.ghost_capacity = ghost_capacity
         self.ghost_blocks = 0
         self.forgot = False  # a ghost has been forgotten: what is unknown need not be cold
+        self.draining: Extent | None = None  # being evicted: the pool has yet to say which blocks are gone
+        self.settle: Callable[[], None] = _nothing  # lets the pool say it
         self._ghosts: OrderedDict[Extent, None] = OrderedDict()  # evicted first, first
         self._last_ghost: Extent | None = None
 
@@ -164,6 +170,9 @@ class PrefixIndex:
             if matched * width < len(child.keys):
                 break
             node = child
+        if self.draining is not None and path and (path[-1][0] is self.draining or not path[-1][0].ids):
+            self.settle()
+            return self.match(root, keys)
         return path
 
     def split(self, extent: Extent, at: int) -> Extent:
@@ -204,8 +213,11 @@ class PrefixIndex:
             if child is None:
                 yield self.attach(anchor, keys[at * width :], ids[at:]), True
                 return
-            matched = common_blocks(child.keys, keys, at, width)
             is_ghost = not child.ids
+            if self.draining is not None and (child is self.draining or is_ghost):
+                self.settle()
+                continue
+            matched = common_blocks(child.keys, keys, at, width)
             if matched * width < len(child.keys):
                 child = split(child, matched)
             if is_ghost:
@@ -355,6 +367,7 @@ class PrefixIndex:
 
     def extents(self) -> Iterator[Extent]:
         """Yield every extent, ghosts included, parents first."""
+        self.settle()
         stack: list[Extent] = [root for salts in self.roots.values() for root in salts.values()]
         while stack:
             node = stack.pop()

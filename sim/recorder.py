@@ -154,10 +154,7 @@ class Recorder:
             cache=self._manager.stats(),
             lifetimes={}
             if lifetimes is None
-            else {
-                name: _weighted(getattr(lifetimes, name))
-                for name in ("lifetime", "idle_before_evict", "reuse_gap")
-            },
+            else {name: WeightedTimes(*durations) for name, durations in lifetimes.take().items()},
             block_map=self._map.result() if self._map is not None else None,
             wall_s=wall_s,
         )
@@ -174,11 +171,6 @@ class Recorder:
 def _table(values: array[int], columns: int) -> NDArray[np.int64]:
     """Return flat rows as int64 [rows, columns]."""
     return np.array(values, dtype=np.int64).reshape(-1, columns)
-
-
-def _weighted(pairs: list[tuple[int, int]]) -> WeightedTimes:
-    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return WeightedTimes(table[:, 0].copy(), table[:, 1].copy())
 
 
 class _MapSampler:

@@ -39,14 +39,14 @@ class Pair:
         self.machine, self.real, self.naive = machine, real, naive
         self.twins: dict[KVSequence, NaiveSequence] = {}
         self.evicted: list[int] = []  # histories, as the shadow numbers them
-        choose = real.pool.policy.victim
+        evict = real.pool._evict
 
-        def victim(wanted: int) -> Any:
-            extent, count = choose(wanted)
-            self.evicted += [machine.shadow.block(block) for block in reversed(extent.ids[-count:])]
-            return extent, count
+        def noted(wanted: int) -> Any:
+            ids = evict(wanted)
+            self.evicted += [machine.shadow.block(block) for block in ids]
+            return ids
 
-        real.pool.policy.victim = victim  # type: ignore[method-assign]
+        real.pool._evict = noted  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)

@@ -82,6 +82,7 @@ class Both:
         self.naive = PolicyManager(program.num_blocks, self.size, reference, True, 16 * program.num_blocks)
         self.running: list[tuple[KVSequence, NaiveSequence]] = []
         self.evicted: list[Tokens] = []
+        self.real.pool.drains = False  # so that the policy is asked for each part of a victim
         choose = policy.victim
 
         def victim(wanted: int) -> Any:

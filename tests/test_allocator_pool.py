@@ -59,6 +59,7 @@ def test_free_blocks_go_before_cached_ones_and_tails_before_heads() -> None:
     assert (pool.num_free, pool.num_evictable, pool.available) == (2, 4, 6)
     assert pool.take(3).tolist() == [4, 5, 3]
     assert pool.evicted_blocks == 1
+    pool.settle()
     assert new.ids.tolist() == [2]
     assert pool.take(3).tolist() == [2, 1, 0]
     assert index.ghost_blocks == 4

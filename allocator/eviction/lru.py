@@ -15,6 +15,8 @@ class LRU(EvictionPolicy):
     the tail goes first: the order is exactly that of a list of single blocks.
     """
 
+    drains_victims = True
+
     def __init__(self) -> None:
         self._order: OrderedDict[Extent, None] = OrderedDict()
 

@@ -21,6 +21,11 @@ class EvictionPolicy(ABC):
     or O(log extents) to be of use.
     """
 
+    drains_victims = False
+    """Whether a victim, once chosen, is chosen again until it is empty or referenced, all its blocks if so many are
+    wanted. The pool then asks only once, and calls `evicted` when the victim is empty, or before anybody looks. To be
+    said by each class for itself: it is not inherited."""
+
     def attached(self, num_blocks: int) -> None:
         """Note the size of the pool that is going to ask. Comes before everything else."""
 
