@@ -33,7 +33,7 @@ class Admission(Decoding):
             if rest:
                 misses["short_of_block"] = 1
             return PrefixMatch(
-                self.index, content, salt, size, (), None, 0, full + (rest > 0), misses, self.index.version
+                self.index, content, salt, size, [], None, 0, full + (rest > 0), misses, self.index.version
             )
         return find_match(self.index, content, salt, self.tokens_per_block, self._prefilling)
 
@@ -101,16 +101,19 @@ class Admission(Decoding):
         elif match.content is not content or match.salt != salt:
             raise ValueError("match must come from a lookup of the same content and salt")
         num_tokens = as_int("num_tokens", num_tokens, 1)
-        left = content.num_prompt_tokens - match.hit_tokens
-        if num_tokens > left:
+        hit_blocks, hit_tokens = match.hit_blocks, match.hit_tokens
+        tokens = hit_tokens + num_tokens
+        if tokens > content.num_prompt_tokens:
+            left = content.num_prompt_tokens - hit_tokens
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
-        needed = self.blocks_needed(match, num_tokens)
+        new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
+        needed = new_blocks + match.evictable_blocks
         if needed > self.pool.available:
             raise OutOfBlocks(needed, self.pool.available)
         account = None
         if tenant is not None:
             account = self._account(tenant)
-            account.require(-(-(match.hit_tokens + num_tokens) // self.tokens_per_block))
+            account.require(hit_blocks + new_blocks)
 
         history = content.history(self.tokens_per_block)
         # Without reuse, each sequence has a root of its own: nothing is ever found, and the rest is the same.
@@ -125,12 +128,10 @@ class Admission(Decoding):
             self.pool.hit(extent)
             table.extend(extent.ids)
             anchor = extent
-        tokens = match.hit_tokens + num_tokens
-        table.extend(self.pool.take(-(-tokens // self.tokens_per_block) - match.hit_blocks))
+        table.extend(self.pool.take(new_blocks))
 
-        sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table)
-        sequence.hit_blocks = match.hit_blocks
-        sequence.num_tokens = tokens
+        sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table, tokens)
+        sequence.hit_blocks = hit_blocks
         self.sequences[sequence] = None
         self._logical_blocks += len(table)
         if account is not None:
@@ -204,5 +205,6 @@ class Admission(Decoding):
         counts.query_blocks += match.query_blocks
         counts.hit_tokens += match.hit_tokens
         counts.hit_blocks += match.hit_blocks
+        totals = counts.miss_blocks
         for cause, blocks in match.miss_blocks.items():
-            counts.miss_blocks[cause] += blocks
+            totals[cause] += blocks

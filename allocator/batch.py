@@ -138,7 +138,7 @@ class Batch(Sequence[KVSequence]):
             rows = np.fromiter(self._members.values(), np.intp, members)
             in_order = members == self._num_rows and bool((rows == np.arange(members)).all())
             order = self._order = slice(0, members) if in_order else rows
-            self._pack = Struct(f"{members}i").pack
+            self._pack = Struct(f"={members}I").pack
             self.ring.reserve(self._num_rows)
             if self._slots is not None:
                 self._slots.reserve(self._num_rows)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 from allocator.content import Content
-from allocator.prefix import Extent, PrefixIndex, common_blocks
+from allocator.prefix import Extent, PrefixIndex, Root, common_blocks
 from allocator.sequence import KVSequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that would triple the time it takes to make one
 class PrefixMatch:
     """The result of one lookup, good until the cache next changes (then admission looks up again).
 
@@ -26,7 +26,7 @@ class PrefixMatch:
     content: Content
     salt: Hashable
     tokens_per_block: int
-    path: tuple[tuple[Extent, int], ...]
+    path: list[tuple[Extent, int]]
     repeated: Extent | None
     hit_blocks: int
     query_blocks: int
@@ -41,7 +41,11 @@ class PrefixMatch:
     @property
     def evictable_blocks(self) -> int:
         """Return how many of the hit blocks are evictable now, and would stop being so."""
-        return sum(blocks for extent, blocks in self.path if not extent.references)
+        evictable = 0
+        for extent, blocks in self.path:
+            if not extent.references:
+                evictable += blocks
+        return evictable
 
     @property
     def repeated_blocks(self) -> int:
@@ -49,12 +53,15 @@ class PrefixMatch:
         return int(self.repeated is not None and not self.repeated.references)
 
 
+_NO_SALTS: dict[Hashable, Root] = {}
+
+
 def find_match(
     index: PrefixIndex,
     content: Content,
     salt: Hashable,
     tokens_per_block: int,
-    prefilling: Iterable[KVSequence],
+    prefilling: Collection[KVSequence],
 ) -> PrefixMatch:
     """Look a prompt up. Changes nothing.
 
@@ -65,21 +72,21 @@ def find_match(
     full = prompt // tokens_per_block
     usable = (prompt - 1) // tokens_per_block  # the last token is always computed
     keys = content.prompt_keys(tokens_per_block)
-    salts = index.roots.get(content.family(), {})
+    salts = index.roots.get(content.family(), _NO_SALTS)
     root = salts.get(salt)
 
     walked = index.match(root, keys) if root is not None else []
-    live = sum(blocks for extent, blocks in walked if extent.ids)
-    known = sum(blocks for _, blocks in walked)
-
     path: list[tuple[Extent, int]] = []
-    hit_blocks = 0
+    hit_blocks = live = known = 0
     for extent, blocks in walked:
-        take = min(blocks, usable - hit_blocks) if extent.ids else 0
-        if take <= 0:
-            break
-        path.append((extent, take))
-        hit_blocks += take
+        known += blocks
+        if extent.ids:
+            live += blocks
+            if live > usable:
+                blocks -= live - usable
+            if blocks > 0:
+                path.append((extent, blocks))
+                hit_blocks += blocks
 
     misses: dict[str, int] = {}
     repeated = None
@@ -89,29 +96,24 @@ def find_match(
     if query_blocks > full:
         misses["short_of_block"] = 1
     if live < full:
-        elsewhere = [_live_blocks(index, other, keys) for other in salts.values() if other is not root]
-        isolated = max(elsewhere, default=0)
-        in_flight = 0
-        if root is not None:
-            in_flight = max((_blocks_ahead(s, root, walked, live, keys) for s in prefilling), default=0)
         reached = live
-        for cause, end in (("isolated", isolated), ("in_flight", in_flight), ("evicted", known)):
-            if end > reached:
-                misses[cause] = end - reached
-                reached = end
+        if len(salts) > (root is not None):
+            isolated = max(_live_blocks(index, other, keys) for other in salts.values() if other is not root)
+            if isolated > reached:
+                misses["isolated"] = isolated - reached
+                reached = isolated
+        if prefilling and root is not None:
+            in_flight = max(_blocks_ahead(s, root, walked, live, keys) for s in prefilling)
+            if in_flight > reached:
+                misses["in_flight"] = in_flight - reached
+                reached = in_flight
+        if known > reached:
+            misses["evicted"] = known - reached
+            reached = known
         if full > reached:
             misses["unknown" if index.forgot else "cold"] = full - reached
     return PrefixMatch(
-        index,
-        content,
-        salt,
-        tokens_per_block,
-        tuple(path),
-        repeated,
-        hit_blocks,
-        query_blocks,
-        misses,
-        index.version,
+        index, content, salt, tokens_per_block, path, repeated, hit_blocks, query_blocks, misses, index.version
     )
 
 

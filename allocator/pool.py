@@ -198,10 +198,13 @@ class BlockPool(FreeBlocks):
         for each in extent.path():
             self.acquire(each, references)
 
-    def drop_path(self, extent: Extent) -> None:
-        """Remove one reference from an extent and all those above it, the deepest first."""
-        for each in list(extent.path()):  # a freed extent forgets its parent's children, so walk first
-            self.drop(each)
+    def drop_path(self, extent: Extent) -> Extent:
+        """Remove one reference from an extent and all those above it, the deepest first; return the root."""
+        parent = extent.parent
+        while parent is not None:
+            self.drop(extent)
+            extent, parent = parent, parent.parent
+        return extent
 
     def split(self, extent: Extent, at: int) -> Extent:
         """Cut an extent after `at` blocks and return the new head."""

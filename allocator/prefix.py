@@ -106,8 +106,10 @@ class Root(Extent):
 
 def common_blocks(keys: bytearray | bytes, other: bytes, at: int, width: int) -> int:
     """Return how many blocks `keys` and `other` from block `at` on have in common."""
-    limit = min(len(keys) // width, len(other) // width - at)
     base = at * width
+    if other.startswith(keys, base):  # the common case, and without a copy
+        return len(keys) // width
+    limit = min(len(keys) // width, len(other) // width - at)
     if keys[: limit * width] == other[base : base + limit * width]:
         return limit
     low, high = 0, limit  # equal up to low, not up to high
@@ -231,7 +233,7 @@ class PrefixIndex:
         extent = Extent(parent, keys, ids, parent.width)
         if parent.children is None:
             parent.children = {}
-        parent.children[extent.first_key] = extent
+        parent.children[keys[: parent.width]] = extent
         parent.live_children += 1
         self.version += 1
         return extent

@@ -47,7 +47,13 @@ class KVSequence:
     )
 
     def __init__(
-        self, history: History, salt: Hashable, num_prompt_tokens: int, anchor: Extent, table: array[int]
+        self,
+        history: History,
+        salt: Hashable,
+        num_prompt_tokens: int,
+        anchor: Extent,
+        table: array[int],
+        num_tokens: int,
     ) -> None:
         self.settled_history = history  # lacks what the batch it is in has not settled yet
         self.salt = salt
@@ -60,7 +66,7 @@ class KVSequence:
         self.batch: Batch | None = None
         self.released = False
         self.tenant: Tenant | None = None
-        self._tokens = 0
+        self._tokens = num_tokens
 
     @property
     def history(self) -> History:

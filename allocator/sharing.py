@@ -34,10 +34,10 @@ class Sharing(Admission):
                 sequence.num_prompt_tokens,
                 sequence.anchor,
                 sequence.table[:],
+                tokens,
             )
             child.twins = set(sequence.twins)
             child.hit_blocks = sequence.hit_blocks
-            child.num_tokens = tokens
             child.tenant = sequence.tenant
             self.sequences[child] = None
             if sequence in self._prefilling:
@@ -88,7 +88,7 @@ class Sharing(Admission):
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
         self._check_live(sequence)
         if sequence.batch is not None:
-            sequence.batch.remove(sequence)
+            sequence.batch.discard(sequence)
         self.tables.release(sequence)
         self._logical_blocks -= len(sequence.table)
         if sequence.tenant is not None:

@@ -59,6 +59,11 @@ class Tables:
             self.index.grow(anchor, keys, ids)
             self.pool.cached(anchor, full - first)
             return
+        if not anchor.children or keys[: anchor.width] not in anchor.children:  # often, all of it is new
+            extent = sequence.anchor = self.index.attach(anchor, keys, ids)
+            extent.references = 1
+            self.pool.cached(extent, full - first)
+            return
         for extent, is_new in self.index.insert(anchor, keys, ids, self.pool.split):
             if is_new:
                 extent.references = 1
@@ -167,16 +172,21 @@ class Tables:
 
     def free_private(self, sequence: KVSequence, first: int) -> None:
         """Give back the uncached blocks from position `first` on, the last first."""
+        table, pool = sequence.table, self.pool
+        if not (sequence.twins or pool.shared):  # the common case
+            private = table[max(sequence.anchor.end, first) :]
+            if private:
+                private.reverse()
+                pool.give(private)
+            return
         positions = self.private_positions(sequence, first)
         positions.reverse()
-        table, pool = sequence.table, self.pool
         pool.give(array("i", [table[p] for p in positions if not pool.unshare(table[p])]))
         sequence.twins.difference_update(positions)
 
     def release(self, sequence: KVSequence) -> None:
         """Give back all that a sequence holds, the last block first."""
         self.free_private(sequence, 0)
-        root = root_of(sequence)
-        self.pool.drop_path(sequence.anchor)
+        root = self.pool.drop_path(sequence.anchor)
         root.references -= 1
         self.index.discard_if_unused(root)

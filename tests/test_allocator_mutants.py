@@ -71,8 +71,9 @@ MUTANTS = [
     Mutant(
         "released_head_first",
         "pool.py",
-        "for each in list(extent.path()):",
-        "for each in reversed(list(extent.path())):",
+        "        parent = extent.parent\n        while parent is not None:\n            self.drop(extent)\n",
+        "        parent = extent.parent\n        for each in reversed(list(extent.path())):\n            self.drop(each)\n"
+        "        while parent is not None:\n",
         "ReuseMachine",
     ),
     Mutant(
