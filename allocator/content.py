@@ -122,22 +122,11 @@ class TokenContent(Content):
     def __init__(
         self, token_ids: Iterable[int] | NDArray[np.integer], num_prompt_tokens: int | None = None
     ) -> None:
-        if isinstance(token_ids, list):
-            ids = _pack_list(token_ids)
-        elif isinstance(token_ids, np.ndarray):
-            _require_integers("token_ids", token_ids)
-            if token_ids.size and token_ids.max() >= 2**31:
-                raise ValueError(f"token_ids ({token_ids.max()}) must be less than 2**31")
-            ids = np.ascontiguousarray(token_ids, dtype=np.int32).tobytes()
-        else:
-            ids = _pack_list(token_ids)
+        ids = _packed_array(token_ids) if isinstance(token_ids, np.ndarray) else _packed(token_ids)
         named = len(ids) // 4
         super().__init__(named if num_prompt_tokens is None else num_prompt_tokens)
         if named < self.num_prompt_tokens:
             raise ValueError(f"token_ids ({named} of them) must cover the prompt ({self.num_prompt_tokens})")
-        least = np.minimum.reduce(np.frombuffer(ids, np.int32))
-        if least < 0:
-            raise ValueError(f"token_ids ({least}) must not be negative")
         self._ids = ids
 
     @classmethod
@@ -159,24 +148,34 @@ class TokenContent(Content):
         return self._ids[: 4 * full]
 
 
-def _pack_list(token_ids: Iterable[int]) -> bytes:
+def _packed(token_ids: Iterable[int]) -> bytes:
     """Return token ids as int32, one after the other."""
-    if not isinstance(token_ids, list):
+    try:
+        ids = token_ids if isinstance(token_ids, list) else list(token_ids)
         try:
-            token_ids = list(token_ids)
-        except TypeError as error:
-            raise ValueError(f"token_ids must be integers: {error}") from None
-    try:
-        # Half the time of array or ndarray; unsigned, as that is faster still, and what is too large looks negative.
-        return struct.Struct(f"={len(token_ids)}I").pack(*token_ids)
-    except struct.error:
-        pass
-    try:
-        return array("i", token_ids).tobytes()  # raises as well, and says what is wrong
-    except OverflowError:
-        raise ValueError("token_ids must all be less than 2**31, and none negative") from None
+            # Half the time of array or ndarray; unsigned, as that is faster still.
+            packed = struct.Struct(f"={len(ids)}I").pack(*ids)
+        except struct.error:
+            packed = array("i", ids).tobytes()  # says what is wrong, but takes negative numbers
     except TypeError as error:
         raise ValueError(f"token_ids must be integers: {error}") from None
+    except OverflowError:
+        raise ValueError("token_ids must all be less than 2**31, and none negative") from None
+    if packed and np.maximum.reduce(np.frombuffer(packed, np.uint32)) >= 2**31:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        rule = "must not be negative" if wrong < 0 else "must be less than 2**31"
+        raise ValueError(f"token_ids ({wrong}) {rule}")
+    return packed
+
+
+def _packed_array(token_ids: NDArray[Any]) -> bytes:
+    """Return token ids as int32, one after the other."""
+    _require_integers("token_ids", token_ids)
+    if token_ids.size and token_ids.max() >= 2**31:
+        raise ValueError(f"token_ids ({token_ids.max()}) must be less than 2**31")
+    if token_ids.size and token_ids.min() < 0:
+        raise ValueError(f"token_ids ({token_ids.min()}) must not be negative")
+    return np.ascontiguousarray(token_ids, dtype=np.int32).tobytes()
 
 
 class TokenHistory(History):

@@ -113,7 +113,16 @@ def find_match(
         if full > reached:
             misses["unknown" if index.forgot else "cold"] = full - reached
     return PrefixMatch(
-        index, content, salt, tokens_per_block, path, repeated, hit_blocks, query_blocks, misses, index.version
+        index,
+        content,
+        salt,
+        tokens_per_block,
+        path,
+        repeated,
+        hit_blocks,
+        query_blocks,
+        misses,
+        index.version,
     )
 
 

@@ -107,8 +107,8 @@ MUTANTS = [
     Mutant(
         "evicted_block_still_counts_as_computed",
         "matching.py",
-        "live = sum(blocks for extent, blocks in walked if extent.ids)",
-        "live = sum(blocks for extent, blocks in walked)",
+        "        if extent.ids:\n            live += blocks\n",
+        "        if extent.keys:\n            live += blocks\n",
         "ReuseMachine",
     ),
     Mutant(
@@ -135,15 +135,15 @@ MUTANTS = [
     Mutant(
         "shared_blocks_counted_as_evictable",
         "matching.py",
-        "return sum(blocks for extent, blocks in self.path if not extent.references)",
-        "return sum(blocks for extent, blocks in self.path)",
+        "            if not extent.references:\n                evictable += blocks\n",
+        "            evictable += blocks\n",
         "ReuseMachine",
     ),
     Mutant(
         "hits_not_counted_against_what_is_available",
         "matching.py",
-        "return sum(blocks for extent, blocks in self.path if not extent.references)",
-        "return 0",
+        "            if not extent.references:\n                evictable += blocks\n",
+        "            pass\n",
         "ReuseMachine",
     ),
     Mutant(
