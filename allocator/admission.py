@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from allocator.checks import as_int
 from allocator.content import Content
 from allocator.decoding import Decoding
+from allocator.event_log import ADMITTED, HIT, TAKEN
 from allocator.matching import PrefixMatch, find_match
 from allocator.pool import OutOfBlocks
 from allocator.prefix import Extent
@@ -128,10 +129,20 @@ class Admission(Decoding):
             self.pool.hit(extent)
             table.extend(extent.ids)
             anchor = extent
-        table.extend(self.pool.take(new_blocks))
+        events = self.events
+        if events is not None:
+            number = events.new_sequence()
+            events.add(ADMITTED, number, value=content.num_prompt_tokens)
+            if table:
+                events.add_blocks(HIT, number, -1, hit_tokens, table)
+        fresh = self.pool.take(new_blocks)
+        table.extend(fresh)
 
         sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table, tokens)
         sequence.hit_blocks = hit_blocks
+        if events is not None:
+            sequence.number = number
+            events.add_blocks(TAKEN, number, -1, num_tokens, fresh)
         self.sequences[sequence] = None
         self._logical_blocks += len(table)
         if account is not None:

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.content import History
+from allocator.event_log import JOINED, LEFT, NOBODY, EventLog
 from allocator.ring import LastSlots, Rows, TokenRing
 from allocator.sequence import KVSequence
 
 Bucket = dict[KVSequence, int]
 """Members that start their blocks at the same ticks, and the row of each."""
 
-_NOBODY: Bucket = {}
+_NONE: Bucket = {}
 
 
 class Batch(Sequence[KVSequence]):
@@ -35,9 +36,13 @@ class Batch(Sequence[KVSequence]):
     history; then they are *settled*, written to the history.
     """
 
-    def __init__(self, tokens_per_block: int, live: Container[KVSequence]) -> None:
+    def __init__(
+        self, tokens_per_block: int, live: Container[KVSequence], log: EventLog | None = None
+    ) -> None:
         self.live = live
         self.tick = 0
+        self.log = log
+        self.number = NOBODY if log is None else log.new_batch()
         self.tokens_per_block = tokens_per_block
         self.ring = TokenRing(tokens_per_block)
         self.unready: dict[KVSequence, None] = {}  # to be looked at before the next write: may have to copy
@@ -102,6 +107,8 @@ class Batch(Sequence[KVSequence]):
             self.unready[sequence] = None
             if self.ring.named:
                 self._since[sequence] = self.tick
+        if self.log is not None:
+            self.log.add(JOINED, sequence.number, self.number)
 
     def remove(self, sequence: KVSequence) -> None:
         """Take a sequence out. Raises ValueError if it is not in this batch."""
@@ -129,6 +136,8 @@ class Batch(Sequence[KVSequence]):
         if not self._members:  # so that rows are handed out in order again
             self._free_rows.clear()
             self._num_rows = 0
+        if self.log is not None:
+            self.log.add(LEFT, sequence.number, self.number)
 
     def _arrange(self) -> Rows:
         """Return the members' rows in the order of addition, and make room for them."""
@@ -148,7 +157,7 @@ class Batch(Sequence[KVSequence]):
 
     def starting(self) -> Bucket:
         """Return who starts a block at the next tick; after a tick, that is who has just filled one."""
-        return self._buckets.get(self.tick % self.tokens_per_block, _NOBODY)
+        return self._buckets.get(self.tick % self.tokens_per_block, _NONE)
 
     def start_blocks(self, starting: Bucket, blocks: array[int]) -> None:
         """Give each member that starts a block at the next tick its block."""

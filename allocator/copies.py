@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.event_log import EXECUTED, EventLog
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
 
@@ -25,6 +26,7 @@ class PendingCopies:
         self._pinned: list[int] = []
         self._held: list[Extent] = []
         self._destinations: set[int] = set()
+        self.events: EventLog | None = None
 
     def __len__(self) -> int:
         return len(self._copies)
@@ -53,6 +55,8 @@ class PendingCopies:
         if not self._copies:
             return _NO_COPIES
         copies = np.array(self._copies, dtype=np.int32).reshape(-1, 3)
+        if self.events is not None:
+            self.events.add(EXECUTED, value=len(copies))
         for block in self._pinned:
             self._pool.unpin(block)
         for extent in self._held:

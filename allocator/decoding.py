@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from allocator.batch import Batch
 from allocator.checks import as_int
+from allocator.event_log import ADVANCED, NOBODY, TAKEN
 from allocator.pool import OutOfBlocks
 from allocator.sequence import KVSequence
 from allocator.state import ManagerState
@@ -20,7 +21,7 @@ class Decoding(ManagerState):
 
     def batch(self) -> Batch:
         """Return an empty batch, with which `append` costs per block started, not per sequence."""
-        return Batch(self.tokens_per_block, self.sequences)
+        return Batch(self.tokens_per_block, self.sequences, self.events)
 
     def append(
         self,
@@ -122,10 +123,15 @@ class Decoding(ManagerState):
             tokens = sequence.num_tokens + num_tokens
             growth = -(-tokens // size) - len(sequence.table)
             if growth:
-                sequence.table.extend(self.pool.take(growth))
+                blocks = self.pool.take(growth)
+                sequence.table.extend(blocks)
                 self._logical_blocks += growth
                 if sequence.tenant is not None:
                     sequence.tenant.blocks += growth
+                if self.events is not None:
+                    self.events.add_blocks(TAKEN, sequence.number, -1, num_tokens, blocks)
+            elif self.events is not None:
+                self.events.add(TAKEN, sequence.number, value=num_tokens)
             sequence.num_tokens = tokens
             self._logical_tokens += num_tokens
         for sequence in sequences:
@@ -141,7 +147,7 @@ class Decoding(ManagerState):
     def _advance_batch(
         self, batch: Batch, num_tokens: int, tokens: Sequence[Sequence[int]] | Sequence[int] | None
     ) -> None:
-        if batch.live is not self.sequences:
+        if batch.live is not self.sequences or batch.log is not self.events:
             raise ValueError(f"a batch of {len(batch)} sequences must be this manager's own")
         ids = rows = None
         if tokens is not None:
@@ -175,13 +181,19 @@ class Decoding(ManagerState):
             self._record(batch, rows)
             self._ticks(batch, num_tokens)
         self._logical_tokens += num_tokens * len(batch)
+        if self.events is not None:
+            self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)
 
     def _tick(self, batch: Batch, ids: NDArray[np.int32] | None) -> None:
         """Let a batch go on by one tick, in which it writes `ids`."""
         starting = batch.starting()
         if starting:
-            batch.start_blocks(starting, self.pool.take(len(starting)))
+            blocks = self.pool.take(len(starting))
+            batch.start_blocks(starting, blocks)
             self._logical_blocks += len(starting)
+            if self.events is not None:
+                for sequence, block in zip(starting, blocks, strict=True):
+                    self.events.add_block(TAKEN, sequence.number, -1, 0, block)
         batch.step(ids)
         filled = batch.starting()
         if filled:
@@ -189,7 +201,7 @@ class Decoding(ManagerState):
 
     def _ticks(self, batch: Batch, num_tokens: int) -> None:
         """Let a batch go on by several ticks at once, in the order in which single ones would do it."""
-        pool = self.pool
+        pool, events = self.pool, self.events
         # A block that fills can repeat an evictable one, which is then held. Where that could leave too few for
         # the ticks to come, all blocks are taken before anything fills.
         stock = None
@@ -201,6 +213,8 @@ class Decoding(ManagerState):
                 blocks = pool.take(len(bucket)) if stock is None else islice(stock, len(bucket))
                 for sequence, block in zip(bucket, blocks, strict=True):
                     sequence.table.append(block)
+                    if events is not None:
+                        events.add_block(TAKEN, sequence.number, -1, 0, block)
                 self._logical_blocks += len(bucket)
             else:
                 self.tables.index_filled(bucket, batch.settle_blocks(bucket))

@@ -33,6 +33,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from allocator.oracle import Tally
 from allocator.rules.base import ManagerMachine
 from allocator.rules.batch import BatchRules
+from allocator.rules.events import EventRules
 from allocator.rules.quotas import QuotaRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.sharing import SharingRules
@@ -40,6 +41,7 @@ from allocator.rules.sharing import SharingRules
 __all__ = [
     "AllocatorMachine",
     "BatchMachine",
+    "EventsMachine",
     "ManagerMachine",
     "QuotaMachine",
     "ReuseMachine",
@@ -65,7 +67,13 @@ class QuotaMachine(QuotaRules, SharingRules, BatchRules):
     """Tenants with quotas."""
 
 
-class AllocatorMachine(ReuseRules, SharingRules, BatchRules, QuotaRules):
+class EventsMachine(EventRules, SharingRules, BatchRules):
+    """The event log, of every program."""
+
+    logging = (True,)
+
+
+class AllocatorMachine(ReuseRules, SharingRules, BatchRules, QuotaRules, EventRules):
     """Everything at once."""
 
 

@@ -30,15 +30,16 @@ class KVCacheManager(Sharing):
     ghost_blocks      how many evicted blocks to remember, to explain misses; default 16 for each block
     quotas            tenant -> most blocks that the tables of its sequences may have; see `set_quota`
     lifetimes         collect how long blocks live, in units of `now`
+    events            keep a log, `events`, from which the state at any point can be had: see allocator.events
 
     A life: `lookup` → `admit` (first prefill chunk) → `extend` (further chunks) → `append` (decode steps) →
     `release`. Calls that need blocks raise OutOfBlocks when the pool has too few, and have then changed nothing.
     Copies that a write made necessary are handed out by `pending_copies`; execute them before the step's writes.
-    The manager has no clock: recency is the order of calls. `now` only dates what `lifetimes` collects.
+    The manager has no clock: recency is the order of calls. `now` only dates what is collected and logged.
     """
 
     @classmethod
-    def contiguous(cls, num_sequences: int, max_seq_len: int) -> KVCacheManager:
+    def contiguous(cls, num_sequences: int, max_seq_len: int, *, events: bool = False) -> KVCacheManager:
         """Return the cache of an engine without paging: every sequence reserves max_seq_len tokens in one piece.
 
         That is a pool whose blocks are whole sequences, and in which nothing is reused.
@@ -46,6 +47,8 @@ class KVCacheManager(Sharing):
         max_seq_len = as_int("max_seq_len", max_seq_len, 1)
         manager = cls(num_sequences, 1, CacheConfig(enable_block_reuse=False))
         manager.tokens_per_block = manager.tables.tokens_per_block = max_seq_len
+        if events:
+            manager._start_log()
         return manager
 
     @property
@@ -76,6 +79,8 @@ class KVCacheManager(Sharing):
     @now.setter
     def now(self, value: int) -> None:
         self.pool.now = value
+        if self.events is not None:
+            self.events.move(value)
 
     def block_tables(self, sequences: Sequence[KVSequence]) -> NDArray[np.int32]:
         """Return int32 [len(sequences), longest table]; entries past a sequence's blocks are −1."""

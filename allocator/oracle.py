@@ -58,6 +58,8 @@ class Oracle:
 
     policies: ClassVar[Sequence[str | type[EvictionPolicy]]] = tuple(sorted(POLICIES))
     tally: ClassVar[Tally] = Tally()
+    logging: ClassVar[Sequence[bool]] = (False,)
+    """Whether the manager keeps its event log, in as many programs as there are items here."""
 
     # ------------------------------------------------ what a subclass may replace
 
@@ -70,6 +72,7 @@ class Oracle:
             CacheConfig(enable_block_reuse=reuse, policy=policy),
             policy=make_policy(policy) if isinstance(self.policy, str) else self.policy(),
             ghost_blocks=self.ghosts,
+            events=self.keeps_log,
         )
 
     def cached_blocks(self) -> set[int]:
@@ -85,6 +88,7 @@ class Oracle:
             list(manager.pool.limbo),
             dict(manager.pool.shared),
             len(manager.tables.copies),
+            len(manager.events or ()),
             [
                 (s, s.num_tokens, s.table[:], s.anchored, set(s.twins), s.history, s.batch is None)
                 for s in manager.sequences
@@ -95,9 +99,19 @@ class Oracle:
     # ------------------------------------------------ state
 
     def begin(
-        self, num_blocks: int, tokens_per_block: int, reuse: bool, policy: int, ghosts: int | None
+        self,
+        num_blocks: int,
+        tokens_per_block: int,
+        reuse: bool,
+        policy: int,
+        ghosts: int | None,
+        log: int = 0,
     ) -> None:
-        """Make the manager and an empty shadow; `policy` picks one of `policies`, None is the default of ghosts."""
+        """Make the manager and an empty shadow; None is the default of ghosts.
+
+        `policy` picks one of `policies`, and `log` one of `logging`.
+        """
+        self.keeps_log = self.logging[log % len(self.logging)]
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 
 from allocator.blocks import FreeBlocks, OutOfBlocks
+from allocator.event_log import EVICTED, NOBODY, UNSTORED, EventLog
 from allocator.eviction.policy import EvictionPolicy
 from allocator.lifetimes import Lifetimes
 from allocator.prefix import Extent, PrefixIndex
@@ -34,6 +35,7 @@ class BlockPool(FreeBlocks):
         self.index = index
         self.keep_cached = keep_cached
         self.lifetimes: Lifetimes | None = None
+        self.events: EventLog | None = None
         self.now = 0
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
@@ -79,6 +81,8 @@ class BlockPool(FreeBlocks):
         self._drained.append((self.now, count))
         self.num_evictable -= count
         self.evicted_blocks += count
+        if self.events is not None:
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)
         index = self.index
         if count == left or (not index.forgot and index.ghost_blocks + gone + count > index.ghost_capacity):
             self.settle()
@@ -107,7 +111,10 @@ class BlockPool(FreeBlocks):
             self.lifetimes.evicted(extent, count, self.now)
         self.num_evictable -= count
         self.evicted_blocks += count
-        return self._trim(extent, count)
+        ids = self._trim(extent, count)
+        if self.events is not None:
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)
+        return ids
 
     def _trim(self, extent: Extent, count: int) -> array[int]:
         parent = extent.parent
@@ -191,6 +198,8 @@ class BlockPool(FreeBlocks):
             ids = extent.ids[::-1]
             self.index.remove(extent)
             self.policy.evicted(extent, len(ids))
+            if self.events is not None:
+                self.events.add_blocks(UNSTORED, NOBODY, -1, -1, ids)
             self.give(ids)
 
     def acquire_path(self, extent: Extent, references: int = 1) -> None:

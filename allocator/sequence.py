@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.content import Content, History
+from allocator.event_log import NOBODY
 from allocator.prefix import Extent
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class KVSequence:
         "cow_copies",
         "hit_blocks",
         "num_prompt_tokens",
+        "number",
         "released",
         "salt",
         "settled_history",
@@ -66,6 +68,7 @@ class KVSequence:
         self.batch: Batch | None = None
         self.released = False
         self.tenant: Tenant | None = None
+        self.number = NOBODY  # in the event log, if there is one
         self._tokens = num_tokens
 
     @property

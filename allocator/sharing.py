@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from allocator.admission import Admission
 from allocator.checks import as_int
+from allocator.event_log import EXCHANGED, FORKED, FREED, TRUNCATED
 from allocator.sequence import KVSequence
 
 
@@ -39,6 +40,9 @@ class Sharing(Admission):
             child.twins = set(sequence.twins)
             child.hit_blocks = sequence.hit_blocks
             child.tenant = sequence.tenant
+            if self.events is not None:
+                child.number = self.events.new_sequence()
+                self.events.add(FORKED, child.number, sequence.number)
             self.sequences[child] = None
             if sequence in self._prefilling:
                 self._prefilling[child] = None
@@ -68,6 +72,8 @@ class Sharing(Admission):
         if num_tokens == sequence.num_tokens:
             return
         self._truncated = True
+        if self.events is not None:
+            self.events.add(TRUNCATED, sequence.number, value=num_tokens)
         size = self.tokens_per_block
         keep = -(-num_tokens // size)
         self.tables.free_private(sequence, keep)
@@ -89,6 +95,8 @@ class Sharing(Admission):
         self._check_live(sequence)
         if sequence.batch is not None:
             sequence.batch.discard(sequence)
+        if self.events is not None:
+            self.events.add(FREED, sequence.number)
         self.tables.release(sequence)
         self._logical_blocks -= len(sequence.table)
         if sequence.tenant is not None:
@@ -119,6 +127,8 @@ class Sharing(Admission):
         heirs = {i: self._fork(sequences[p], 1)[0] for i, p in enumerate(parents) if p != i}
         for i, heir in heirs.items():
             self._swap_state(sequences[i], heir)
+            if self.events is not None:
+                self.events.add(EXCHANGED, sequences[i].number, heir.number)
             self.release(heir)  # it now holds what the beam held before
         for sequence in sequences:
             if sequence.batch is not None:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 
 from allocator.checks import as_int, require_power_of_two
 from allocator.config import CacheConfig
+from allocator.event_log import CREATED, NOBODY, EventLog
 from allocator.eviction import EvictionPolicy, make_policy
 from allocator.lifetimes import Lifetimes
 from allocator.pool import BlockPool
@@ -29,6 +30,7 @@ class ManagerState:
         ghost_blocks: int | None = None,
         lifetimes: bool = False,
         quotas: Mapping[Hashable, int] | None = None,
+        events: bool = False,
     ) -> None:
         config = config or CacheConfig()
         num_blocks = as_int("num_blocks", num_blocks, 1)
@@ -56,7 +58,15 @@ class ManagerState:
         self.quotas = Quotas(quotas) if quotas is not None else None
         self._logical_blocks = 0
         self._logical_tokens = 0
+        self.events: EventLog | None = None
+        if events:
+            self._start_log()
         self._truncated = False  # a table may end in a cached block of which it uses only a part
+
+    def _start_log(self) -> None:
+        log = EventLog()
+        log.add(CREATED, NOBODY, self.tokens_per_block, self.pool.num_blocks)
+        self.events = self.pool.events = self.tables.events = self.tables.copies.events = log
 
     def _check_live(self, sequence: KVSequence) -> None:
         if sequence not in self.sequences:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable
 
 from allocator.copies import PendingCopies
+from allocator.event_log import COPIED, DETACHED, REPEATED, ROOT, STORED, UNSTORED, EventLog
 from allocator.pool import BlockPool
 from allocator.prefix import Extent, PrefixIndex
 from allocator.sequence import KVSequence
@@ -32,16 +33,19 @@ class Tables:
         self.tokens_per_block = tokens_per_block
         self.cow_copies = 0
         self.cow_tokens = 0
+        self.events: EventLog | None = None
 
     # -------------------------------------------------------- caching what is full
 
     def index_filled(self, sequences: Iterable[KVSequence], keys: Iterable[bytes]) -> None:
         """Put the last block of each sequence, which has just filled up and has this key, into the index."""
-        note_cached = self.pool.cached
+        note_cached, events = self.pool.cached, self.events
         for sequence, key in zip(sequences, keys, strict=True):
             anchor, table = sequence.anchor, sequence.table
             # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
             if anchor.references == 1 and not anchor.sealed and not anchor.children:
+                if events is not None:
+                    events.add_block(STORED, sequence.number, anchor.ids[-1], len(table) - 1, table[-1])
                 anchor.keys += key
                 anchor.ids.append(table[-1])
                 note_cached(anchor, 1)
@@ -56,6 +60,8 @@ class Tables:
         keys = sequence.settled_history.keys(first, full)
         ids = sequence.table[first:full]
         if anchor.references == 1 and not anchor.sealed and not anchor.children:
+            if self.events is not None:
+                self.events.add_blocks(STORED, sequence.number, anchor.ids[-1], first, ids)
             self.index.grow(anchor, keys, ids)
             self.pool.cached(anchor, full - first)
             return
@@ -63,6 +69,8 @@ class Tables:
             extent = sequence.anchor = self.index.attach(anchor, keys, ids)
             extent.references = 1
             self.pool.cached(extent, full - first)
+            if self.events is not None:
+                self._log_indexed(self.events, sequence, extent, True)
             return
         for extent, is_new in self.index.insert(anchor, keys, ids, self.pool.split):
             if is_new:
@@ -72,10 +80,23 @@ class Tables:
                 self.pool.acquire(extent)
                 sequence.twins.update(range(extent.start, extent.end))
             sequence.anchor = extent
+            if self.events is not None:
+                self._log_indexed(self.events, sequence, extent, is_new)
+
+    @staticmethod
+    def _log_indexed(events: EventLog, sequence: KVSequence, extent: Extent, is_new: bool) -> None:
+        if is_new:
+            above = extent.parent.ids if extent.parent is not None else None
+            parent = above[-1] if above else ROOT
+            events.add_blocks(STORED, sequence.number, parent, extent.start, extent.ids)
+        else:
+            events.add_blocks(REPEATED, sequence.number, -1, extent.start, extent.ids)
 
     def move_anchor(self, sequence: KVSequence, end: int) -> None:
         """Let a sequence hold only the first `end` blocks of its path."""
         extent = sequence.anchor
+        if self.events is not None and extent.end > end:
+            self.events.add(DETACHED, sequence.number, value=end)
         while extent.end > end:
             parent = extent.parent
             assert parent is not None
@@ -136,6 +157,8 @@ class Tables:
             self.pool.unshare(tail)
         elif self._can_take_back(sequence):
             assert extent.parent is not None
+            if self.events is not None:
+                self.events.add_block(UNSTORED, sequence.number, -1, -1, tail)
             if len(extent.ids) == 1:
                 sequence.anchor = extent.parent
                 self.index.remove(extent)
@@ -151,6 +174,8 @@ class Tables:
         valid = sequence.num_tokens % self.tokens_per_block
         (destination,) = self.pool.take(1)
         self.copies.add(source, destination, valid, extent)
+        if self.events is not None:
+            self.events.add_blocks(COPIED, sequence.number, -1, valid, array("i", (source, destination)))
         sequence.table[-1] = destination
         sequence.cow_copies += 1
         self.cow_copies += 1

@@ -294,6 +294,62 @@ MUTANTS = [
         "and not extent.references",
         "ReuseMachine",
     ),
+    Mutant(
+        "eviction_not_logged",
+        "pool.py",
+        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)\n        index = self.index\n",
+        "            pass\n        index = self.index\n",
+        "EventsMachine",
+    ),
+    Mutant(
+        "ends_of_a_copy_logged_the_wrong_way_round",
+        "tables.py",
+        'array("i", (source, destination))',
+        'array("i", (destination, source))',
+        "EventsMachine",
+    ),
+    Mutant(
+        "block_filled_by_decoding_not_logged",
+        "tables.py",
+        "                    events.add_block(STORED, sequence.number, anchor.ids[-1], len(table) - 1, table[-1])\n",
+        "                    pass\n",
+        "EventsMachine",
+    ),
+    Mutant(
+        "batch_logs_one_tick_for_several",
+        "decoding.py",
+        "self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)",
+        "self.events.add(ADVANCED, NOBODY, batch.number, 1)",
+        "EventsMachine",
+    ),
+    Mutant(
+        "exchange_of_beams_not_logged",
+        "sharing.py",
+        "                self.events.add(EXCHANGED, sequences[i].number, heir.number)\n",
+        "                pass\n",
+        "EventsMachine",
+    ),
+    Mutant(
+        "copies_handed_out_unlogged",
+        "copies.py",
+        "            self.events.add(EXECUTED, value=len(copies))\n",
+        "            pass\n",
+        "EventsMachine",
+    ),
+    Mutant(
+        "detachment_not_logged",
+        "tables.py",
+        "            self.events.add(DETACHED, sequence.number, value=end)\n",
+        "            pass\n",
+        "EventsMachine",
+    ),
+    Mutant(
+        "block_taken_out_of_the_index_unlogged",
+        "tables.py",
+        "                self.events.add_block(UNSTORED, sequence.number, -1, -1, tail)\n",
+        "                pass\n",
+        "EventsMachine",
+    ),
 ]
 
 

@@ -37,12 +37,19 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         reuse=st.sampled_from([True, True, True, False]),
         policy=st.integers(0, 99),
         ghosts=st.sampled_from([None, 0, 2]),
+        log=st.integers(0, 99),
     )
     def start(
-        self, num_blocks: int, tokens_per_block: int, reuse: bool, policy: int, ghosts: int | None
+        self,
+        num_blocks: int,
+        tokens_per_block: int,
+        reuse: bool,
+        policy: int,
+        ghosts: int | None,
+        log: int,
     ) -> None:
         """Make a pool."""
-        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts)
+        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts, log)
 
     @invariant()
     def check(self) -> None:
