@@ -107,6 +107,8 @@ class Batch(Sequence[KVSequence]):
             self.unready[sequence] = None
             if self.ring.named:
                 self._since[sequence] = self.tick
+            if self._slots is not None:
+                self.place(sequence)
         if self.log is not None:
             self.log.add(JOINED, sequence.number, self.number)
 
@@ -198,9 +200,9 @@ class Batch(Sequence[KVSequence]):
     def place(self, sequence: KVSequence) -> None:
         """Note where a member's last token lies, if slots are kept: it has come in or changed its last block."""
         if self._slots is not None:
-            self._arrange()
-            used = (sequence.num_tokens - 1) % self.tokens_per_block
-            self._slots.by_row[self._members[sequence]] = sequence.table[-1] * self.tokens_per_block + used
+            size, row = self.tokens_per_block, self._members[sequence]
+            self._slots.reserve(row + 1)
+            self._slots.by_row[row] = sequence.table[-1] * size + (sequence.num_tokens - 1) % size
 
     def last_slots(self) -> NDArray[np.int64]:
         """Return the slots of all members' last tokens, int64 [len(self)]; `keep_slots` must have been called."""
@@ -222,7 +224,10 @@ class Batch(Sequence[KVSequence]):
         """Write a member's token ids that are still in the ring to its history."""
         if self.ring.named:
             tokens = sequence.num_tokens
-            self._settle(sequence, tokens, tokens % self.tokens_per_block)
+            count = min(tokens % self.tokens_per_block, self.ring.named, self.tick - self._since.get(sequence, 0))
+            if count:
+                latest = self.ring.latest(self._members[sequence], count)
+                sequence.settled_history.record_packed(tokens - count, latest)
             self._since[sequence] = self.tick
 
     def settle_all(self) -> None:
@@ -236,16 +241,18 @@ class Batch(Sequence[KVSequence]):
     def settle_blocks(self, filled: Bucket) -> list[bytes]:
         """Settle the blocks that members have just filled, and return the blocks' keys."""
         ring, size, since = self.ring, self.tokens_per_block, self._since
+        named = min(ring.named, size)
         keys = []
         for sequence, row in filled.items():
-            last = len(sequence.table) - 1
-            if ring.named >= size and sequence not in since:  # the ring has all tokens of the block
-                key = sequence.settled_history.record_block(last, ring.latest(row, size))
-            else:
-                if ring.named:
-                    self._settle(sequence, (last + 1) * size, size)
-                    since.pop(sequence, None)
-                key = sequence.settled_history.keys(last, last + 1)
+            history, last = sequence.settled_history, len(sequence.table) - 1
+            count = named
+            if sequence in since:
+                count = min(named, self.tick - since.pop(sequence))
+            if count:
+                key = ring.latest(row, count)
+                history.record_packed((last + 1) * size - count, key)
+            if count < size:
+                key = history.keys(last, last + 1)
             keys.append(key)
         return keys
 
@@ -253,13 +260,6 @@ class Batch(Sequence[KVSequence]):
         """Note that a member is about to go on with another history, up to the same length."""
         self.settle(sequence)
         self.nameless += sequence.settled_history.nameable - history.nameable
-
-    def _settle(self, sequence: KVSequence, tokens: int, most: int) -> None:
-        """Write up to `most` of the last token ids, as many as the ring has, to a history that has `tokens`."""
-        count = min(most, self.ring.named, self.tick - self._since.get(sequence, 0))
-        if count:
-            ids = array("i", self.ring.latest(self._members[sequence], count))
-            sequence.settled_history.record(tokens - count, ids)
 
     # -------------------------------------------------------- many ticks
 

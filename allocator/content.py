@@ -86,14 +86,13 @@ class History(ABC):
     def check_nameable(self) -> None:
         """Raise ValueError unless tokens can be named one by one."""
 
-    @abstractmethod
     def record(self, position: int, token_ids: Sequence[int]) -> None:
         """Name the tokens written from `position` on."""
+        self.record_packed(position, array("i", token_ids).tobytes())
 
-    def record_block(self, block: int, token_ids: bytes) -> bytes:
-        """Name all tokens of a block, int32 each, and return the block's key."""
-        self.record(block * self.tokens_per_block, array("i", token_ids))
-        return self.keys(block, block + 1)
+    @abstractmethod
+    def record_packed(self, position: int, token_ids: bytes) -> None:
+        """Name the tokens written from `position` on, int32 each."""
 
     @abstractmethod
     def diverge(self, position: int) -> History:
@@ -219,20 +218,17 @@ class TokenHistory(History):
             self._fill(last * self.tokens_per_block)
         return self._bytes(first * self.key_width, end)
 
-    def record(self, position: int, token_ids: Sequence[int]) -> None:
+    def record_packed(self, position: int, token_ids: bytes) -> None:
+        if len(self._first) + len(self._rest) == 4 * position:  # they come next, as a rule
+            self._rest += token_ids
+            return
         self._fill(position)
         begin = 4 * position - len(self._first)
         if begin < 0:  # ids that the content named already
             self._rest[:0] = self._first[begin:]
             self._first = self._first[:begin]
             begin = 0
-        self._rest[begin : begin + 4 * len(token_ids)] = array("i", token_ids).tobytes()
-
-    def record_block(self, block: int, token_ids: bytes) -> bytes:
-        if len(self._first) + len(self._rest) == block * self.key_width:
-            self._rest += token_ids
-            return token_ids
-        return super().record_block(block, token_ids)
+        self._rest[begin : begin + len(token_ids)] = token_ids
 
     def diverge(self, position: int) -> TokenHistory:
         self._fill(position)
@@ -391,7 +387,7 @@ class ChunkHistory(History):
             out[max(position // self._unit - begin, 0) :] = -stream
         return out.tobytes()
 
-    def record(self, position: int, token_ids: Sequence[int]) -> None:
+    def record_packed(self, position: int, token_ids: bytes) -> None:
         self.check_nameable()
 
     def check_nameable(self) -> None:

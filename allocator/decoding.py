@@ -89,8 +89,7 @@ class Decoding(ManagerState):
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
         """Return how many blocks `append` would take: growth and copies."""
         if isinstance(sequences, Batch):
-            growth, unready = sequences.growth(num_tokens), sequences.unready
-            return growth + self.tables.copies_needed(unready) if unready else growth
+            return sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
         return self._growth(sequences, num_tokens) + self.tables.copies_needed(sequences)
 
     def _growth(self, sequences: Sequence[KVSequence], num_tokens: int) -> int:
@@ -158,7 +157,11 @@ class Decoding(ManagerState):
             if batch.nameless:
                 for sequence in batch:
                     sequence.settled_history.check_nameable()
-        self._check_room(self.blocks_to_advance(batch, num_tokens), batch.unready)
+        writers = self.tables.borrowers(batch.unready) if batch.unready else ()
+        needed = batch.growth(num_tokens)
+        if writers:
+            needed += self.tables.copies_needed(writers)
+        self._check_room(needed, writers)
         if self.quotas is not None:
             growing = list(batch.growing(num_tokens))
             self.quotas.require((s, blocks) for bucket, blocks in growing for s in bucket)
@@ -166,11 +169,10 @@ class Decoding(ManagerState):
                 for sequence in bucket:
                     if sequence.tenant is not None:
                         sequence.tenant.blocks += blocks
-        if batch.unready:
-            for sequence in batch.unready:
-                self.tables.own_tail(sequence)
-                batch.place(sequence)
-            batch.unready.clear()
+        batch.unready.clear()
+        for sequence in writers:
+            self.tables.own_tail(sequence)
+            batch.place(sequence)
         if num_tokens == 1:
             if rows is not None:
                 ids = np.array(rows, dtype=np.int32).ravel()

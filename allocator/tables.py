@@ -123,6 +123,16 @@ class Tables:
         last = len(sequence.table) - 1
         return sequence.anchor.end > last and last not in sequence.twins
 
+    def borrowers(self, writers: Iterable[KVSequence]) -> list[KVSequence]:
+        """Return which of the writers have to leave their last block, or to take it out of the index, to write."""
+        shared = self.pool.shared
+        return [
+            sequence
+            for sequence in writers
+            # As a rule, the last block is beyond the anchor, and so private; that saves the closer look.
+            if (sequence.anchor.end == len(sequence.table) or shared) and self.shared_tail(sequence) is not None
+        ]
+
     def copies_needed(self, writers: Iterable[KVSequence]) -> int:
         """Return how many of the writers have to leave their last block before they write to it.
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from allocator.content import TokenContent
 from allocator.manager import KVCacheManager, KVSequence
-from experiments.bench._serving import OUTPUT_TOKENS, TOKENS_PER_BLOCK, Run, Workload, replay
+from experiments.bench._serving import OUTPUT_TOKENS, TOKENS_PER_BLOCK, Run, Workload, schedule
 
 
 class Ours:
@@ -49,7 +49,7 @@ class Ours:
         slots = [_slots_of(request) for request in run.requests]
         written: dict[int, int] = {}
         steps = iter(run.slots)
-        for event, requests in replay(workload):
+        for event, requests in schedule(len(workload.prompts), workload.max_running):
             if event == "append":
                 answered = next(steps)
                 at = [written[request] for request in requests]
@@ -118,13 +118,15 @@ class VLLM:
         self._request = Request
         self._sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
         self._hasher = get_request_block_hasher(TOKENS_PER_BLOCK, sha256)
+        self._requests = 0
         self._running: dict[Any, None] = {}
 
     def admit(self, prompt: list[int]) -> tuple[Any, int]:
         """Make the request (which hashes its blocks), look it up, allocate what is missing."""
         manager = self._manager
+        self._requests += 1
         request = self._request(
-            str(len(prompt)) + str(id(prompt)), prompt, self._sampling, None, block_hasher=self._hasher
+            str(self._requests), prompt, self._sampling, None, block_hasher=self._hasher
         )
         blocks, hit = manager.get_computed_blocks(request)
         given = manager.allocate_slots(request, len(prompt) - hit, hit, blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -22,13 +22,14 @@ PROMPTS_SHA256 = {"standard": "e618c3e7d375496c", "hard": "05980dfd3aa3e0fe"}
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests to serve: token ids as lists, as they would arrive; the pool and how many run at once."""
+    """Requests to serve: token ids as lists, as they would arrive; the pool, and how many run at once."""
 
     name: str
     num_blocks: int
     max_running: int
     prompts: list[list[int]]
     outputs: list[list[int]]
+    steps: list[list[int]]  # the ids that each step samples, one a running request, in order of admission
 
     @property
     def prompt_tokens(self) -> int:
@@ -74,7 +75,29 @@ def make_workload(hard: bool = False, seed: int = 0, requests: int = 2000) -> Wo
             prompts.append(rng.integers(1, VOCABULARY, length).tolist())
         outputs.append(rng.integers(1, VOCABULARY, OUTPUT_TOKENS).tolist())
     blocks, running = (6_000, 32) if hard else (20_000, 64)
-    return Workload("hard" if hard else "standard", blocks, running, prompts, outputs)
+    steps = []
+    position = dict.fromkeys(range(requests), 0)
+    for event, members in schedule(requests, running):
+        if event == "append":
+            steps.append([outputs[request][position[request]] for request in members])
+            for request in members:
+                position[request] += 1
+    return Workload("hard" if hard else "standard", blocks, running, prompts, outputs, steps)
+
+
+def schedule(requests: int, max_running: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield what `serve` does, in order: ("admit" | "append" | "free", the requests concerned)."""
+    running: deque[tuple[int, int]] = deque()  # request, and the step after which it is done
+    arrived = step = 0
+    while arrived < requests or running:
+        while arrived < requests and len(running) < max_running:
+            yield "admit", [arrived]
+            running.append((arrived, step + OUTPUT_TOKENS))
+            arrived += 1
+        yield "append", [request for request, _ in running]
+        step += 1
+        while running and running[0][1] == step:
+            yield "free", [running.popleft()[0]]
 
 
 class Server(Protocol):
@@ -109,49 +132,23 @@ def serve(server: Server, workload: Workload) -> Run:
     Everything is on the clock, from the first list of ids to the last free.
     """
     run = Run()
-    waiting = deque(zip(workload.prompts, workload.outputs, strict=True))
+    waiting = deque(workload.prompts)
     running: deque[tuple[Any, int]] = deque()  # handle, and the step after which it is done
-    outputs: deque[Any] = deque()
-    step = 0
     start = now = perf_counter()
-    while waiting or running:
+    for step, tokens in enumerate(workload.steps, start=1):
         while waiting and len(running) < workload.max_running:
-            prompt, output = waiting.popleft()
-            request, hit = server.admit(prompt)
+            request, hit = server.admit(waiting.popleft())
             run.requests.append(request)
             run.hits.append(hit)
-            running.append((request, step + len(output)))
-            outputs.append(iter(output))
+            running.append((request, step + OUTPUT_TOKENS - 1))
         before, now = now, perf_counter()
         run.admit_s += now - before
-        run.slots.append(server.append([next(output) for output in outputs]))
-        step += 1
+        run.slots.append(server.append(tokens))
         before, now = now, perf_counter()
         run.append_s += now - before
         while running and running[0][1] == step:
             server.free(running.popleft()[0])
-            outputs.popleft()
         before, now = now, perf_counter()
         run.free_s += now - before
     run.total_s = perf_counter() - start
     return run
-
-
-def replay(workload: Workload) -> Sequence[tuple[str, list[int]]]:
-    """Return what `serve` does, in order: ("admit" | "append" | "free", the requests concerned)."""
-    done: list[tuple[str, list[int]]] = []
-    running: deque[int] = deque()
-    left: dict[int, int] = {}
-    arrived = 0
-    while arrived < len(workload.prompts) or running:
-        while arrived < len(workload.prompts) and len(running) < workload.max_running:
-            done.append(("admit", [arrived]))
-            left[arrived] = len(workload.outputs[arrived])
-            running.append(arrived)
-            arrived += 1
-        done.append(("append", list(running)))
-        for request in running:
-            left[request] -= 1
-        while running and not left[running[0]]:
-            done.append(("free", [running.popleft()]))
-    return done
