@@ -224,7 +224,9 @@ class Batch(Sequence[KVSequence]):
         """Write a member's token ids that are still in the ring to its history."""
         if self.ring.named:
             tokens = sequence.num_tokens
-            count = min(tokens % self.tokens_per_block, self.ring.named, self.tick - self._since.get(sequence, 0))
+            count = min(
+                tokens % self.tokens_per_block, self.ring.named, self.tick - self._since.get(sequence, 0)
+            )
             if count:
                 latest = self.ring.latest(self._members[sequence], count)
                 sequence.settled_history.record_packed(tokens - count, latest)

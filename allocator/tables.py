@@ -130,7 +130,8 @@ class Tables:
             sequence
             for sequence in writers
             # As a rule, the last block is beyond the anchor, and so private; that saves the closer look.
-            if (sequence.anchor.end == len(sequence.table) or shared) and self.shared_tail(sequence) is not None
+            if (sequence.anchor.end == len(sequence.table) or shared)
+            and self.shared_tail(sequence) is not None
         ]
 
     def copies_needed(self, writers: Iterable[KVSequence]) -> int:

@@ -125,9 +125,7 @@ class VLLM:
         """Make the request (which hashes its blocks), look it up, allocate what is missing."""
         manager = self._manager
         self._requests += 1
-        request = self._request(
-            str(self._requests), prompt, self._sampling, None, block_hasher=self._hasher
-        )
+        request = self._request(str(self._requests), prompt, self._sampling, None, block_hasher=self._hasher)
         blocks, hit = manager.get_computed_blocks(request)
         given = manager.allocate_slots(request, len(prompt) - hit, hit, blocks)
         assert given is not None, "out of blocks"
