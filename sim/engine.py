@@ -7,7 +7,7 @@ is no process for arrivals: whenever a step ends, the engine takes in what has a
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable
 from math import isqrt
 from time import perf_counter
 from typing import Any
@@ -27,7 +27,7 @@ from sim.scheduler.scheduler import Plan, Scheduler
 
 
 def simulate(
-    requests: Sequence[Request],
+    requests: Collection[Request],
     build: BuildConfig,
     cache: CacheConfig,
     engine: EngineConfig,

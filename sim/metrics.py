@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.bounds import CacheBound
 from sim.distributions import Ints, Progressions, exact_dot, exact_sum
 from sim.records import Columns, RunResult
 from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
+from sim.window import Window
 
 REJECTED, FINISHED = "rejected", "finished"
 
@@ -219,26 +221,39 @@ def _goodput(
 
 
 def summarise(
-    result: RunResult, engine: EngineConfig, *, total_wall_s: float | None = None
+    result: RunResult,
+    engine: EngineConfig,
+    *,
+    total_wall_s: float | None = None,
+    bound: CacheBound | None = None,
+    skipped_rows: int = 0,
 ) -> dict[str, Any]:
     """Return the figures of a run, with the keys of summary.json, in its order.
 
-    Time runs from 0 to the end of the last step, `simulated_s`; time without a step counts as an empty pool.
+    Time runs from 0 to the end of the last step, `simulated_s`; time without a step counts as an empty pool. With a
+    warm-up, all but simulated_s and the wall times is of what follows it, `measured_s` (see Window): of the
+    requests that are counted, and of the steps since then.
 
-    requests, finished, rejected   rows of the trace; how many finished; how many were refused, by cause
+    warm_up                        requests and seconds that were left out at the beginning
+    skipped_rows                   malformed rows of the trace that were left out
+    requests, finished, rejected   requests counted; how many finished; how many were refused, by cause
     wall_s, total_wall_s           real seconds: of the engine's loop; of everything from the trace's first byte
     steps                          engine iterations
     prompt_tokens, output_tokens   of finished requests; each of n samples counts its own output tokens
-    throughput_tokens_per_s        output_tokens / simulated_s
+    throughput_tokens_per_s        output_tokens / measured_s
     ttft_s, tpot_s, e2e_s, queue_s see Latencies; one value a finished request
     itl_s                          see inter_token_gaps; one value a generated token but the first of a sequence
     slo, goodput                   a request is good if it finished with TTFT ≤ slo_ttft_s and
-                                   TPOT ≤ slo_tpot_s; share = good / requests, rate = good / simulated_s
+                                   TPOT ≤ slo_tpot_s; share = good / requests, rate = good / measured_s
     hit_rate_tokens                hit_tokens / prompt tokens looked up, at first admission
     hit_rate_blocks                hit blocks / ⌈prompt / tokens_per_block⌉ looked up, at first admission
+    infinite_cache_hit_rate_tokens, infinite_cache_hit_rate_blocks
+                                   what the two could at most be: see sim.bounds; None if not known
+    computed_prompt_tokens         prompt tokens looked up and not found: without a cache, in this run, and at
+                                   least, with an infinite cache
     miss_blocks                    the blocks that were looked up and missed, by cause
     kv_utilization                 by block: referenced blocks / num_blocks; by token: written slots of
-                                   referenced blocks / all slots. Means are integrals over simulated_s; p99 is
+                                   referenced blocks / all slots. Means are integrals over measured_s; p99 is
                                    weighted with time and, like max, takes a stretch at its last, fullest step
     internal_fragmentation         mean: of 1 − written slots / slots of referenced blocks, over the time any
                                    is referenced; final: 1 − Σ tokens / Σ slots over the block tables of
@@ -250,10 +265,13 @@ def summarise(
                                    of the cache's blocks: from filled to evicted, from last use to evicted,
                                    from last use to next hit
     """
+    ends = int_column(result.timeline, "end_ps")
+    end_ps = int(ends.max()) if ends.size else 0
+    window = Window.of(result, engine)
+    result = window.cut(result)
+    span_ps = max(end_ps - window.start_ps, 0)
     requests, cache = result.requests, result.cache
     done = finished_mask(result)
-    ends = int_column(result.timeline, "end_ps")
-    span_ps = int(ends.max()) if ends.size else 0
     output = int_column(requests, "output_tokens")[done] * int_column(requests, "num_samples")[done]
     output_tokens = exact_sum(output)
 
@@ -269,10 +287,16 @@ def summarise(
         ).summary(PS_PER_S)
 
     return {
+        "warm_up": {
+            "requests": int(window.counted.size - done.size),
+            "s": window.start_ps / PS_PER_S,
+        },
+        "skipped_rows": skipped_rows,
         "requests": int(done.size),
         "finished": int(done.sum()),
         "rejected": _rejections(result),
-        "simulated_s": span_ps / PS_PER_S,
+        "simulated_s": end_ps / PS_PER_S,
+        "measured_s": span_ps / PS_PER_S,
         "wall_s": result.wall_s,
         "total_wall_s": total_wall_s,
         "steps": total(result.timeline, "steps"),
@@ -285,6 +309,13 @@ def summarise(
         "hit_tokens": int(cache.hit_tokens),
         "hit_rate_tokens": cache.hit_tokens / cache.query_tokens if cache.query_tokens else None,
         "hit_rate_blocks": cache.hit_blocks / cache.query_blocks if cache.query_blocks else None,
+        "infinite_cache_hit_rate_tokens": bound and bound.hit_rate_tokens,
+        "infinite_cache_hit_rate_blocks": bound and bound.hit_rate_blocks,
+        "computed_prompt_tokens": {
+            "no_cache": int(cache.query_tokens),
+            "run": int(cache.query_tokens - cache.hit_tokens),
+            "infinite_cache": bound and bound.query_tokens - bound.hit_tokens,
+        },
         "miss_blocks": {str(cause): int(blocks) for cause, blocks in sorted(cache.miss_blocks.items())},
         "evicted_blocks": int(cache.evicted_blocks),
         "preemptions": total(result.timeline, "preemptions"),

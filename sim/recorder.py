@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class Recorder:
     Rows are appended to flat arrays of 64-bit integers, which cost 8 bytes a number and no object.
     """
 
-    def __init__(self, requests: Sequence[Request], manager: KVCacheManager, map_samples: int) -> None:
+    def __init__(self, requests: Collection[Request], manager: KVCacheManager, map_samples: int) -> None:
         self._manager = manager
         self._requests = array("q")
         self._timeline = array("q")
@@ -180,7 +180,7 @@ class _MapSampler:
     as wanted, every other one goes and the spacing doubles.
     """
 
-    def __init__(self, manager: KVCacheManager, samples: int, requests: Sequence[Request]) -> None:
+    def __init__(self, manager: KVCacheManager, samples: int, requests: Collection[Request]) -> None:
         self._manager = manager
         self._samples = samples
         last = max((request.arrival_ps for request in requests), default=0)

@@ -39,6 +39,10 @@ def replay(arguments: list[str]) -> None:
                 f"trace ({options.trace}) has SHA-256 {trace.sha256}, "
                 f"but the manifest was made with {manifest.trace_sha256}"
             )
+        if spec.engine.warm_up_requests >= len(trace):
+            raise ValueError(
+                f"warm_up_requests ({spec.engine.warm_up_requests}) must leave some of {len(trace)} requests"
+            )
         finished = _simulate(spec, trace)
         summary = write_run(finished, folder, draw=options.figures, began=began)
         paths = folder.publish()
@@ -61,6 +65,7 @@ def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) 
     from sim.export import FIGURES
     from sim.manifest import Manifest
     from sim.metrics import summarise
+    from sim.runner import cache_bound
 
     folder.write_tables(finished.result)
     if draw:
@@ -74,8 +79,15 @@ def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) 
             budget=dataclasses.asdict(finished.budget),
         )
     )
+    bound = cache_bound(finished)
     total_wall_s = round(time.perf_counter() - began, 6)
-    summary = summarise(finished.result, finished.spec.engine, total_wall_s=total_wall_s)
+    summary = summarise(
+        finished.result,
+        finished.spec.engine,
+        total_wall_s=total_wall_s,
+        bound=bound,
+        skipped_rows=finished.trace.skipped,
+    )
     folder.write_summary(summary)
     return summary
 

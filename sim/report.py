@@ -70,6 +70,20 @@ def _requests(run: Run, summary: dict[str, Any]) -> str:
     return text
 
 
+def _bound(summary: dict[str, Any]) -> str:
+    tokens, blocks = (summary[f"infinite_cache_hit_rate_{unit}"] for unit in ("tokens", "blocks"))
+    if tokens is None or blocks is None:
+        return ""
+    return f"\nof an infinite cache: {percent_text(tokens)} and {percent_text(blocks)}; of none: 0"
+
+
+def _warm_up(summary: dict[str, Any]) -> str:
+    left_out = summary["warm_up"]
+    if not left_out["requests"] and not left_out["s"]:
+        return ""
+    return f"; not counted: the first {seconds_text(left_out['s'])}, {left_out['requests']:,} requests"
+
+
 def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the summary as (label, value) pairs, what a serving engineer asks first on top."""
     use, waste = summary["kv_utilization"], summary["internal_fragmentation"]
@@ -81,7 +95,10 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("model, GPU", f"{run.spec.model.name}, {run.spec.gpu.gpu_name}"),
         ("KV pool", _pool(run)),
         ("requests", _requests(run, summary)),
-        ("simulated time", f"{seconds_text(summary['simulated_s'])} in {summary['steps']:,} steps"),
+        (
+            "simulated time",
+            f"{seconds_text(summary['simulated_s'])} in {summary['steps']:,} steps{_warm_up(summary)}",
+        ),
         ("throughput", NONE if rate is None else f"{rate:,.1f} output tokens/s"),
         ("TTFT", _spread(summary["ttft_s"])),
         ("TPOT", _spread(summary["tpot_s"])),
@@ -94,7 +111,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "hit rate",
             f"{percent_text(summary['hit_rate_tokens'])} of prompt tokens, "
-            f"{percent_text(summary['hit_rate_blocks'])} of blocks",
+            f"{percent_text(summary['hit_rate_blocks'])} of blocks{_bound(summary)}",
         ),
         (
             "KV utilization",

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from allocator.config import MemoryBudget
+from sim.bounds import CacheBound, infinite_cache
 from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
+from sim.metrics import finished_mask
 from sim.records import RunResult
 from sim.timing import Setting
 from sim.traces import Trace, read_trace
+from sim.window import Window
 from sim.workload import generate
 
 
@@ -47,7 +50,7 @@ def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], Non
         Setting(spec.model, spec.gpu, spec.build, budget, spec.cache.tensor_parallel_size)
     )
     result = simulate(
-        list(loaded),
+        loaded.requests,
         spec.build,
         spec.cache,
         spec.engine,
@@ -56,3 +59,17 @@ def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], Non
         progress=progress,
     )
     return Run(spec, loaded, budget, result)
+
+
+def cache_bound(finished: Run) -> CacheBound | None:
+    """Return what an infinite cache would have hit, of the same requests, blocks and warm-up."""
+    spec, result = finished.spec, finished.result
+    ran = finished_mask(result).tolist()
+    counted = Window.of(result, spec.engine).counted.tolist()
+    return infinite_cache(
+        finished.trace,
+        spec.build.tokens_per_block,
+        partial_reuse=spec.cache.enable_partial_reuse,
+        stored=lambda request: ran[request.request_id],
+        counted=lambda request: counted[request.request_id],
+    )

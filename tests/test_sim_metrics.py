@@ -20,10 +20,13 @@ from sim.scheduler.config import EngineConfig
 
 PS = 10**12
 SUMMARY_KEYS = [
+    "warm_up",
+    "skipped_rows",
     "requests",
     "finished",
     "rejected",
     "simulated_s",
+    "measured_s",
     "wall_s",
     "total_wall_s",
     "steps",
@@ -40,6 +43,9 @@ SUMMARY_KEYS = [
     "hit_tokens",
     "hit_rate_tokens",
     "hit_rate_blocks",
+    "infinite_cache_hit_rate_tokens",
+    "infinite_cache_hit_rate_blocks",
+    "computed_prompt_tokens",
     "miss_blocks",
     "evicted_blocks",
     "preemptions",
@@ -141,6 +147,7 @@ def oracle(result: RunResult, engine: EngineConfig) -> dict:
 
     return {
         "simulated_s": Fraction(span, PS),
+        "measured_s": Fraction(span, PS),
         "steps": len(steps),
         "output_tokens": output,
         "prompt_tokens": sum(row["prompt_tokens"] for row in done),
@@ -201,6 +208,9 @@ def test_summary_equals_the_listing_oracle(result: RunResult, slo_ttft: float, s
 def test_counts_add_up_and_nothing_is_nan(result: RunResult) -> None:
     found = summarise(result, EngineConfig())
     assert found["finished"] + sum(found["rejected"].values()) == found["requests"]
+    computed = found["computed_prompt_tokens"]
+    assert computed["no_cache"] - computed["run"] == found["hit_tokens"]
+    assert computed["infinite_cache"] is found["infinite_cache_hit_rate_tokens"] is None  # without the trace
     json.dumps(found, allow_nan=False)
     for name in ("block", "token"):
         use = found["kv_utilization"][name]

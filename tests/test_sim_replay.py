@@ -84,6 +84,73 @@ def test_the_summary_follows_from_the_tables(tmp_path: Path) -> None:
     assert sum(summary["miss_blocks"].values()) == looked_up - requests["hit_blocks"].sum()
 
 
+def test_the_hit_rate_stands_between_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = replay(SHARED, tmp_path / "a")
+    for unit in ("tokens", "blocks"):
+        assert 0 < summary[f"hit_rate_{unit}"] <= summary[f"infinite_cache_hit_rate_{unit}"] < 1
+    computed = summary["computed_prompt_tokens"]
+    assert computed["infinite_cache"] <= computed["run"] == computed["no_cache"] - summary["hit_tokens"]
+    assert "of an infinite cache: " in capsys.readouterr().out
+    none = replay([*SHARED, "--no-enable-block-reuse"], tmp_path / "b")
+    assert none["hit_rate_tokens"] in (0, None)
+
+
+def test_a_warm_up_is_served_but_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, late = (
+        replay(SHARED, tmp_path / "a"),
+        replay([*SHARED, "--warm-up-requests", "15"], tmp_path / "b"),
+    )
+    for name in TABLES:  # what happens is the same
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (whole["requests"], late["requests"]) == (40, 25)
+    assert late["measured_s"] < late["simulated_s"] == whole["simulated_s"]
+    requests = pl.read_parquet(tmp_path / "b" / "requests.parquet")[15:]
+    assert late["hit_tokens"] == requests["hit_tokens"].sum()
+    assert late["infinite_cache_hit_rate_tokens"] > whole["infinite_cache_hit_rate_tokens"]
+    assert (
+        json.loads((tmp_path / "b" / "manifest.json").read_text())["config"]["engine"]["warm_up_requests"]
+        == 15
+    )
+    assert "not counted: the first " in capsys.readouterr().out
+
+
+def test_a_part_of_a_trace_is_in_the_manifest(tmp_path: Path, trace_file: Path) -> None:
+    flags = [str(trace_file), *COLUMNS, "--start-request", "5", "--num-requests", "20", "--rate", "3"]
+    replay(flags, tmp_path / "a")
+    document = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert document["trace"]["requests"] == 20
+    reading = document["config"]["trace"]["reading"]
+    assert (reading["start_request"], reading["num_requests"], reading["rate"]) == (5, 20, 3.0)
+    replay(["--from-manifest", str(tmp_path / "a" / "manifest.json")], tmp_path / "b")
+    for name in (*TABLES, "manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    arrivals = pl.read_parquet(tmp_path / "a" / "requests.parquet")["arrival_ps"]
+    assert arrivals[0] == 0
+    assert 19 / (arrivals[19] / 1e12) == pytest.approx(3.0)
+
+
+def test_a_streamed_trace_gives_the_same_bytes(
+    tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = replay([str(trace_file), *COLUMNS], tmp_path / "a")
+    monkeypatch.setattr("sim.traces.formats.STREAMED_BYTES", 0)
+    streamed = replay([str(trace_file), *COLUMNS], tmp_path / "b")
+    for name in (*TABLES, "manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert timeless(kept) == timeless(streamed)
+
+
+def test_skipped_rows_are_counted_everywhere(
+    tmp_path: Path, trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with trace_file.open("a") as file:
+        file.write("no,row\n")
+    summary = replay([str(trace_file), *COLUMNS, "--skip-bad"], tmp_path / "a")
+    assert summary["skipped_rows"] == 1
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["trace"]["skipped_rows"] == 1
+    assert "1 malformed rows skipped" in capsys.readouterr().out
+
+
 def test_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (replay([*SHARED, *TIGHT], tmp_path / name) for name in "ab")
     for name in TABLES:
@@ -353,6 +420,10 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
         (
             ["synthetic", "--model", "llama-2-70b"],
             "weights (128.48 GiB) of llama-2-70b exceed the GPU's memory",
+        ),
+        (
+            ["synthetic", "--warm-up-requests", "1000"],
+            "warm_up_requests (1000) must leave some of 1000 requests",
         ),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (

@@ -28,6 +28,10 @@ class EngineConfig:
     """Service level: time to first token, seconds."""
     slo_tpot_s: float = 0.1
     """Service level: mean time per output token after the first, seconds."""
+    warm_up_s: float = 0.0
+    """Warm-up: requests that arrive within so many seconds are served, but not counted in the summary."""
+    warm_up_requests: int = 0
+    """Warm-up: the first so many requests are served, but not counted in the summary."""
     event_skipping: bool = True
     """Take runs of identical decode steps as one. The result is the same either way, only slower without."""
     block_map_samples: int = 160
@@ -42,4 +46,7 @@ class EngineConfig:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) must be above 0 and at most {_MOST_SLO_S:g}"
                 )
+        if not 0 <= self.warm_up_s <= _MOST_SLO_S:
+            raise ValueError(f"warm_up_s ({self.warm_up_s}) must be in [0, {_MOST_SLO_S:g}]")
+        require_int("warm_up_requests", self.warm_up_requests, 0)
         require_int("block_map_samples", self.block_map_samples, 0)
