@@ -90,6 +90,16 @@ class Sharing(Admission):
         sequence.history = sequence.history.diverge(num_tokens)
         sequence.num_prompt_tokens = min(sequence.num_prompt_tokens, num_tokens)
 
+    def reclaimable_blocks(self, sequence: KVSequence) -> int:
+        """Return by how many blocks `release` would add to what is available, pending copies apart.
+
+        These are the blocks that it alone holds. O(extents, and private blocks, of its table).
+        """
+        self._check_live(sequence)
+        shared = self.pool.shared
+        private = sum(sequence.table[p] not in shared for p in self.tables.private_positions(sequence))
+        return private + sum(len(e.ids) for e in sequence.anchor.path() if e.references == 1)
+
     def release(self, sequence: KVSequence) -> None:
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
         self._check_live(sequence)

@@ -128,6 +128,8 @@ class _Replica:
                 plan = scheduler.schedule()
                 if plan.preempted or plan.admitted:
                     self._note_plan(plan, now)
+                if plan.prefills and scheduler.batch and not plan.decoding:
+                    self._note_stall(now)
                 stretch = _Stretch(self, plan, now)
                 if self._skipping and plan.is_quiet:
                     stretch.skip()
@@ -135,7 +137,7 @@ class _Replica:
                 while not self._skipping and plan.is_quiet and stretch.step():
                     yield timeout(stretch.end_ps - int(environment.now))
                 now = stretch.end_ps
-                stretch.record()
+                stretch.record(self._end_stall(now) if plan.resumes else plan.decoding)
                 self._end_decodes(now)
                 if plan.prefills:
                     self._end_prefills(plan, now)
@@ -189,6 +191,23 @@ class _Replica:
                 job.admit_ps = now_ps
                 job.query_blocks = match.query_blocks
                 job.hit_blocks = match.hit_blocks
+
+    def _note_stall(self, now_ps: int) -> None:
+        """Note when the batch, which has to wait while prompts are computed, had its last tokens."""
+        for job in self.scheduler.decoding():
+            if job.last_ps < 0:
+                job.last_ps = now_ps
+
+    def _end_stall(self, now_ps: int) -> int:
+        """Note the gaps of those that had to wait; return how many of the batch had not."""
+        on_time = 0
+        for job in self.scheduler.decoding():
+            if job.last_ps < 0:
+                on_time += 1
+            else:
+                self.recorder.gap(now_ps - job.last_ps)
+                job.last_ps = -1
+        return on_time
 
     def decode_affine(self, sequences: int) -> tuple[int, int] | None:
         """Return the cost model's answer, asked once for each batch size."""
@@ -296,7 +315,7 @@ class _Stretch:
         self._replica = replica
         self._plan = plan
         self._scheduler = replica.scheduler
-        self._sequences = len(replica.scheduler.batch)
+        self._sequences = plan.decoding
         self.start_ps = start_ps
         self.steps = 1
         self.first_ps = self._duration()
@@ -310,13 +329,14 @@ class _Stretch:
     def _duration(self) -> int:
         """Return how long the scheduled step takes; its tokens are in the lengths already."""
         scheduler, replica = self._scheduler, self._replica
-        batch = StepBatch(self._sequences, scheduler.context)
+        batch = StepBatch(self._sequences, scheduler.context if self._sequences else 0)
         copies = scheduler.manager.pending_copies()
         for job, tokens in self._plan.prefills:
             assert job.sequence is not None
             batch.prefills.append((tokens, job.sequence.num_tokens))
         if replica._needs_work:
-            batch.work = StepWork(scheduler.decoding(), [job for job, _ in self._plan.prefills], copies)
+            decoding = scheduler.decoding() if self._sequences else ()
+            batch.work = StepWork(decoding, [job for job, _ in self._plan.prefills], copies)
         return replica.cost.step(batch)
 
     def _bound(self) -> int:
@@ -359,8 +379,8 @@ class _Stretch:
         self.end_ps += self._duration()
         return True
 
-    def record(self) -> None:
-        """Write the timeline row."""
+    def record(self, itl_tokens: int) -> None:
+        """Write the timeline row; `itl_tokens` of a step's tokens come a step after the one before."""
         scheduler, plan = self._scheduler, self._plan
         manager = scheduler.manager
         pool = manager.pool
@@ -376,7 +396,7 @@ class _Stretch:
                 sum(tokens for _, tokens in plan.prefills),
                 self.first_ps,
                 self.increment_ps if self.steps > 1 else 0,
-                self._sequences,
+                itl_tokens,
                 pool.num_free,
                 pool.num_evictable,
                 pool.num_referenced,

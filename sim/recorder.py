@@ -80,7 +80,7 @@ class Recorder:
         self.stretch = self._timeline.extend
         """Add a timeline row; the values come in the order of TIMELINE_COLUMNS."""
         self.gap = self._gaps.append
-        """Note an inter-token gap that a preemption caused."""
+        """Note an inter-token gap that a preemption caused, or prompts that went first."""
 
     def rejected(self, request: Request, arrival_ps: int, cause: str) -> None:
         """Note that a request can never run."""

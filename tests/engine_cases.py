@@ -217,8 +217,11 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     assert (end - start == steps * first_ps + increment_ps * (steps * (steps - 1) // 2)).all()
     # Every token is sampled by a decode step or at the end of a prefill: a request's first, one for all samples,
     # and one after each preemption of a job that had sampled some already; each of these leaves a gap.
+    # So does waiting while prompts are computed in steps of their own.
     decoded = (rows["decode_sequences"] * steps).sum()
-    assert decoded + result.gaps_ps.size == (samples * (output - 1)).sum()
+    late = decoded - (rows["itl_tokens"] * steps).sum()
+    assert decoded - late + result.gaps_ps.size == (samples * (output - 1)).sum()
+    assert late == 0 or not scenario.engine.mixed_steps
     assert (result.gaps_ps >= 0).all()
     assert rows["preemptions"].sum() == requests["preemptions"].sum()
     assert rows["evicted_blocks"].sum() == result.cache.evicted_blocks
@@ -227,7 +230,7 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     # halfway may find more than it had written, and computes less.
     computed = rows["prefill_tokens"].sum()
     needed = (prompt - requests["hit_tokens"][finished]).sum()
-    needed += requests["recomputed_tokens"].sum() + result.gaps_ps.size
+    needed += requests["recomputed_tokens"].sum() + result.gaps_ps.size - late
     may_find_more = scenario.cache.enable_block_reuse and rows["preemptions"].any()
     assert computed <= needed if may_find_more else computed == needed
     assert result.cache.free_blocks + result.cache.evictable_blocks == num_blocks
@@ -269,6 +272,7 @@ def _requests(draw: st.DrawFn, longest: int) -> list[Request]:
                 parent=draw(st.integers(0, row - 1)) if has_parent else -1,
                 think_ps=draw(st.sampled_from([0, 50])) if has_parent else 0,
                 salt="other" if draw(one_in_ten) else "",
+                priority=draw(st.sampled_from([0, 0, 1, 2])),
                 **fields,  # type: ignore[arg-type]
             )
         )
@@ -305,7 +309,14 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     else:
         num_blocks = -(-build.max_seq_len // size) * draw(st.integers(1, 3))
     engine = EngineConfig(
-        admission=draw(st.sampled_from(["guaranteed_no_evict", "max_utilization"])),
+        admission=draw(
+            st.sampled_from(["guaranteed_no_evict", "max_utilization", "max_utilization", "static_batch"])
+        ),
+        queue_order=draw(st.sampled_from(["fcfs", "fcfs", "fcfs", "priority", "shortest", "longest_prefix"])),
+        mixed_steps=draw(st.sampled_from([True, True, False])),
+        victim=draw(
+            st.sampled_from(["last_started", "last_started", "last_arrived", "least_progress", "cheapest"])
+        ),
         enable_chunked_prefill=draw(st.sampled_from([True, True, False])),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.2])),
         block_map_samples=draw(st.sampled_from([0, 3])),

@@ -55,6 +55,7 @@ class NaiveEngine:
         self.running: list[Job] = []  # in the order of starting
         self.prefilling: list[Job] = []
         self.decoding: list[Job] = []  # in the order in which prompts were completed
+        self.closed = False  # a static batch, until all of it is done
         self.run = NaiveRun([self._blank(request) for request in requests])
 
     @staticmethod
@@ -101,7 +102,7 @@ class NaiveEngine:
             return "exceeds_max_batch_size"
         if request.prompt_tokens > build.max_num_tokens and not self.engine.enable_chunked_prefill:
             return "exceeds_max_num_tokens"
-        if self.engine.admission == "guaranteed_no_evict":
+        if self.engine.admission != "max_utilization":
             least = self._final_blocks(job)
         else:
             least = self.cache.blocks_of(job.final_tokens)
@@ -128,13 +129,25 @@ class NaiveEngine:
         growth = sum(self._final_blocks(job) - len(job.table) for job in self.running)
         return growth + sum(block.holders - 1 for block in tails)
 
+    def _first_waiting(self) -> Job:
+        """Return who is to start next, by looking at all that wait: preempted ones first, the latest of them."""
+        order = self.engine.queue_order
+        arrived = [job for job in self.waiting if not job.preemptions]
+        if order == "fcfs" or self.waiting[0].preemptions:
+            return self.waiting[0]
+        if order == "priority":
+            return max(arrived, key=lambda job: job.request.priority)
+        if order == "shortest":
+            return min(arrived, key=lambda job: job.request.prompt_tokens + job.request.output_tokens)
+        return max(arrived[:128], key=lambda job: len(self.cache.lookup(job, self.prefilling).hits))
+
     def _fits(self, job: Job, match: Match, chunk: int) -> bool:
         cache, hits = self.cache, len(match.hits)
         idle_hits = sum(block in cache.idle for block in match.hits)
         if not self.running:
             first = cache.blocks_of(hits * cache.size + chunk)
             return first - hits + idle_hits <= cache.available
-        if self.engine.admission == "guaranteed_no_evict":
+        if self.engine.admission != "max_utilization":
             needed = self._final_blocks(job) + (match.repeated in cache.idle)
             promised = self._outstanding()
         else:
@@ -149,21 +162,35 @@ class NaiveEngine:
         evicted = cache.evicted
         self._preempted = 0
         self._short = False
-        self._decode(now)
-        prefills = self._continue_prefills(self.build.max_num_tokens - len(self.decoding), now)
-        if not self._preempted:
-            used = len(self.decoding) + sum(tokens for _, tokens in prefills)
-            prefills += self._admit(self.build.max_num_tokens - used, now)
-        batch = StepBatch(len(self.decoding), sum(job.tokens for job in self.decoding))
+        if self.engine.mixed_steps:
+            self._decode(now)
+            decoders = list(self.decoding)
+            prefills = self._compute_prompts(self.build.max_num_tokens - len(decoders), now)
+        else:
+            prefills = self._compute_prompts(self.build.max_num_tokens, now)
+            if not prefills:
+                self._decode(now)
+            decoders = [] if prefills else list(self.decoding)
+        batch = StepBatch(len(decoders), sum(job.tokens for job in decoders))
         batch.prefills = [(tokens, job.tokens) for job, tokens in prefills]
         end = now + self.cost.step(batch)
+        on_time = 0
+        for job in self.decoding:
+            if not decoders:
+                job.last_token_ps = now if job.last_token_ps is None else job.last_token_ps
+            elif job.last_token_ps is None:
+                on_time += 1
+            else:
+                self.run.gaps.append(end - job.last_token_ps)
+                job.last_token_ps = None
         self.run.steps.append(
             {
                 "start_ps": now,
                 "end_ps": end,
                 "running": len(self.running),
                 "waiting": len(self.waiting),
-                "decode_sequences": len(self.decoding),
+                "decode_sequences": len(decoders),
+                "itl_tokens": on_time,
                 "prefill_sequences": len(prefills),
                 "prefill_tokens": sum(tokens for _, tokens in prefills),
                 "preemptions": self._preempted,
@@ -172,8 +199,14 @@ class NaiveEngine:
                 **self._blocks(),
             }
         )
-        self._finish_step(prefills, end)
+        self._finish_step(decoders, prefills, end)
         return end
+
+    def _compute_prompts(self, budget: int, now: int) -> list[tuple[Job, int]]:
+        prefills = self._continue_prefills(budget, now)
+        if not self._preempted:
+            prefills += self._admit(budget - sum(tokens for _, tokens in prefills), now)
+        return prefills
 
     def _blocks(self) -> dict[str, int]:
         """Count what is in the pool by looking at every table."""
@@ -198,7 +231,7 @@ class NaiveEngine:
         cache = self.cache
         while self.decoding and self._blocks_to_decode() > cache.available:
             self._short = True
-            self._preempt_last(now)
+            self._preempt(self._victim(), now)
         for job in self.decoding:
             cache.copy_shared_tail(job)
         for job in self.decoding:
@@ -223,7 +256,7 @@ class NaiveEngine:
                 alone = last is job and not self.decoding and not prefills
                 if last in self.decoding or (last is job and not alone):
                     break
-                self._preempt_last(now)
+                self._preempt(last, now)
                 if alone:
                     return prefills
             chunk = min(job.target - job.tokens, budget, room)
@@ -244,8 +277,10 @@ class NaiveEngine:
 
     def _admit(self, budget: int, now: int) -> list[tuple[Job, int]]:
         prefills: list[tuple[Job, int]] = []
-        while self.waiting and budget > 0:
-            job = self.waiting[0]
+        if not self.running:
+            self.closed = False
+        while self.waiting and budget > 0 and not self.closed:
+            job = self._first_waiting()
             branches = sum(other.samples for other in self.running)
             match = self.cache.lookup(job, self.prefilling)
             left = job.target - len(match.hits) * self.cache.size
@@ -255,7 +290,7 @@ class NaiveEngine:
                 break
             if not self._fits(job, match, chunk):
                 break
-            del self.waiting[0]
+            self.waiting.remove(job)
             self._start(job, match, now)
             self._prefill(job, chunk)
             prefills.append((job, chunk))
@@ -283,8 +318,27 @@ class NaiveEngine:
         self.running.append(job)
         self.prefilling.append(job)
 
-    def _preempt_last(self, now: int) -> None:
-        job = self.running.pop()
+    def _victim(self) -> Job:
+        """Return whom to preempt; of equals, the one that started last."""
+        latest_first = self.running[::-1]
+        if self.engine.victim == "last_started":
+            return latest_first[0]
+        if self.engine.victim == "last_arrived":
+            return max(latest_first, key=lambda job: job.request.request_id)
+        if self.engine.victim == "least_progress":
+            return min(latest_first, key=lambda job: (job.generated, -job.request.prompt_tokens))
+
+        def price(job: Job) -> float:
+            others = [
+                block for other in self.running if other is not job for block in other.table + other.path
+            ]
+            freed = {id(block) for block in job.table + job.path} - {id(block) for block in others}
+            return job.tokens / len(freed) if freed else float("inf")
+
+        return min(latest_first, key=price)
+
+    def _preempt(self, job: Job, now: int) -> None:
+        self.running.remove(job)
         self._preempted += 1
         job.preemptions += 1
         job.written = job.tokens
@@ -296,8 +350,8 @@ class NaiveEngine:
         job.table, job.path = [], []
         self.waiting.insert(0, job)
 
-    def _finish_step(self, prefills: list[tuple[Job, int]], end: int) -> None:
-        for job in list(self.decoding):
+    def _finish_step(self, decoders: list[Job], prefills: list[tuple[Job, int]], end: int) -> None:
+        for job in decoders:
             job.generated += 1
             if job.generated == job.request.output_tokens:
                 self.decoding.remove(job)
@@ -310,6 +364,7 @@ class NaiveEngine:
         assert job.hit_tokens + job.computed == job.target
         self.prefilling.remove(job)
         job.generated += 1
+        self.closed = self.engine.admission == "static_batch"
         if job.generated == 1:
             self.run.requests[job.request.request_id]["first_token_ps"] = end
         if job.last_token_ps is not None:

@@ -1,6 +1,6 @@
 """Admission: whether a waiting job may start, by how much room the running ones will still need.
 
-Both rules are TensorRT-LLM's capacity scheduler policies (GUARANTEED_NO_EVICT and MAX_UTILIZATION).
+The rules are TensorRT-LLM's capacity scheduler policies (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH).
 """
 
 from __future__ import annotations
@@ -67,9 +67,16 @@ class MaxUtilization(AdmissionRule):
         return prompts
 
 
+class StaticBatch(GuaranteedNoEvict):
+    """Admit what can finish together, and nobody else before all of it has: batching as it was before requests
+    came and went by the step. The batch is closed once the first of its prompts is computed.
+    """
+
+
 _RULES: dict[str, type[AdmissionRule]] = {
     "guaranteed_no_evict": GuaranteedNoEvict,
     "max_utilization": MaxUtilization,
+    "static_batch": StaticBatch,
 }
 
 

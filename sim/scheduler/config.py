@@ -7,7 +7,9 @@ from typing import Literal, get_args
 
 from allocator.checks import require_choice, require_int
 
-Admission = Literal["guaranteed_no_evict", "max_utilization"]
+Admission = Literal["guaranteed_no_evict", "max_utilization", "static_batch"]
+QueueOrder = Literal["fcfs", "priority", "shortest", "longest_prefix"]
+Victim = Literal["last_started", "last_arrived", "least_progress", "cheapest"]
 
 _MOST_SLO_S = 1e6
 """Longest service level, eleven days: to be held by any request that is served at all."""
@@ -19,7 +21,17 @@ class EngineConfig:
 
     admission: Admission = "guaranteed_no_evict"
     """guaranteed_no_evict admits a request only if it and all running ones can finish;
-    max_utilization admits while blocks last and preempts when they run out."""
+    max_utilization admits while blocks last and preempts when they run out;
+    static_batch admits as guaranteed_no_evict, but nobody after the first has been prefilled, until all are done."""
+    queue_order: QueueOrder = "fcfs"
+    """Who is admitted first: fcfs, as they arrive; priority, the highest of the trace's; shortest, the fewest tokens
+    of prompt and output; longest_prefix, most tokens found in the cache, of the 128 that wait longest. The first that
+    does not fit stops admission, and who was preempted goes before all others."""
+    mixed_steps: bool = True
+    """Compute prompts in the steps that decode; else prompts go first, in steps of their own, and decoding waits."""
+    victim: Victim = "last_started"
+    """Who is preempted when decoding runs out of blocks: last_started; last_arrived; least_progress, the fewest tokens
+    sampled, then the longest prompt; cheapest, the fewest tokens to compute again for each block that it frees."""
     enable_chunked_prefill: bool = True
     """Split a prompt over steps when it exceeds what is left of max_num_tokens."""
     watermark: float = 0.0
@@ -39,6 +51,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_choice("admission", self.admission, get_args(Admission))
+        require_choice("queue_order", self.queue_order, get_args(QueueOrder))
+        require_choice("victim", self.victim, get_args(Victim))
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark ({self.watermark}) must be in [0, 1)")
         for name in ("slo_ttft_s", "slo_tpot_s"):

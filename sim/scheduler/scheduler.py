@@ -10,7 +10,8 @@ from allocator.manager import KVCacheManager, PrefixMatch
 from sim.scheduler.admission import make_admission
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
-from sim.scheduler.waiting import FirstCome
+from sim.scheduler.victims import VICTIMS
+from sim.scheduler.waiting import make_waiting
 
 
 class Plan:
@@ -21,9 +22,11 @@ class Plan:
     preempted      jobs that had to go
     out_of_blocks  whether decoding or a prefill chunk found too few blocks
     copied         blocks that decoding jobs had to copy before they could write
+    decoding       sequences that decode; the others of the batch wait while prompts are computed
+    resumes        whether they waited so before this step
     """
 
-    __slots__ = ("admitted", "copied", "out_of_blocks", "preempted", "prefills")
+    __slots__ = ("admitted", "copied", "decoding", "out_of_blocks", "preempted", "prefills", "resumes")
 
     def __init__(self) -> None:
         self.prefills: list[tuple[Job, int]] = []
@@ -31,16 +34,19 @@ class Plan:
         self.preempted: list[Job] = []
         self.out_of_blocks = False
         self.copied = 0
+        self.decoding = 0
+        self.resumes = False
 
     @property
     def is_quiet(self) -> bool:
         """Return whether the step only decodes, so that the next may be like it."""
-        return not (self.prefills or self.preempted or self.copied)
+        return not (self.prefills or self.preempted or self.copied or self.resumes)
 
 
 class Scheduler:
     """Continuous batching: every step gives each decoding job a token, then spends the rest of its token budget
-    on prompts, running ones first and new ones after, first come first served.
+    on prompts, running ones first and new ones after, in the order of the queue. Without `mixed_steps`, a step that
+    finds prompts to compute does only that, and the decoding jobs wait.
 
     A step is `schedule`, which takes all its blocks, then `end_decodes` and `end_prefills`, which give back those
     of finished jobs. When a step only decodes, `quiet_steps` says how many more like it follow, and `decode` takes
@@ -54,7 +60,7 @@ class Scheduler:
                 f"({build.max_batch_size}): a step decodes the whole batch"
             )
         self.manager = manager
-        self.waiting = FirstCome()
+        self.waiting = make_waiting(config.queue_order, lambda job: self._look_up(job).hit_tokens)
         self.running: dict[Job, None] = {}  # in the order of starting; the last is preempted first
         self.batch = manager.batch()
         self.context = 0  # tokens of all decoding sequences
@@ -64,6 +70,11 @@ class Scheduler:
         self._max_seq_len = build.max_seq_len
         self._chunked = config.enable_chunked_prefill
         self._rule = make_admission(config, manager)
+        self._static = config.admission == "static_batch"
+        self._closed = False  # a static batch: one of its prompts is computed, and not all its jobs are done
+        self._mixed = config.mixed_steps
+        self._stalled = False  # prompts were computed while the batch waited
+        self._choose_victim = VICTIMS[config.victim]
         self._watermark = int(config.watermark * manager.num_blocks)
         self._prefilling: dict[Job, None] = {}
         self._final_blocks = 0  # that the running jobs hold at their end
@@ -93,23 +104,37 @@ class Scheduler:
         Where blocks are lacking, the jobs that started last are preempted; then nothing is admitted.
         """
         plan = Plan()
+        if self._mixed:
+            self._schedule_decodes(plan)
+            self._schedule_prefills(plan, self._max_num_tokens - plan.decoding)
+            return plan
+        self._schedule_prefills(plan, self._max_num_tokens)
+        if plan.prefills:
+            self._stalled = bool(self.batch)
+        else:
+            plan.resumes, self._stalled = self._stalled, False
+            self._schedule_decodes(plan)
+        return plan
+
+    def _schedule_decodes(self, plan: Plan) -> None:
         manager, batch = self.manager, self.batch
         decoding = len(batch)
         if decoding:
             if 2 * decoding > manager.available_blocks:  # each takes one block at most, and one copy
                 while batch and manager.blocks_to_advance(batch) > manager.available_blocks:
                     plan.out_of_blocks = True
-                    self._preempt(self._victim(), plan)
+                    self._preempt(self._choose_victim(self.running, manager), plan)
                 decoding = len(batch)
             copies = manager.tables.cow_copies
             self.decode()
             plan.copied = manager.tables.cow_copies - copies
-        budget = self._max_num_tokens - decoding
+            plan.decoding = decoding
+
+    def _schedule_prefills(self, plan: Plan, budget: int) -> None:
         if self._prefilling:
             budget = self._continue_prefills(plan, budget)
         if self.waiting and not plan.preempted:
             self._admit(plan, budget)
-        return plan
 
     def decode(self, steps: int = 1) -> None:
         """Give every decoding job its token, `steps` times over."""
@@ -140,6 +165,7 @@ class Scheduler:
             del self._prefilling[job]
             job.generated += 1
             prefilled.append(job)
+            self._closed = self._static
             if job.generated == job.request.output_tokens:
                 self._finish(job)
                 finished.append(job)
@@ -162,6 +188,8 @@ class Scheduler:
         decoding = len(batch)
         if not decoding or self._named or self._prefilling or (self.waiting and self._may_start()):
             return 0
+        if self._stalled:
+            return 0
         steps = self.next_end() - batch.tick
         # a block started and one filled every tokens_per_block steps, and twice that for where they begin
         most = 2 * decoding * (steps // self.manager.tokens_per_block + 2)
@@ -170,7 +198,11 @@ class Scheduler:
         return steps
 
     def _may_start(self) -> bool:
-        """Return whether the first waiting job finds a place in the batch, so that it depends on blocks."""
+        """Return whether a waiting job finds a place in the batch, so that it depends on blocks."""
+        if self._closed:
+            return False
+        if self.waiting.order_follows_cache:  # which one is first can change
+            return self.sequences < self.max_batch_size
         return self.sequences + self.waiting.first.samples <= self.max_batch_size
 
     def quiet_steps(self) -> int:
@@ -180,12 +212,15 @@ class Scheduler:
         steps = self.next_end() - self.batch.tick
         blocks = self.manager.available_blocks
         if self.waiting and self._may_start():
+            match = self.waiting.first.match
+            eviction_tells = self.waiting.order_follows_cache or (match is not None and match.repeated_blocks)
+            if not self._mixed and (self._named or eviction_tells):
+                return 0  # what this very step has cached or evicted, only the next one's admission sees
             if self._named:
                 # a block can be hit in the very step that fills it, so that step is not like this one
                 steps = min(steps, self.batch.ticks_until_fill() - 1)
-            match = self.waiting.first.match
-            if match is not None and match.repeated_blocks:
-                # nor is one that evicts a block which the job would have held beside its own
+            if eviction_tells:
+                # nor is one that evicts a block which the job would have held beside its own, or be first for
                 blocks = self.manager.pool.num_free
         if steps <= 0 or self._most_blocks(steps) <= blocks:
             return steps
@@ -213,7 +248,9 @@ class Scheduler:
 
     def accepts_arrivals(self) -> bool:
         """Return whether a job that arrives now could be admitted: none waits before it, and the batch has room."""
-        return not self.waiting and self.sequences < self.max_batch_size
+        if self.sequences >= self.max_batch_size or self._closed:
+            return False
+        return not self.waiting or self.waiting.arrivals_may_lead
 
     def next_end(self) -> int:
         """Return the batch's tick at which the next decoding job has its last token. Somebody must be decoding."""
@@ -256,7 +293,7 @@ class Scheduler:
             if capacity > sequence.num_tokens:
                 return capacity - sequence.num_tokens
             plan.out_of_blocks = True
-            last = self._victim()
+            last = next(reversed(self.running))
             if last in self._decoding:
                 return 0
             if last is job:
@@ -267,6 +304,10 @@ class Scheduler:
 
     def _admit(self, plan: Plan, budget: int) -> None:
         waiting = self.waiting
+        if not self.running:
+            self._closed = False
+        if self._closed:
+            return
         while waiting and budget > 0:
             job = waiting.first
             if self.sequences + job.samples > self.max_batch_size:
@@ -294,9 +335,11 @@ class Scheduler:
     def _fits(self, job: Job, match: PrefixMatch, chunk: int) -> bool:
         if not self.running:
             return self.manager.can_admit(match, chunk)
-        # Whoever decodes has its token for this step, and so a tail of its own: of what the running jobs hold at
-        # their end, the blocks in their tables are all that they have, and the rest is still to be taken.
+        # Of what the running jobs hold at their end, the blocks in their tables are all that they have, and the rest
+        # is still to be taken. Whoever decodes in this step has a tail of its own already; who waits may share it.
         outstanding = self._final_blocks - self.manager.logical_blocks
+        if not self._mixed:
+            outstanding += self.manager.tables.copies_needed(self.batch.unready)
         promised = self._rule.blocks_promised(outstanding, self._unfinished_prompts())
         room = self.manager.available_blocks - promised - self._watermark
         return self._rule.blocks_for(job, match) <= room
@@ -358,10 +401,6 @@ class Scheduler:
         # every tick since it joined gave it a token; what it has computed is one less than it has sampled
         job.generated = tokens - request.prompt_tokens + 1
         self.batch.remove(sequence)
-
-    def _victim(self) -> Job:
-        """Return whom to preempt first: the job that started last."""
-        return next(reversed(self.running))
 
     def _preempt(self, job: Job, plan: Plan) -> None:
         """Take a running job's blocks away; it computes again what it had when it starts next."""
