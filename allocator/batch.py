@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.content import History
+from allocator.content import History, are_token_ids
 from allocator.event_log import JOINED, LEFT, NOBODY, EventLog
 from allocator.ring import LastSlots, Rows, TokenRing
 from allocator.sequence import KVSequence
@@ -37,9 +37,14 @@ class Batch(Sequence[KVSequence]):
     """
 
     def __init__(
-        self, tokens_per_block: int, live: Container[KVSequence], log: EventLog | None = None
+        self,
+        tokens_per_block: int,
+        live: Container[KVSequence],
+        shared: dict[int, int],
+        log: EventLog | None = None,
     ) -> None:
         self.live = live
+        self.shared = shared  # blocks with more than one holder
         self.tick = 0
         self.log = log
         self.number = NOBODY if log is None else log.new_batch()
@@ -104,7 +109,8 @@ class Batch(Sequence[KVSequence]):
         if not sequence.settled_history.nameable:
             self.nameless += 1
         if tokens % self.tokens_per_block:
-            self.unready[sequence] = None
+            if self.shared or sequence.anchor.end == len(sequence.table):
+                self.unready[sequence] = None
             if self.ring.named:
                 self._since[sequence] = self.tick
             if self._slots is not None:
@@ -146,10 +152,10 @@ class Batch(Sequence[KVSequence]):
         order = self._order
         if order is None:
             members = len(self._members)
-            rows = np.fromiter(self._members.values(), np.intp, members)
-            in_order = members == self._num_rows and bool((rows == np.arange(members)).all())
-            order = self._order = slice(0, members) if in_order else rows
-            self._pack = Struct(f"={members}I").pack
+            rows = list(self._members.values())
+            in_order = rows == list(range(members))
+            order = self._order = slice(0, members) if in_order else np.array(rows, dtype=np.intp)
+            self._pack = Struct(f"<{members}I").pack
             self.ring.reserve(self._num_rows)
             if self._slots is not None:
                 self._slots.reserve(self._num_rows)
@@ -215,10 +221,10 @@ class Batch(Sequence[KVSequence]):
         """Return one id a member as int32 [len(self)], or None if `tokens` is not simply that."""
         self._arrange()
         try:
-            ids = np.frombuffer(self._pack(*tokens), np.int32)
+            packed: bytes = self._pack(*tokens)
         except StructError:
             return None
-        return ids if not ids.size or np.minimum.reduce(ids) >= 0 else None
+        return np.frombuffer(packed, np.int32) if are_token_ids(packed) else None
 
     def settle(self, sequence: KVSequence) -> None:
         """Write a member's token ids that are still in the ring to its history."""

@@ -152,19 +152,23 @@ def _packed(token_ids: Iterable[int]) -> bytes:
     try:
         ids = token_ids if isinstance(token_ids, list) else list(token_ids)
         try:
-            # Half the time of array or ndarray; unsigned, as that is faster still.
-            packed = struct.Struct(f"={len(ids)}I").pack(*ids)
+            packed = struct.Struct(f"<{len(ids)}I").pack(*ids)  # half the time of array or ndarray
         except struct.error:
             packed = array("i", ids).tobytes()  # says what is wrong, but takes negative numbers
     except TypeError as error:
         raise ValueError(f"token_ids must be integers: {error}") from None
     except OverflowError:
         raise ValueError("token_ids must all be less than 2**31, and none negative") from None
-    if packed and np.maximum.reduce(np.frombuffer(packed, np.uint32)) >= 2**31:
+    if not are_token_ids(packed):
         wrong = min(ids) if min(ids) < 0 else max(ids)
         rule = "must not be negative" if wrong < 0 else "must be less than 2**31"
         raise ValueError(f"token_ids ({wrong}) {rule}")
     return packed
+
+
+def are_token_ids(packed: bytes) -> bool:
+    """Return whether 32-bit numbers, least byte first, are all less than 2**31: then their last bytes are ASCII."""
+    return packed[3::4].isascii()
 
 
 def _packed_array(token_ids: NDArray[Any]) -> bytes:

@@ -21,7 +21,7 @@ class Decoding(ManagerState):
 
     def batch(self) -> Batch:
         """Return an empty batch, with which `append` costs per block started, not per sequence."""
-        return Batch(self.tokens_per_block, self.sequences, self.events)
+        return Batch(self.tokens_per_block, self.sequences, self.pool.shared, self.events)
 
     def append(
         self,

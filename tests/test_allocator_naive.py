@@ -113,7 +113,9 @@ class Pair:
         return self.written(sequences, count, tokens, lambda: self.real.append(sequences, tokens, count))
 
     def batch(self) -> PairBatch:
-        batch = PairBatch(self.real.tokens_per_block, self.real.sequences, self.real.events)
+        batch = PairBatch(
+            self.real.tokens_per_block, self.real.sequences, self.real.pool.shared, self.real.events
+        )
         batch.pair = self
         return batch
 
