@@ -188,7 +188,7 @@ class EventLog:
         place = bisect_right(self._moved_to, now)
         return self._moved_at[place] if place < len(self._moved_at) else len(self)
 
-    def columns(self) -> dict[str, NDArray[np.generic]]:
+    def columns(self) -> dict[str, NDArray[np.integer[Any]]]:
         """Return the log as arrays, copies all of them.
 
         kind, now, sequence, other, value, num_blocks   [len(self)]          types in COLUMNS
@@ -197,7 +197,7 @@ class EventLog:
         `kind` indexes KINDS, which says what the others mean; `now` is the caller's time.
         """
         table = self._table(0, len(self))
-        columns: dict[str, NDArray[np.generic]] = {
+        columns: dict[str, NDArray[np.integer[Any]]] = {
             name: np.ascontiguousarray(table[name]) for name in COLUMNS if name not in ("now", "blocks")
         }
         moved = np.array([*self._moved_at, len(self)], dtype=np.int64)
@@ -207,7 +207,7 @@ class EventLog:
         return {name: columns[name] for name in COLUMNS}
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, NDArray[np.generic]]) -> EventLog:
+    def from_columns(cls, columns: Mapping[str, NDArray[np.integer[Any]]]) -> EventLog:
         """Return the log that gave these `columns`; it can be read, and gone on with. Raises ValueError if none did."""
         checked = _checked(columns)
         log = cls()
@@ -249,9 +249,9 @@ class EventLog:
         return "\n".join(self.lines())
 
 
-def _checked(columns: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+def _checked(columns: Mapping[str, NDArray[np.integer[Any]]]) -> dict[str, NDArray[np.integer[Any]]]:
     """Return the columns as arrays of their types. Raises ValueError for what no log says."""
-    checked: dict[str, NDArray[np.generic]] = {}
+    checked: dict[str, NDArray[np.integer[Any]]] = {}
     for name, kind in COLUMNS.items():
         if name not in columns:
             raise ValueError(f"columns ({', '.join(columns)}) must have {name}")

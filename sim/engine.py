@@ -47,7 +47,7 @@ def simulate(
     Raises ValueError if the configuration cannot work or the requests are not in order. A request that can never
     run is rejected, by cause, and the run goes on.
     """
-    manager = _make_manager(build, cache, num_blocks)
+    manager = _make_manager(build, cache, num_blocks, engine.events)
     recorder = Recorder(requests, manager, engine.block_map_samples)
     scheduler = Scheduler(manager, build, engine)
     replica = _Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
@@ -64,16 +64,16 @@ def simulate(
     return recorder.result(perf_counter() - start)
 
 
-def _make_manager(build: BuildConfig, cache: CacheConfig, num_blocks: int) -> KVCacheManager:
+def _make_manager(build: BuildConfig, cache: CacheConfig, num_blocks: int, events: bool) -> KVCacheManager:
     if build.enable_paged_kv_cache:
-        return KVCacheManager(num_blocks, build.tokens_per_block, cache, lifetimes=True)
+        return KVCacheManager(num_blocks, build.tokens_per_block, cache, lifetimes=True, events=events)
     whole = num_blocks * build.tokens_per_block // build.max_seq_len
     if whole < 1:
         raise ValueError(
             f"num_blocks ({num_blocks}) of {build.tokens_per_block} tokens must hold one sequence of max_seq_len "
             f"({build.max_seq_len}) when paging is off"
         )
-    return KVCacheManager.contiguous(whole, build.max_seq_len)
+    return KVCacheManager.contiguous(whole, build.max_seq_len, events=events)
 
 
 class _Replica:
@@ -97,6 +97,7 @@ class _Replica:
         self._needs_work: bool = getattr(cost, "needs_work", False)
         self._affine: dict[int, tuple[int, int] | None] = {}
         self._evicted = 0
+        self._events = scheduler.manager.events
         map_due_ps = recorder.map_due_ps
         self._map_due_ps = NEVER if map_due_ps is None else map_due_ps
         self.arrivals = Arrivals(requests, self._reject_turn)
@@ -117,6 +118,8 @@ class _Replica:
                 now = next_ps
                 continue
             pool.now = now
+            if self._events is not None:
+                self._events.move(now)
             idle = scheduler.idle_steps() if self._skipping else 0
             affine = self.decode_affine(len(scheduler.batch)) if idle else None
             if affine is not None:
@@ -185,6 +188,8 @@ class _Replica:
             if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
                 job.last_ps = now_ps
         for job in plan.admitted:
+            if self._events is not None:
+                self.recorder.started(job)
             if job.admit_ps < 0 and job.origin is None:  # only a request's first admission counts
                 match = job.match
                 assert match is not None
@@ -268,6 +273,8 @@ class _Replica:
         return end
 
     def _end_decodes(self, now_ps: int) -> None:
+        if self._events is not None:
+            self._events.move(now_ps)
         for job in self.scheduler.end_decodes():
             self._finish(job, now_ps)
 

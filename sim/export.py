@@ -20,17 +20,18 @@ from typing import Any
 
 import polars as pl
 
+from sim.event_table import event_frame
 from sim.records import Columns, RunResult
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
-REQUESTS, TIMELINE = "requests.parquet", "timeline.parquet"
+REQUESTS, TIMELINE, EVENTS = "requests.parquet", "timeline.parquet", "events.parquet"
 FIGURES = "figures"
 FIGURE_FILES = tuple(
     f"{FIGURES}/{name}.{ending}"
     for name in ("utilization", "latency", "block_map")
     for ending in ("png", "svg")
 )
-RUN_FILES = (MANIFEST, SUMMARY, REQUESTS, TIMELINE, *FIGURE_FILES)
+RUN_FILES = (MANIFEST, SUMMARY, REQUESTS, TIMELINE, EVENTS, *FIGURE_FILES)
 """All that a run may leave."""
 
 _STAGING_PREFIX = ".unfinished-"
@@ -49,7 +50,11 @@ def write_columns(columns: Columns, path: Path) -> None:
     The bytes depend on nothing but the columns and the version of polars: no time, no name, one thread's order.
     Raises OSError where the file cannot be written.
     """
-    frame = pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()})
+    write_frame(pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()}), path)
+
+
+def write_frame(frame: pl.DataFrame, path: Path) -> None:
+    """Write a table as Parquet, as `write_columns` does."""
     try:
         frame.write_parquet(path, compression="zstd", compression_level=3, row_group_size=_ROW_GROUP)
     except pl.exceptions.ComputeError as error:  # a full disk, wrapped in words on Parquet
@@ -133,9 +138,11 @@ class ResultFolder:
             self._lock = None
 
     def write_tables(self, result: RunResult) -> None:
-        """Stage requests.parquet and timeline.parquet."""
+        """Stage requests.parquet and timeline.parquet, and events.parquet if the run kept its events."""
         write_columns(result.requests, self.staging / REQUESTS)
         write_columns(result.timeline, self.staging / TIMELINE)
+        if result.events is not None:
+            write_frame(event_frame(result.events, result.sequences), self.staging / EVENTS)
 
     def write_manifest(self, document: dict[str, Any]) -> None:
         """Stage manifest.json."""

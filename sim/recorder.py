@@ -76,11 +76,17 @@ class Recorder:
         self._timeline = array("q")
         self._gaps = array("q")
         self._causes = [""]
+        self._sequences: dict[int, int] = {}
         self._map = _MapSampler(manager, map_samples, requests) if map_samples else None
         self.stretch = self._timeline.extend
         """Add a timeline row; the values come in the order of TIMELINE_COLUMNS."""
         self.gap = self._gaps.append
         """Note an inter-token gap that a preemption caused, or prompts that went first."""
+
+    def started(self, job: Job) -> None:
+        """Note whose sequence the event log's next number stands for; only where there is a log."""
+        assert job.sequence is not None
+        self._sequences[job.sequence.number] = job.request.request_id
 
     def rejected(self, request: Request, arrival_ps: int, cause: str) -> None:
         """Note that a request can never run."""
@@ -156,6 +162,8 @@ class Recorder:
             if lifetimes is None
             else {name: WeightedTimes(*durations) for name, durations in lifetimes.take().items()},
             block_map=self._map.result() if self._map is not None else None,
+            events=self._manager.events,
+            sequences=self._sequences,
             wall_s=wall_s,
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.event_log import EventLog
 from allocator.manager import CacheStats
 
 Columns = dict[str, NDArray[np.generic]]
@@ -85,6 +86,8 @@ class RunResult:
         referenced_blocks_first, kv_tokens_first: at its first step (they only grow in between);
         preemptions, out_of_block_steps, evicted_blocks: within the stretch.
 
+    `events` is the cache's log if it was kept, and `sequences` the request of each sequence it numbers, forks apart.
+
     `gaps_ps` are the inter-token gaps that span a preemption, which no `itl_tokens` covers.
     """
 
@@ -94,4 +97,6 @@ class RunResult:
     cache: CacheStats
     lifetimes: dict[str, WeightedTimes] = field(default_factory=dict)
     block_map: BlockMap | None = None
+    events: EventLog | None = None
+    sequences: dict[int, int] = field(default_factory=dict)
     wall_s: float = 0.0

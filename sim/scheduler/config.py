@@ -49,6 +49,9 @@ class EngineConfig:
     block_map_samples: int = 160
     """How many moments of the pool's state to keep for the block map figure; 0 keeps none."""
 
+    events: bool = False
+    """Write events.parquet: all that happened to every block, from which its state at any moment can be had."""
+
     def __post_init__(self) -> None:
         require_choice("admission", self.admission, get_args(Admission))
         require_choice("queue_order", self.queue_order, get_args(QueueOrder))
