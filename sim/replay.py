@@ -64,8 +64,6 @@ def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) 
     """Stage all files of a run in a result folder and return its summary; `began` is a perf_counter reading."""
     from sim.export import FIGURES
     from sim.manifest import Manifest
-    from sim.metrics import summarise
-    from sim.runner import cache_bound
 
     folder.write_tables(finished.result)
     if draw:
@@ -79,17 +77,24 @@ def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) 
             budget=dataclasses.asdict(finished.budget),
         )
     )
+    summary = summary_of(finished, began)
+    folder.write_summary(summary)
+    return summary
+
+
+def summary_of(finished: Run, began: float) -> dict[str, Any]:
+    """Return the summary of a run; `began` is a perf_counter reading, of when it was started."""
+    from sim.metrics import summarise
+    from sim.runner import cache_bound
+
     bound = cache_bound(finished)
-    total_wall_s = round(time.perf_counter() - began, 6)
-    summary = summarise(
+    return summarise(
         finished.result,
         finished.spec.engine,
-        total_wall_s=total_wall_s,
+        total_wall_s=round(time.perf_counter() - began, 6),
         bound=bound,
         skipped_rows=finished.trace.skipped,
     )
-    folder.write_summary(summary)
-    return summary
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,301 @@
+"""Run a replay for every combination of some flags' values, over several seeds, and tell what differs from what varies.
+
+    python -m experiments.tools.sweep --out results/sweep --vary tokens_per_block=16,64,128 --vary policy=lru,fifo \\
+        --seeds 5 -- synthetic --num-requests 2000 --model llama-3-8b
+
+What follows `--` is a command line of sim.replay without --out. Each finished point is a file in OUT/points, named
+by what was run, so an interrupted sweep goes on where it was, and one with more values runs only the new ones.
+OUT/sweep.csv has a row a point; the table shows the mean over seeds and, after ±, half the 95% confidence interval
+of that mean (Student's t).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist, mean, stdev
+from time import perf_counter
+from typing import Annotated, Any
+
+import tyro
+from joblib import Parallel, cpu_count, delayed
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import track
+from rich.table import Table
+
+from allocator.checks import require_int
+from allocator.eviction import make_policy
+from sim.command_line import parse_dataclass, run_command
+from sim.manifest import SYNTHETIC, RunSpec
+from sim.options import parse
+from sim.replay import summary_of
+from sim.runner import load_trace, memory_budget, run
+
+POINTS, TABLE = "points", "sweep.csv"
+
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5% quantiles of Student's t for 1 to 10 degrees of freedom (any table of the distribution)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run sim.replay for every combination of values, over seeds. The replay's own flags follow after `--`."""
+
+    out: Path
+    """Folder for the points and the table; finished points there are kept and not run again."""
+    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A flag of sim.replay and its values, NAME=V1,V2,...; may be given several times."""
+    seeds: int = 1
+    """Runs of each combination, with seeds from 0; for synthetic workloads only."""
+    metrics: tuple[str, ...] = (
+        "hit_rate_tokens",
+        "ttft_s.p50",
+        "ttft_s.p99",
+        "throughput_tokens_per_s",
+        "preemptions",
+    )
+    """Keys of summary.json to show, with a dot before what lies deeper."""
+    jobs: int = 0
+    """Processes; 0 takes all cores."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the sweep: which values were given, with which seed, and all that decides its outcome."""
+
+    values: tuple[tuple[str, str], ...]
+    seed: int
+    spec: RunSpec
+
+    @property
+    def key(self) -> str:
+        """Return the name of the point's file: equal for equal runs. A trace file counts by its path, size and time."""
+        described: dict[str, Any] = {"spec": asdict(self.spec)}
+        if self.spec.trace.workload is None:
+            status = os.stat(self.spec.trace.path)
+            described["trace"] = [status.st_size, status.st_mtime_ns]
+        text = json.dumps(described, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def combinations(vary: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
+    """Return every combination of the values, the last flag's varying fastest. Raises ValueError for a bad one."""
+    axes = []
+    names = set()
+    for text in vary:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        given = [value.strip() for value in values.split(",")]
+        if not equals or not name or not all(given):
+            raise ValueError(f"vary ({text}) must be NAME=V1,V2,...")
+        if name in names:
+            raise ValueError(f"vary ({text}) gives {name} a second time")
+        names.add(name)
+        axes.append([(name, value) for value in given])
+    return list(itertools.product(*axes))
+
+
+def points(config: Config, replay: Sequence[str]) -> list[Point]:
+    """Return all runs. Raises ValueError where one cannot work, before any has begun."""
+    require_int("seeds", config.seeds, 1)
+    require_int("jobs", config.jobs, 0)
+    if any(argument.split("=")[0] == "--out" for argument in replay):
+        raise ValueError("out (after --) must not be given: each point is a file in the sweep's own folder")
+    found = []
+    for values in combinations(config.vary):
+        for seed in range(config.seeds):
+            flags = [*replay, "--out", os.devnull]
+            for name, value in values:
+                flags += [f"--{name.replace('_', '-')}", value]
+            if config.seeds > 1:
+                if SYNTHETIC not in replay:
+                    raise ValueError(
+                        f"seeds ({config.seeds}) must be 1 for a trace file: nothing in it is drawn"
+                    )
+                flags += ["--workload-seed", str(seed)]
+            options, manifest = parse(flags)
+            spec = options.spec(manifest.spec if manifest else None)
+            memory_budget(spec)
+            make_policy(spec.cache.policy)
+            found.append(Point(values, seed, spec))
+    return found
+
+
+def run_point(point: Point, folder: Path) -> None:
+    """Run one point and leave its file, whole or not at all."""
+    summary = summary_of(run(point.spec, load_trace(point.spec.trace)), perf_counter())
+    document = {"values": dict(point.values), "seed": point.seed, "summary": summary}
+    path = folder / f"{point.key}.json"
+    staged = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        staged.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read_point(path: Path) -> dict[str, Any]:
+    """Return what a finished point left. Raises ValueError if the file is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["values"], found["seed"], found["summary"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"point ({path}) is damaged: remove it, and it is run again") from None
+    return found  # type: ignore[no-any-return]
+
+
+def figure(summary: Mapping[str, Any], metric: str) -> float | None:
+    """Return a figure of a summary by its dotted name, None where there is none. Raises ValueError for no number."""
+    value: Any = summary
+    for name in metric.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise ValueError(f"metric ({metric}) must be one of {', '.join(sorted(flat(summary)))}")
+        value = value[name]
+    if isinstance(value, Mapping | str):
+        deeper = ", ".join(f"{metric}.{name}" for name in value) if isinstance(value, Mapping) else "a number"
+        raise ValueError(f"metric ({metric}) must be one of {deeper}")
+    return None if value is None else float(value)
+
+
+def flat(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """Return all figures of a summary by dotted name."""
+    found: dict[str, float | None] = {}
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t.
+
+    From a table for few degrees of freedom, else by expansion from the normal quantile (Abramowitz and Stegun,
+    Handbook of Mathematical Functions, 26.7.5), then right to three digits after the point.
+    """
+    if degrees <= len(_T_975):
+        return _T_975[degrees - 1]
+    z = NormalDist().inv_cdf(0.975)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and half of its 95% confidence interval, None for a single value."""
+    if len(values) < 2:
+        return values[0], None
+    return mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def shown(values: Sequence[float | None]) -> str:
+    """Return the mean and its interval as text."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    middle, half = interval(known)
+    return f"{middle:.4g}" if half is None else f"{middle:.4g} ± {half:.2g}"
+
+
+def write_table(done: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a row a point: the varied flags, the seed, and every figure of the summary. Wall times are left out."""
+    rows = []
+    for point in done:
+        figures = {k: v for k, v in flat(point["summary"]).items() if k not in ("wall_s", "total_wall_s")}
+        rows.append({**point["values"], "seed": point["seed"], **figures})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    staged = path.with_suffix(".tmp")
+    staged.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(staged, path)
+
+
+def show(done: Sequence[dict[str, Any]], metrics: Sequence[str], console: Console) -> None:
+    """Print a row a combination."""
+    groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
+    for point in done:
+        groups.setdefault(tuple(point["values"].items()), []).append(point["summary"])
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, _ in next(iter(groups)):
+        table.add_column(name, justify="right")
+    for metric in metrics:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for values, summaries in groups.items():
+        cells = [shown([figure(summary, metric) for summary in summaries]) for metric in metrics]
+        table.add_row(*(value for _, value in values), *cells)
+    # A terminal that is too narrow wraps the lines; cut figures would be of no use.
+    needed = Measurement.get(console, console.options.update(width=1000), table).maximum
+    Console(file=console.file, width=max(needed, console.width)).print(table)
+
+
+def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
+    """Run what is missing, write the table, print it."""
+    todo = points(config, replay)
+    folder = config.out / POINTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out ({config.out}) cannot be written: {error.strerror}") from None
+    paths = [folder / f"{point.key}.json" for point in todo]
+    missing = [point for point, path in zip(todo, paths, strict=True) if not path.exists()]
+    if missing:
+        jobs = min(config.jobs or cpu_count(), len(missing))
+        running = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+            delayed(run_point)(point, folder) for point in missing
+        )
+        for _ in track(running, "running", len(missing), console=Console(stderr=True), transient=True):
+            pass
+    done = [read_point(path) for path in paths]
+    write_table(done, config.out / TABLE)
+    show(done, config.metrics, console)
+    kept = len(todo) - len(missing)
+    console.print(
+        f"{len(todo)} points"
+        + (f", {kept} of them from before" if kept else "")
+        + f"; all figures in {config.out / TABLE}",
+        highlight=False,
+    )
+
+
+def split(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the sweep's own arguments, then the replay's. Raises ValueError without a `--`."""
+    if "--" not in arguments:
+        if not {"-h", "--help"} & set(arguments):
+            raise ValueError("-- must follow, and after it the command line of sim.replay, without --out")
+        yield list(arguments)
+        return
+    at = list(arguments).index("--")
+    yield list(arguments[:at])
+    yield list(arguments[at + 1 :])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def action() -> None:
+        own, *replay = split(given)
+        config = parse_dataclass(Config, "python -m experiments.tools.sweep", own)
+        sweep(config, replay[0], Console())
+
+    return run_command(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
