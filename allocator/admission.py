@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.checks import as_int
+from allocator.coasting import Coasting
 from allocator.content import Content
-from allocator.decoding import Decoding
 from allocator.event_log import ADMITTED, HIT, TAKEN
 from allocator.matching import PrefixMatch, find_match
 from allocator.pool import OutOfBlocks
@@ -19,7 +19,7 @@ from allocator.quotas import Quotas, Tenant
 from allocator.sequence import KVSequence
 
 
-class Admission(Decoding):
+class Admission(Coasting):
     """The part of the manager that looks prompts up, admits them, and computes them chunk by chunk."""
 
     def lookup(self, content: Content, salt: Hashable = "") -> PrefixMatch:

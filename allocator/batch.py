@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Container, Iterator, Sequence
+from operator import itemgetter
 from struct import Struct
 from struct import error as StructError
 from typing import overload
@@ -20,6 +21,7 @@ Bucket = dict[KVSequence, int]
 """Members that start their blocks at the same ticks, and the row of each."""
 
 _NONE: Bucket = {}
+_by_offset = itemgetter(0)
 
 
 class Batch(Sequence[KVSequence]):
@@ -299,6 +301,37 @@ class Batch(Sequence[KVSequence]):
         """Return after how many ticks a member next fills a block (0 for an empty batch)."""
         size, tick = self.tokens_per_block, self.tick
         return min(((residue - tick - 1) % size + 1 for residue in self._buckets), default=0)
+
+    def upcoming(self, num_tokens: int) -> tuple[list[tuple[int, Bucket, bool]], int]:
+        """Return what `events` yields, each with its tick from now on, and how many blocks are started."""
+        size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
+        found: list[tuple[int, Bucket, bool]] = []
+        growth = 0
+        if num_tokens <= len(buckets):
+            for offset in range(num_tokens + 1):
+                bucket = buckets.get((tick + offset) % size)
+                if bucket is not None:
+                    if offset:
+                        found.append((offset, bucket, False))
+                    if offset < num_tokens:
+                        found.append((offset, bucket, True))
+                        growth += len(bucket)
+            return found, growth
+        order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
+        if num_tokens < size:
+            order = [one for one in order if one[0] <= num_tokens]
+        order.sort(key=_by_offset)
+        for cycle in range(0, num_tokens + 1, size):
+            for offset, bucket in order:
+                when = cycle + offset
+                if when > num_tokens:
+                    break
+                if when:
+                    found.append((when, bucket, False))
+                if when < num_tokens:
+                    found.append((when, bucket, True))
+                    growth += len(bucket)
+        return found, growth
 
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""

@@ -76,16 +76,6 @@ class Decoding(ManagerState):
             if sequence.batch is not None:
                 raise ValueError("sequences of a batch advance together: append to the batch")
 
-    def writes_in_place(self, batch: Batch) -> bool:
-        """Return whether the next token of each member goes into a block of its own, so that nothing is copied."""
-        shared_tail = self.tables.shared_tail
-        if batch.unready:
-            for sequence in batch.unready:
-                if shared_tail(sequence) is not None:
-                    return False
-            batch.unready.clear()
-        return True
-
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
         """Return how many blocks `append` would take: growth and copies."""
         if isinstance(sequences, Batch):

@@ -39,7 +39,7 @@ class BlockPool(FreeBlocks):
         self.now = 0
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
-        self._notes_cached = type(policy).cached is not EvictionPolicy.cached
+        self.notes_cached = type(policy).cached is not EvictionPolicy.cached
         # A policy that empties one victim before it chooses the next need not be asked block by block. It has to
         # say so itself: a subclass may choose differently.
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
@@ -160,7 +160,7 @@ class BlockPool(FreeBlocks):
         """Note that `num_blocks` referenced blocks were appended to `extent` in the index."""
         if self.lifetimes is not None:
             self.lifetimes.filled(extent, num_blocks, self.now)
-        if self._notes_cached:
+        if self.notes_cached:
             self.policy.cached(extent, num_blocks)
 
     def uncached(self, extent: Extent) -> None:

@@ -121,7 +121,7 @@ class _Replica:
             if self._events is not None:
                 self._events.move(now)
             idle = scheduler.idle_steps() if self._skipping else 0
-            affine = self.decode_affine(len(scheduler.batch)) if idle else None
+            affine = self.decode_affine(len(scheduler.decoding())) if idle else None
             if affine is not None:
                 end = self._coast(now, idle, *affine)
                 yield timeout(end - now)
@@ -229,16 +229,16 @@ class _Replica:
         s of them end after s · first + increment · s (s − 1) / 2.
         """
         scheduler, manager, arrivals = self.scheduler, self.scheduler.manager, self.arrivals
-        pool, batch = manager.pool, scheduler.batch
-        decoding = len(batch)
+        pool = manager.pool
+        decoding = len(scheduler.decoding())
         increment = slope * decoding
         first = base + slope * scheduler.context + increment
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and scheduler.accepts_arrivals():
             steps = _steps_until(arrivals.next_ps - start, first, increment)
             end = start + steps * first + increment * (steps * (steps - 1) // 2)
-        referenced_first = pool.num_referenced + batch.growth(1)
-        scheduler.decode(steps)
+        referenced = pool.num_referenced
+        referenced_first = referenced + scheduler.coast(steps)
         last_start = end - first - increment * (steps - 1)
         if arrivals.next_ps <= last_start:
             self.take_arrivals(last_start)

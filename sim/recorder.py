@@ -73,12 +73,12 @@ class Recorder:
     def __init__(self, requests: Collection[Request], manager: KVCacheManager, map_samples: int) -> None:
         self._manager = manager
         self._requests = array("q")
-        self._timeline = array("q")
+        self._timeline: list[tuple[int, ...]] = []
         self._gaps = array("q")
         self._causes = [""]
         self._sequences: dict[int, int] = {}
         self._map = _MapSampler(manager, map_samples, requests) if map_samples else None
-        self.stretch = self._timeline.extend
+        self.stretch = self._timeline.append
         """Add a timeline row; the values come in the order of TIMELINE_COLUMNS."""
         self.gap = self._gaps.append
         """Note an inter-token gap that a preemption caused, or prompts that went first."""
@@ -151,7 +151,7 @@ class Recorder:
 
     def result(self, wall_s: float) -> RunResult:
         """Return everything."""
-        rows = _table(self._timeline, len(TIMELINE_COLUMNS))
+        rows = np.array(self._timeline, dtype=np.int64).reshape(-1, len(TIMELINE_COLUMNS))
         lifetimes = self._manager.pool.lifetimes
         return RunResult(
             requests=self._request_columns(),

@@ -138,9 +138,14 @@ class Scheduler:
 
     def decode(self, steps: int = 1) -> None:
         """Give every decoding job its token, `steps` times over."""
-        if self.batch:
+        if self._decoding:
             self.manager.advance(self.batch, steps)
-            self.context += steps * len(self.batch)
+            self.context += steps * len(self._decoding)
+
+    def coast(self, steps: int) -> int:
+        """Do what `decode` does, for steps that are idle; return how many blocks the first of them takes."""
+        self.context += steps * len(self._decoding)
+        return self.manager.coast(self.batch, steps)
 
     def end_decodes(self) -> list[Job]:
         """Return the jobs that have all their tokens now, in the order of joining; their blocks are given back."""
@@ -184,16 +189,16 @@ class Scheduler:
         The answer is what `schedule` and `quiet_steps` would come to: blocks abound, nobody can start, nobody's
         prompt is unfinished, no member of the batch has to copy a block, and what it generates nobody else did.
         """
-        batch = self.batch
-        decoding = len(batch)
+        decoding = len(self._decoding)
         if not decoding or self._named or self._prefilling or (self.waiting and self._may_start()):
             return 0
         if self._stalled:
             return 0
+        manager, batch = self.manager, self.batch
         steps = self.next_end() - batch.tick
         # a block started and one filled every tokens_per_block steps, and twice that for where they begin
-        most = 2 * decoding * (steps // self.manager.tokens_per_block + 2)
-        if most > self.manager.available_blocks or not self.manager.writes_in_place(batch):
+        most = 2 * decoding * (steps // manager.tokens_per_block + 2)
+        if most > manager.pool.available or (batch.unready and not manager.writes_in_place(batch)):
             return 0
         return steps
 
