@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from operator import itemgetter
 from struct import Struct
 from struct import error as StructError
@@ -22,6 +22,10 @@ Bucket = dict[KVSequence, int]
 
 _NONE: Bucket = {}
 _by_offset = itemgetter(0)
+
+
+def _nothing(sequence: KVSequence) -> None:
+    """Do nothing."""
 
 
 class Batch(Sequence[KVSequence]):
@@ -62,6 +66,9 @@ class Batch(Sequence[KVSequence]):
         self._order: Rows | None = None  # the members' rows, unless they have changed since
         self._pack = Struct("").pack  # packs a step's ids
         self._slots: LastSlots | None = None  # None until somebody asks for slots
+        self.past_ticks: list[int] = []  # the tick after each coast, and the manager's time then
+        self.past_times: list[int] = []
+        self.catch_up: Callable[[KVSequence], None] = _nothing  # see Coasting
 
     def __len__(self) -> int:
         return len(self._members)
@@ -146,6 +153,8 @@ class Batch(Sequence[KVSequence]):
         if not self._members:  # so that rows are handed out in order again
             self._free_rows.clear()
             self._num_rows = 0
+            self.past_ticks.clear()
+            self.past_times.clear()
         if self.log is not None:
             self.log.add(LEFT, sequence.number, self.number)
 
@@ -228,8 +237,17 @@ class Batch(Sequence[KVSequence]):
             return None
         return np.frombuffer(packed, np.int32) if are_token_ids(packed) else None
 
+    def catch_up_all(self) -> None:
+        """Let every member catch up, and forget when it coasted."""
+        for sequence in self._members:
+            self.catch_up(sequence)
+        self.past_ticks.clear()
+        self.past_times.clear()
+
     def settle(self, sequence: KVSequence) -> None:
         """Write a member's token ids that are still in the ring to its history."""
+        if self.past_ticks:
+            self.catch_up(sequence)
         if self.ring.named:
             tokens = sequence.num_tokens
             count = min(
@@ -302,36 +320,32 @@ class Batch(Sequence[KVSequence]):
         size, tick = self.tokens_per_block, self.tick
         return min(((residue - tick - 1) % size + 1 for residue in self._buckets), default=0)
 
-    def upcoming(self, num_tokens: int) -> tuple[list[tuple[int, Bucket, bool]], int]:
-        """Return what `events` yields, each with its tick from now on, and how many blocks are started."""
+    def starts(self, num_tokens: int) -> tuple[list[Bucket], int, int]:
+        """Return the buckets that start a block in the next ticks, in order of time, and how many blocks that are:
+        altogether, and at the first tick.
+        """
         size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
-        found: list[tuple[int, Bucket, bool]] = []
+        found: list[Bucket] = []
         growth = 0
+        now = buckets.get(tick % size)
+        first = len(now) if now is not None else 0
         if num_tokens <= len(buckets):
-            for offset in range(num_tokens + 1):
-                bucket = buckets.get((tick + offset) % size)
+            for when in range(tick, tick + num_tokens):
+                bucket = buckets.get(when % size)
                 if bucket is not None:
-                    if offset:
-                        found.append((offset, bucket, False))
-                    if offset < num_tokens:
-                        found.append((offset, bucket, True))
-                        growth += len(bucket)
-            return found, growth
-        order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
-        if num_tokens < size:
-            order = [one for one in order if one[0] <= num_tokens]
-        order.sort(key=_by_offset)
-        for cycle in range(0, num_tokens + 1, size):
-            for offset, bucket in order:
-                when = cycle + offset
-                if when > num_tokens:
-                    break
-                if when:
-                    found.append((when, bucket, False))
-                if when < num_tokens:
-                    found.append((when, bucket, True))
+                    found.append(bucket)
                     growth += len(bucket)
-        return found, growth
+            return found, growth, first
+        order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
+        order.sort(key=_by_offset)
+        for cycle in range(0, num_tokens, size):
+            left = num_tokens - cycle
+            for offset, bucket in order:
+                if offset >= left:
+                    break
+                found.append(bucket)
+                growth += len(bucket)
+        return found, growth, first
 
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""

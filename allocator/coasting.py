@@ -1,13 +1,32 @@
-"""Coasting: many decode steps of a batch as one, where nobody generates what the cache could hold."""
+"""Coasting: decode steps that a simulator knows to be alike, many as one, with the index told afterwards."""
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
+
 from allocator.batch import Batch
 from allocator.decoding import Decoding
+from allocator.sequence import KVSequence
+
+_LONGEST_PAST = 4096
+"""Coasts that a batch remembers before everybody is caught up."""
 
 
 class Coasting(Decoding):
-    """The part of the manager that takes steps together which a simulator knows to be alike."""
+    """The part of the manager that takes steps in which nobody generates what anybody could look for.
+
+    A block that fills while coasting goes into the index only when its sequence leaves the batch, is forked, or
+    advances in another way: *catches up*. Till then it counts as what it is, a referenced block, and nobody misses
+    it, since its content is the sequence's own. The batch remembers when its ticks passed, for the dates at which
+    the blocks were filled.
+    """
+
+    def batch(self) -> Batch:
+        """Return an empty batch, with which `append` costs per block started, not per sequence."""
+        batch = super().batch()
+        batch.catch_up = self.catch_up
+        return batch
 
     def writes_in_place(self, batch: Batch) -> bool:
         """Return whether the next token of each member goes into a block of its own, so that nothing is copied."""
@@ -22,29 +41,56 @@ class Coasting(Decoding):
     def coast(self, batch: Batch, num_tokens: int) -> int:
         """Do what `advance` does; return how many blocks the first of the `num_tokens` steps takes.
 
-        The batch `writes_in_place`, and what it generates is nobody else's: no content names it, so that no block
-        that fills repeats a cached one. There is room. Then the blocks of all steps can be taken at once.
+        The batch `writes_in_place`, and there is room. What it generates is nobody else's, no content names it, so
+        that no block that fills repeats a cached one, and nobody looks for it before the sequence is released.
         """
         pool = self.pool
-        if self.quotas is not None or batch.unready or batch.ring.named or pool.notes_cached:
+        if (
+            pool.notes_cached
+            or batch.unready
+            or batch.ring.named
+            or self.quotas is not None
+            or self.events is not None
+        ):
             first = batch.growth(1)
             self.advance(batch, num_tokens)
             return first
         batch.forget_slots()
-        events, growth = batch.upcoming(num_tokens)
-        stock = pool.take(growth)
-        taken = first = 0
-        index_filled = self.tables.index_filled
-        for offset, bucket, starts in events:
-            if starts:
-                if not offset:
-                    first = len(bucket)
+        starts, growth, first = batch.starts(num_tokens)
+        if growth:
+            stock = pool.take(growth)
+            taken = 0
+            for bucket in starts:
                 for sequence in bucket:
                     sequence.table.append(stock[taken])
                     taken += 1
-            else:
-                index_filled(bucket, batch.settle_blocks(bucket))
+            self._logical_blocks += growth
         batch.tick += num_tokens
-        self._logical_blocks += growth
+        batch.past_ticks.append(batch.tick)
+        batch.past_times.append(pool.now)
         self._logical_tokens += num_tokens * len(batch)
+        if len(batch.past_ticks) > _LONGEST_PAST:
+            batch.catch_up_all()
         return first
+
+    def catch_up(self, sequence: KVSequence) -> None:
+        """Put the blocks that filled while a member of a batch coasted into the index."""
+        batch = sequence.batch
+        assert batch is not None
+        size = self.tokens_per_block
+        full = sequence.num_tokens // size
+        first = sequence.anchor.end
+        if full > first:
+            self.tables.index_full(sequence, full)
+            if self.pool.lifetimes is not None:
+                ticks, times = batch.past_ticks, batch.past_times
+                # the tick after which the first of the blocks was full
+                filled = batch.tick - sequence.num_tokens + (first + 1) * size
+                dates = array("q")
+                at = 0
+                for tick in range(filled, filled + (full - first) * size, size):
+                    at = bisect_left(ticks, tick, at)
+                    dates.append(times[at])
+                born = sequence.anchor.born
+                assert born is not None
+                born[first - full :] = dates

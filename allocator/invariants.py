@@ -24,6 +24,9 @@ def check_invariants(manager: KVCacheManager) -> None:
     - the block that a sequence writes next is its alone and not cached, or known to need a copy;
     - extents fit together: starts, keys, widths, live children; ghosts lie below what is live and in bounds.
     """
+    for sequence in manager.sequences:
+        if sequence.batch is not None and sequence.batch.past_ticks:
+            sequence.batch.catch_up_all()
     cached = _check_tree(manager)
     private = _check_sequences(manager)
     pool = manager.pool

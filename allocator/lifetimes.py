@@ -57,7 +57,9 @@ class Lifetimes:
         born = extent.born
         assert born is not None
         end = len(born) - after
-        self._born.extend(born[end - num_blocks : end])
+        gone = born[end - num_blocks : end]
+        gone.reverse()  # the last goes first
+        self._born.extend(gone)
         self._evicted((now, num_blocks, extent.touched))
 
     def take(self) -> dict[str, Durations]:

@@ -25,6 +25,8 @@ class Sharing(Admission):
         return self._fork(sequence, n)
 
     def _fork(self, sequence: KVSequence, n: int) -> list[KVSequence]:
+        if sequence.batch is not None and sequence.batch.past_ticks:
+            self.catch_up(sequence)
         tokens = sequence.num_tokens
         self.tables.share(sequence, n)
         children = []
@@ -104,6 +106,8 @@ class Sharing(Admission):
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
         self._check_live(sequence)
         if sequence.batch is not None:
+            if sequence.batch.past_ticks:
+                self.catch_up(sequence)
             sequence.batch.discard(sequence)
         if self.events is not None:
             self.events.add(FREED, sequence.number)

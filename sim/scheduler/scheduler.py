@@ -137,10 +137,13 @@ class Scheduler:
             self._admit(plan, budget)
 
     def decode(self, steps: int = 1) -> None:
-        """Give every decoding job its token, `steps` times over."""
+        """Give every decoding job its token, `steps` times over. There must be blocks for it."""
         if self._decoding:
-            self.manager.advance(self.batch, steps)
             self.context += steps * len(self._decoding)
+            if self._named or (self.batch.unready and not self.manager.writes_in_place(self.batch)):
+                self.manager.advance(self.batch, steps)
+            else:
+                self.manager.coast(self.batch, steps)
 
     def coast(self, steps: int) -> int:
         """Do what `decode` does, for steps that are idle; return how many blocks the first of them takes."""
