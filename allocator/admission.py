@@ -46,7 +46,8 @@ class Admission(Coasting):
         """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available."""
         size = self.tokens_per_block
         num_tokens = as_int("num_tokens", num_tokens, 0)
-        return -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks + match.evictable_blocks
+        needed = -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks + match.evictable_blocks
+        return needed if self.pool.tier is None else needed + match.host_blocks
 
     def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
         """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them."""
@@ -109,6 +110,8 @@ class Admission(Coasting):
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
         new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
         needed = new_blocks + match.evictable_blocks
+        if self.pool.tier is not None:
+            needed += match.host_blocks
         if needed > self.pool.available:
             raise OutOfBlocks(needed, self.pool.available)
         account = None
@@ -123,12 +126,19 @@ class Admission(Coasting):
         root.references += 1
         anchor: Extent = root
         table = array("i")
+        arriving: list[Extent] = []
         for extent, blocks in match.path:
             if blocks * extent.width < len(extent.keys):
                 extent = self.pool.split(extent, blocks)
+            if not extent.ids:
+                arriving.append(extent)
+                continue
             self.pool.hit(extent)
             table.extend(extent.ids)
             anchor = extent
+        if arriving and self.pool.tier is not None:
+            table.extend(self.pool.tier.onboard(arriving, count=not readmission))
+            anchor = arriving[-1]
         events = self.events
         if events is not None:
             number = events.new_sequence()

@@ -97,6 +97,8 @@ class Batch(Sequence[KVSequence]):
             raise ValueError(f"{sequence} must leave its batch before it joins another")
         if sequence not in self.live:
             state = "released" if sequence.released else "another manager's"
+            if sequence.host is not None:
+                state = "swapped out"
             raise ValueError(f"{sequence} must not be {state}")
         tokens = sequence.num_tokens
         if tokens < sequence.num_prompt_tokens:

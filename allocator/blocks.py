@@ -113,6 +113,10 @@ class FreeBlocks:
         """Keep a block from being reused until `unpin`, whoever frees it."""
         self._pins[block] = self._pins.get(block, 0) + 1
 
+    def pins(self, block: int) -> int:
+        """Return how many copies and transfers keep a block from being reused."""
+        return self._pins.get(block, 0)
+
     def unpin(self, block: int) -> None:
         """Undo one `pin`; a block freed meanwhile becomes free."""
         if self._pins[block] > 1:

@@ -36,6 +36,8 @@ class MemoryBudget:
     tokens_per_block: int
     max_seq_len: int
     paged: bool
+    num_host_blocks: int
+    """Whole blocks that host_cache_bytes hold."""
     headroom_bytes: int | None
     """Memory left when the pool is allocated, negative where num_blocks overcommits; None without a GPU."""
 
@@ -97,6 +99,7 @@ class MemoryBudget:
             tokens_per_block=build.tokens_per_block,
             max_seq_len=build.max_seq_len,
             paged=build.enable_paged_kv_cache,
+            num_host_blocks=cache.host_cache_bytes // block,
             headroom_bytes=None
             if gpu_memory_bytes is None
             else gpu_memory_bytes - weights - reserve_bytes - used,
@@ -157,6 +160,8 @@ class MemoryBudget:
         if self.paged:
             rows.append((f"blocks of {self.tokens_per_block} tokens", f"{self.num_blocks:,}"))
             rows.append(("bytes a block", f"{self.block_bytes:,}"))
+        if self.num_host_blocks:
+            rows.append(("blocks in host memory", f"{self.num_host_blocks:,}"))
         rows.append(("tokens", f"{self.num_tokens:,}"))
         rows.append((f"sequences of {self.max_seq_len} tokens", f"{self.sequences_at_max_seq_len:,}"))
         if mean_length is not None:

@@ -81,7 +81,9 @@ class CacheConfig:
     policy: str = "lru"
     """Eviction policy, by name or as package.module:Class."""
     host_cache_bytes: int = 0
-    """Host memory for evicted blocks, in bytes."""
+    """Host memory for evicted blocks and swapped-out sequences, in bytes."""
+    offload_min_priority: int = 30
+    """Least retention priority, 0 to 100, with which an evicted block moves to host memory; 35 is the usual."""
     window: int | None = None
     """Most recent tokens that every layer attends to; None for all."""
     num_sinks: int = 0
@@ -96,6 +98,9 @@ class CacheConfig:
         if self.num_blocks is not None and self.num_blocks > MAX_BLOCKS:
             raise ValueError(f"num_blocks ({self.num_blocks}) must be at most {MAX_BLOCKS}")
         require_int("host_cache_bytes", self.host_cache_bytes, 0)
+        require_int("offload_min_priority", self.offload_min_priority, 0)
+        if self.offload_min_priority > 100:
+            raise ValueError(f"offload_min_priority ({self.offload_min_priority}) must be at most 100")
         require_optional_int("window", self.window, 1)
         require_int("num_sinks", self.num_sinks, 0)
         if self.kv_scales == "token" and KV_DTYPE_BYTES.get(self.kv_dtype) != 1:

@@ -37,6 +37,7 @@ from allocator.rules.events import EventRules
 from allocator.rules.quotas import QuotaRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.sharing import SharingRules
+from allocator.rules.tiers import TierRules
 
 __all__ = [
     "AllocatorMachine",
@@ -47,6 +48,7 @@ __all__ = [
     "ReuseMachine",
     "SharingMachine",
     "Tally",
+    "TierMachine",
     "run_machine",
 ]
 
@@ -67,13 +69,17 @@ class QuotaMachine(QuotaRules, SharingRules, BatchRules):
     """Tenants with quotas."""
 
 
+class TierMachine(TierRules, SharingRules):
+    """A host tier: offloading, onboarding, swapping."""
+
+
 class EventsMachine(EventRules, SharingRules, BatchRules):
     """The event log, of every program."""
 
     logging = (True,)
 
 
-class AllocatorMachine(ReuseRules, SharingRules, BatchRules, QuotaRules, EventRules):
+class AllocatorMachine(ReuseRules, SharingRules, BatchRules, QuotaRules, TierRules, EventRules):
     """Everything at once."""
 
 

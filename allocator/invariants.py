@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from allocator.invariants_host import check_host
 from allocator.prefix import Extent
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def check_invariants(manager: KVCacheManager) -> None:
     - a table names the cached block at every anchored position that is not a twin's;
     - the content of an anchored position is the key under which the index has it;
     - the block that a sequence writes next is its alone and not cached, or known to need a copy;
-    - extents fit together: starts, keys, widths, live children; ghosts lie below what is live and in bounds.
+    - extents fit together: starts, keys, widths, live children; ghosts lie below what is live and in bounds;
+    - with a host tier, all that `invariants_host` adds.
     """
     for sequence in manager.sequences:
         if sequence.batch is not None and sequence.batch.past_ticks:
@@ -49,10 +51,17 @@ def check_invariants(manager: KVCacheManager) -> None:
 
     evictable = sum(1 for extent in cached.values() if not extent.references)
     assert pool.num_evictable == evictable, f"{evictable} blocks are evictable, not {pool.num_evictable}"
-    referenced = len(cached) - evictable + len(private)
+    transfers = [] if pool.tier is None else pool.tier.queue.gpu_held()
+    needed = Counter(each for held in transfers for each in held.path())
+    transferred = sum(len(extent.ids) for extent in needed if extent.references == needed[extent])
+    in_transfer = len(pool.limbo) + transferred
+    assert pool.num_in_transfer == in_transfer, f"{in_transfer} blocks are in transfer"
+    referenced = len(cached) - evictable + len(private) - transferred
     assert pool.num_referenced == referenced, f"{referenced} blocks are referenced, not {pool.num_referenced}"
     if not manager.sequences and not len(manager.tables.copies):
-        assert pool.num_free + pool.num_evictable == pool.num_blocks, "blocks leaked"
+        assert pool.num_free + pool.num_evictable + in_transfer == pool.num_blocks, "blocks leaked"
+    if pool.tier is not None:
+        check_host(manager, pool.tier)
 
 
 def _check_tree(manager: KVCacheManager) -> dict[int, Extent]:
@@ -61,6 +70,8 @@ def _check_tree(manager: KVCacheManager) -> dict[int, Extent]:
     for sequence in manager.sequences:
         references.update(sequence.anchor.path())
     for held in manager.tables.copies.held_extents():
+        references.update(held.path())
+    for held in manager.pool.tier.queue.gpu_held() if manager.pool.tier is not None else []:
         references.update(held.path())
 
     cached: dict[int, Extent] = {}
@@ -85,7 +96,7 @@ def _check_tree(manager: KVCacheManager) -> dict[int, Extent]:
                 assert block not in cached, f"block {block} is cached twice"
                 cached[block] = extent
         else:
-            ghosts += extent.num_blocks
+            ghosts += extent.num_blocks if extent.host is None else 0
             assert not extent.references
             assert not live, f"{extent} is a ghost above live blocks"
     index = manager.index

@@ -47,7 +47,11 @@ class Lifetimes:
     def hit(self, extent: Extent, now: int) -> None:
         """Note a hit on all of `extent`, before it is referenced."""
         if not extent.references:
-            self._hit((now, len(extent.ids), extent.touched))
+            self.reused(extent, now)
+
+    def reused(self, extent: Extent, now: int) -> None:
+        """Note a hit on an extent that nobody referenced."""
+        self._hit((now, len(extent.ids), extent.touched))
 
     def evicted(self, extent: Extent, num_blocks: int, now: int, after: int = 0) -> None:
         """Note the eviction, `now`, of the last `num_blocks` blocks of `extent` but for `after` that went before.

@@ -14,13 +14,13 @@ from allocator.matching import PrefixMatch
 from allocator.pool import OutOfBlocks
 from allocator.quotas import QuotaExceeded
 from allocator.sequence import KVSequence
-from allocator.sharing import Sharing
 from allocator.stats import CacheStats
+from allocator.swapping import Swapping
 
 __all__ = ["CacheStats", "KVCacheManager", "KVSequence", "OutOfBlocks", "PrefixMatch", "QuotaExceeded"]
 
 
-class KVCacheManager(Sharing):
+class KVCacheManager(Swapping):
     """A paged KV cache: a pool of blocks, the tables of running sequences, and the cache of finished ones.
 
     num_blocks        blocks in the pool
@@ -31,10 +31,15 @@ class KVCacheManager(Sharing):
     quotas            tenant -> most blocks that the tables of its sequences may have; see `set_quota`
     lifetimes         collect how long blocks live, in units of `now`
     events            keep a log, `events`, from which the state at any point can be had: see allocator.events
+    num_host_blocks   blocks in host memory, for evicted content and swapped-out sequences; default none. Needed
+                      where config.host_cache_bytes asks for them, as the manager knows no bytes
+                      (MemoryBudget.num_host_blocks says how many)
 
     A life: `lookup` → `admit` (first prefill chunk) → `extend` (further chunks) → `append` (decode steps) →
     `release`. Calls that need blocks raise OutOfBlocks when the pool has too few, and have then changed nothing.
     Copies that a write made necessary are handed out by `pending_copies`; execute them before the step's writes.
+    With host blocks, `pending_swaps` comes before that, and `transfers_done` after; `swap_out` and `swap_in` move
+    a sequence.
     The manager has no clock: recency is the order of calls. `now` only dates what is collected and logged.
     """
 
@@ -99,7 +104,7 @@ class KVCacheManager(Sharing):
             free_blocks=pool.num_free,
             evictable_blocks=pool.num_evictable,
             referenced_blocks=pool.num_referenced,
-            in_transfer_blocks=len(pool.limbo),
+            in_transfer_blocks=pool.num_in_transfer,
             logical_blocks=self._logical_blocks,
             logical_tokens=self._logical_tokens,
             kv_tokens=self.kv_tokens,
@@ -111,6 +116,7 @@ class KVCacheManager(Sharing):
             evicted_blocks=pool.evicted_blocks,
             cow_copies=self.tables.cow_copies,
             cow_tokens=self.tables.cow_tokens,
+            host=None if pool.tier is None else pool.tier.stats(),
         )
 
     @property

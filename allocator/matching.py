@@ -17,7 +17,7 @@ class PrefixMatch:
     path          (extent, blocks of it) from the root down, blocks that are hit only
     repeated      the extent with the one cached block that has to be computed again for the last token's sake,
                   if there is one: the sequence will hold it beside its own
-    hit_blocks    blocks found
+    hit_blocks    blocks found, on the GPU or in host memory
     query_blocks  ceil(num_prompt_tokens / tokens_per_block): what hit_blocks and the misses sum up to
     miss_blocks   cause -> blocks, see allocator.stats.MISS_CAUSES; causes without blocks are left out
     """
@@ -43,14 +43,19 @@ class PrefixMatch:
         """Return how many of the hit blocks are evictable now, and would stop being so."""
         evictable = 0
         for extent, blocks in self.path:
-            if not extent.references:
+            if not extent.references and extent.ids:
                 evictable += blocks
         return evictable
 
     @property
+    def host_blocks(self) -> int:
+        """Return how many of the hit blocks are in host memory only, and have to come back to the GPU."""
+        return sum(blocks for extent, blocks in self.path if not extent.ids)
+
+    @property
     def repeated_blocks(self) -> int:
         """Return 1 if the block to be computed again is evictable now, and would stop being so; else 0."""
-        return int(self.repeated is not None and not self.repeated.references)
+        return int(self.repeated is not None and not self.repeated.references and bool(self.repeated.ids))
 
 
 _NO_SALTS: dict[Hashable, Root] = {}
@@ -80,7 +85,7 @@ def find_match(
     hit_blocks = live = known = 0
     for extent, blocks in walked:
         known += blocks
-        if extent.ids:
+        if extent.ids or extent.host:
             live += blocks
             if live > usable:
                 blocks -= live - usable
@@ -92,7 +97,7 @@ def find_match(
     repeated = None
     if live > usable:
         misses["last_token"] = live - usable
-        repeated = next(extent for extent, _ in reversed(walked) if extent.ids)
+        repeated = next(extent for extent, _ in reversed(walked) if extent.ids or extent.host)
     if query_blocks > full:
         misses["short_of_block"] = 1
     if live < full:
@@ -127,7 +132,7 @@ def find_match(
 
 
 def _live_blocks(index: PrefixIndex, root: Extent, keys: bytes) -> int:
-    return sum(blocks for extent, blocks in index.match(root, keys) if extent.ids)
+    return sum(blocks for extent, blocks in index.match(root, keys) if extent.ids or extent.host)
 
 
 def _blocks_ahead(

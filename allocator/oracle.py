@@ -17,6 +17,7 @@ from allocator.config import CacheConfig
 from allocator.content import TokenContent
 from allocator.eviction import POLICIES, EvictionPolicy, make_policy
 from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch, QuotaExceeded
+from allocator.oracle_tiers import HostOracle
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, ShadowKV, State, Story
 
@@ -35,11 +36,13 @@ class Tally:
     copies: int = 0
     refusals: int = 0
     hit_blocks: int = 0
+    transfers: int = 0
     seconds: float = 0.0
 
     def __str__(self) -> str:
         rows = [("steps", self.steps), ("programs", self.programs), ("evictions", self.evictions)]
         rows += [("copies", self.copies), ("refusals", self.refusals), ("hit blocks", self.hit_blocks)]
+        rows += [("transfers", self.transfers)]
         rows += [(f"  {name}", count) for name, count in sorted(self.operations.items())]
         lines = [f"{name:<24}{count:>10,}" for name, count in rows]
         return "\n".join([*lines, f"{'seconds':<24}{self.seconds:>10.1f}"])
@@ -60,6 +63,8 @@ class Oracle:
     tally: ClassVar[Tally] = Tally()
     logging: ClassVar[Sequence[bool]] = (False,)
     """Whether the manager keeps its event log, in as many programs as there are items here."""
+    serves_host: ClassVar[bool] = False
+    """Whether the manager may get host blocks; a machine with the rules for them says so."""
 
     # ------------------------------------------------ what a subclass may replace
 
@@ -73,6 +78,7 @@ class Oracle:
             policy=make_policy(policy) if isinstance(self.policy, str) else self.policy(),
             ghost_blocks=self.ghosts,
             events=self.keeps_log,
+            num_host_blocks=self.host_blocks,
         )
 
     def cached_blocks(self) -> set[int]:
@@ -94,6 +100,7 @@ class Oracle:
                 for s in manager.sequences
             ],
             [(bytes(e.keys), e.ids[:], e.start, e.references) for e in manager.index.extents()],
+            self.host.snapshot(),
         )
 
     # ------------------------------------------------ state
@@ -106,12 +113,14 @@ class Oracle:
         policy: int,
         ghosts: int | None,
         log: int = 0,
+        host_blocks: int = 0,
     ) -> None:
         """Make the manager and an empty shadow; None is the default of ghosts.
 
         `policy` picks one of `policies`, and `log` one of `logging`.
         """
-        self.keeps_log = self.logging[log % len(self.logging)]
+        self.host_blocks = host_blocks if self.serves_host else 0
+        self.keeps_log = self.logging[log % len(self.logging)] and not self.host_blocks
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)
@@ -119,6 +128,8 @@ class Oracle:
         self.num_blocks = num_blocks
         self.reuse = reuse
         self.shadow = ShadowKV(tokens_per_block)
+        host = getattr(self.manager.stats(), "host", None)
+        self.host = HostOracle(self, host.num_blocks if host is not None else 0)
         self.stories: dict[KVSequence, Story] = {}
         self.prompts: list[Prompt] = []  # to be admitted again
         self.known: dict[int, Prompt] = {}  # all of them, by the id of the content
@@ -158,7 +169,8 @@ class Oracle:
     # ------------------------------------------------ oracles
 
     def flush(self) -> bool:
-        """Run the step that is being scheduled, the copies, then the writes; return whether there were copies."""
+        """Run the step being scheduled: transfers, copies, then writes; return whether there were any but writes."""
+        moved = self.host.run()
         copies = [tuple(map(int, row)) for row in self.manager.pending_copies()]
         sources, destinations = {c[0] for c in copies}, [c[1] for c in copies]
         assert len(set(destinations)) == len(destinations), f"{copies} writes a block twice"
@@ -169,7 +181,12 @@ class Oracle:
         for _, slots, states in self.writes:
             self.shadow.write(slots, states)
         self.writes.clear()
-        return bool(copies)
+        return moved or bool(copies)
+
+    @property
+    def settled(self) -> bool:
+        """Return whether no step is being scheduled, so that the shadow knows what is cached."""
+        return not self.writes and not self.host.pending
 
     def table(self, sequence: KVSequence) -> list[int]:
         """Return a sequence's block table."""
@@ -186,24 +203,24 @@ class Oracle:
         return found
 
     def available(self) -> tuple[int, int]:
-        """Recount (free, evictable) from tables and content. Only between steps."""
+        """Recount (free, evictable) from tables and content. Only between steps, and with nothing in flight."""
         tables = {block for sequence in self.stories for block in self.table(sequence)}
         held = {state for story in self.stories.values() for state in story.full_states()}
         cached = self.cached_blocks()
         idle = [block for block in cached - tables if self.shadow.block(block) not in held]
-        return self.num_blocks - len(tables | cached), len(idle)
+        return self.num_blocks - len(tables | cached | self.host.gpu_ends()), len(idle)
 
-    def longest_hit(self, prompt: Prompt, salt: Hashable) -> list[int]:
-        """Return the blocks that a lookup has to find. Only between steps."""
+    def longest_hit(self, prompt: Prompt, salt: Hashable) -> list[int | None]:
+        """Return the blocks that a lookup has to find, None for one on the host. Only between steps."""
         if not self.reuse:
             return []
-        cached = self.cached_states()
+        cached, on_host = self.cached_states(), self.host.states()
         states = self.shadow.states(salt, prompt.tokens[: prompt.num_tokens - 1])
-        blocks: list[int] = []
+        blocks: list[int | None] = []
         for state in states[self.size - 1 :: self.size]:
-            if state not in cached:
+            if state not in cached and state not in on_host:
                 break
-            blocks.append(cached[state])
+            blocks.append(cached.get(state))
         return blocks
 
     def check_match(self, prompt: Prompt, salt: Hashable, match: PrefixMatch) -> None:
@@ -212,8 +229,10 @@ class Oracle:
         assert match.hit_tokens == match.hit_blocks * self.size < prompt.num_tokens
         assert match.hit_blocks + sum(match.miss_blocks.values()) == match.query_blocks
         assert all(count > 0 for count in match.miss_blocks.values())
-        if not self.writes:
-            assert match.hit_blocks == len(self.longest_hit(prompt, salt)), "not the longest hit"
+        if self.settled:
+            hits = self.longest_hit(prompt, salt)
+            assert match.hit_blocks == len(hits), "not the longest hit"
+            assert self.host.num_blocks == 0 or match.host_blocks == hits.count(None)
 
     def copies_due(self, writers: Sequence[KVSequence]) -> tuple[int, int]:
         """Return the fewest and the most copies that a write by these sequences can need.
@@ -247,13 +266,20 @@ class Oracle:
             return True
         return any(self.shadow.block_before(self.shadow.block(other)) == state for other in cached)
 
-    def refusing(self, least: int, most: int, call: Callable[[], Any]) -> Any:
+    def refusing(
+        self, least: int, most: int, call: Callable[[], Any], available_now: Callable[[], int] | None = None
+    ) -> Any:
         """Call, expecting OutOfBlocks exactly if more is needed than there is; None if it was refused.
 
-        The number needed lies between `least` and `most`.
+        The number needed lies between `least` and `most`. What there is, `available_now` recounts; the default
+        is the GPU's blocks.
         """
-        exact = not self.writes  # else the shadow does not know yet what is cached
-        available = sum(self.available()) if exact else 0
+        exact = (
+            self.settled and not self.host.in_flight
+        )  # else the shadow does not know what is cached or held
+        available = 0
+        if exact:
+            available = sum(self.available()) if available_now is None else available_now()
         before = self.snapshot()
         refused = None
         try:
@@ -303,8 +329,14 @@ class Oracle:
             assert found == story.states, f"{sequence} reads the KV of other tokens"
         self.cached_states()
         stats = self.manager.stats()
-        assert (stats.free_blocks, stats.evictable_blocks) == self.available()
-        assert stats.in_transfer_blocks == 0
+        free, evictable = self.available()
+        assert stats.free_blocks == free
+        if self.host.in_flight:
+            assert evictable - self.host.most_held() <= stats.evictable_blocks <= evictable
+        else:
+            assert stats.evictable_blocks == evictable
+            assert stats.in_transfer_blocks == 0
+        self.host.check()
         assert (stats.cow_copies, stats.cow_tokens) == (self.copies, self.copied_tokens)
 
     def check_counters(self) -> None:
@@ -340,6 +372,7 @@ class Oracle:
     def drain(self) -> None:
         """Release all, and see that nothing is left; add to the tally."""
         self.flush()
+        self.host.drain()
         stats = self.manager.stats()
         tally = self.tally
         tally.programs += 1
@@ -347,11 +380,13 @@ class Oracle:
         tally.copies += stats.cow_copies
         tally.hit_blocks += stats.hit_blocks
         tally.refusals += self.refusals
+        tally.transfers += self.host.moved_out + self.host.moved_in
         for sequence in list(self.stories):
             self.manager.release(sequence)
         self.manager.check_invariants()
         stats = self.manager.stats()
         assert stats.free_blocks + stats.evictable_blocks == self.num_blocks, "blocks leaked"
+        self.host.check_drained()
         assert stats.logical_blocks == stats.logical_tokens == stats.kv_tokens == 0
 
     # ------------------------------------------------ the life of a sequence
@@ -375,13 +410,13 @@ class Oracle:
             assert match.evictable_blocks == found.evictable_blocks
         chunk = min(chunk, prompt.num_tokens - found.hit_tokens)
         needed = -(-(found.hit_tokens + chunk) // self.size) - found.hit_blocks
-        if not self.writes:  # hits that nobody holds are no longer available
+        if self.settled:  # hits that nobody holds are no longer available, and those on the host take blocks
             tables = {block for sequence in self.stories for block in self.table(sequence)}
             held = {state for story in self.stories.values() for state in story.full_states()}
             hits = self.longest_hit(prompt, salt)
-            needed += sum(b not in tables and self.shadow.block(b) not in held for b in hits)
+            needed += sum(b is None or (b not in tables and self.shadow.block(b) not in held) for b in hits)
         else:
-            needed += found.evictable_blocks
+            needed += found.evictable_blocks + (found.host_blocks if self.host.num_blocks else 0)
         tenant = self.tenant(salt)
         fits = self.manager.can_admit(found, chunk, tenant)
         sequence = self.refusing(

@@ -3,7 +3,7 @@
     free        no content worth keeping; taken first, last freed first
     evictable   cached content that no table holds; taken when nothing is free, in the policy's order
     referenced  in a table
-    in transfer freed while a copy still reads or writes it; free once the copy list has been taken
+    in transfer held by nothing but a copy or transfer that still reads or writes it
 
 Policies choose; only the pool changes anything.
 """
@@ -11,12 +11,17 @@ Policies choose; only the pool changes anything.
 from __future__ import annotations
 
 from array import array
+from typing import TYPE_CHECKING
 
 from allocator.blocks import FreeBlocks, OutOfBlocks
 from allocator.event_log import EVICTED, NOBODY, UNSTORED, EventLog
 from allocator.eviction.policy import EvictionPolicy
+from allocator.host import demote
 from allocator.lifetimes import Lifetimes
 from allocator.prefix import Extent, PrefixIndex
+
+if TYPE_CHECKING:
+    from allocator.tiers import HostTier
 
 __all__ = ["BlockPool", "OutOfBlocks"]
 
@@ -34,6 +39,7 @@ class BlockPool(FreeBlocks):
         self.policy = policy
         self.index = index
         self.keep_cached = keep_cached
+        self.tier: HostTier | None = None
         self.lifetimes: Lifetimes | None = None
         self.events: EventLog | None = None
         self.now = 0
@@ -48,9 +54,15 @@ class BlockPool(FreeBlocks):
         policy.attached(self.num_blocks)
 
     @property
+    def num_in_transfer(self) -> int:
+        """Return the number of blocks that only copies and transfers hold. O(extents that transfers hold)."""
+        held = 0 if self.tier is None else self.tier.num_gpu_blocks_held()
+        return len(self.limbo) + held
+
+    @property
     def num_referenced(self) -> int:
         """Return the number of blocks held by tables, or by the twins and pending copies that need them."""
-        return self.num_blocks - self.num_free - self.num_evictable - len(self.limbo)
+        return self.num_blocks - self.num_free - self.num_evictable - self.num_in_transfer
 
     def _evict(self, wanted: int) -> array[int]:
         extent = self.index.draining
@@ -63,7 +75,7 @@ class BlockPool(FreeBlocks):
                     f"and cached children, and between 1 and {wanted} of its blocks"
                 )
             extent, count = chosen
-            if not self.drains or count == len(extent.ids):
+            if not self.drains or count == len(extent.ids) or self.tier is not None:
                 return self._evict_from(extent, count)
             self.index.draining = extent
             self.index.version += 1  # a match that leads through it is not current any more
@@ -119,7 +131,7 @@ class BlockPool(FreeBlocks):
     def _trim(self, extent: Extent, count: int) -> array[int]:
         parent = extent.parent
         assert parent is not None
-        ids = self.index.trim(extent, count)
+        ids = self.index.trim(extent, count) if self.tier is None else self.tier.evict(extent, count)
         self.policy.evicted(extent, count)
         if not extent.ids and self._is_exposed(parent):
             self.policy.exposed(parent)
@@ -196,7 +208,10 @@ class BlockPool(FreeBlocks):
                 self.policy.exposed(extent)
         else:
             ids = extent.ids[::-1]
-            self.index.remove(extent)
+            if extent.host is None:
+                self.index.remove(extent)
+            else:
+                demote(self.index, extent, len(ids))
             self.policy.evicted(extent, len(ids))
             if self.events is not None:
                 self.events.add_blocks(UNSTORED, NOBODY, -1, -1, ids)

@@ -13,6 +13,9 @@ place in the eviction order is kept) and the head is new.
 An evicted block leaves a *ghost* behind: its key stays in the tree without a block, so that a later miss can
 be told from one on content never seen. Ghosts are bounded; the one evicted first is forgotten first. They
 always lie below everything live, because a block is evicted only when nothing live hangs below it.
+
+With a host tier, an extent may have its content in host memory instead (or, for a while, in both). On a path
+come first the extents that the GPU holds, then those that only the host holds, then ghosts.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ class Extent:
     """Consecutive blocks of one prefix, referenced alike.
 
     keys            the blocks' keys, `width` bytes each; what makes the extent equal to another
-    ids             the block ids, array of int32; empty for a ghost and for a root
+    ids             the block ids, array of int32; empty unless the GPU holds it
+    host            the ids of its host blocks, array of int32, as many as keys; None unless the host holds it
     start           blocks before this extent on the way from the root
     references      sequences whose path leads through here (a parent has at least its children's)
+    host_references swapped-out sequences and transfers that need what the host holds here or below
     live_children   children that hold blocks
     sealed          once hit or released; a sealed extent is not grown in place, so that all its blocks have
                     been hit and released together (a root, which has no blocks, always is)
@@ -41,6 +46,8 @@ class Extent:
     __slots__ = (
         "born",
         "children",
+        "host",
+        "host_references",
         "ids",
         "keys",
         "live_children",
@@ -57,6 +64,8 @@ class Extent:
         self.children: dict[bytes, Extent] | None = None
         self.keys = bytearray(keys)
         self.ids = ids
+        self.host: array[int] | None = None
+        self.host_references = 0
         self.start = parent.end if parent is not None else 0
         self.references = 0
         self.live_children = 0
@@ -88,7 +97,9 @@ class Extent:
             extent = extent.parent
 
     def __repr__(self) -> str:
-        kind = "ghost" if not self.ids else f"ids={self.ids.tolist()}"
+        kind = f"ids={self.ids.tolist()}" if self.ids else "ghost" if self.host is None else ""
+        if self.host is not None:
+            kind += f" host={self.host.tolist()} host_references={self.host_references}"
         return f"<Extent [{self.start}, {self.end}) {kind} references={self.references}>"
 
 
@@ -185,6 +196,10 @@ class PrefixIndex:
         cut = at * width
         head = Extent(parent, extent.keys[:cut], extent.ids[:at], width)
         head.references = extent.references
+        head.host_references = extent.host_references
+        if extent.host is not None:
+            head.host = extent.host[:at]
+            del extent.host[:at]
         head.sealed = extent.sealed
         head.touched = extent.touched
         if extent.born is not None:
@@ -253,9 +268,10 @@ class PrefixIndex:
         self.version += 1
 
     def revive(self, ghost: Extent, ids: array[int]) -> None:
-        """Give a ghost blocks again; its parent must be live."""
+        """Give a ghost, or what only the host holds, blocks again; its parent must be live."""
         assert ghost.parent is not None
-        self._unlist(ghost)
+        if ghost.host is None:
+            self._unlist(ghost)
         ghost.ids = ids
         ghost.sealed = False
         ghost.parent.live_children += 1
@@ -273,6 +289,25 @@ class PrefixIndex:
         if keep == 0:
             assert extent.parent is not None
             extent.parent.live_children -= 1
+        self._bury(extent, keep)
+        return ids
+
+    def trim_host(self, extent: Extent, num_blocks: int) -> array[int]:
+        """Do what `trim` does to an extent that only the host holds; return the host ids tail first."""
+        assert extent.host is not None
+        keep = len(extent.host) - num_blocks
+        ids = extent.host[: keep - 1 if keep else None : -1]
+        del extent.host[keep:]
+        if keep == 0:
+            extent.host = None
+        self.version += 1
+        self._bury(extent, keep)
+        return ids
+
+    def _bury(self, extent: Extent, keep: int) -> None:
+        """Leave ghosts of all but the first `keep` blocks of an extent, which it has just lost."""
+        self.ghost_blocks += extent.num_blocks - keep
+        if keep == 0:
             if self.ghost_capacity:
                 self._become_ghost(extent)
             else:
@@ -282,9 +317,7 @@ class PrefixIndex:
             del extent.keys[keep * extent.width :]
             if self.ghost_capacity:
                 self._leave_ghost(extent, tail)
-        self.ghost_blocks += num_blocks
         self._forget()
-        return ids
 
     def remove(self, extent: Extent) -> None:
         """Take a childless extent out without leaving a ghost."""

@@ -38,6 +38,7 @@ class KVSequence:
         "batch",
         "cow_copies",
         "hit_blocks",
+        "host",
         "num_prompt_tokens",
         "number",
         "released",
@@ -65,6 +66,7 @@ class KVSequence:
         self.twins: set[int] = set()
         self.hit_blocks = 0
         self.cow_copies = 0
+        self.host: array[int] | None = None  # swapped out: the host blocks of what the index does not know
         self.batch: Batch | None = None
         self.released = False
         self.tenant: Tenant | None = None

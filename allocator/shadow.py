@@ -36,6 +36,12 @@ class ShadowKV:
         self._parents: list[State] = [0]
         self._slots: dict[int, State] = {}
 
+    def twin(self) -> ShadowKV:
+        """Return the shadow of another pool, empty, in which histories have the same numbers."""
+        other = ShadowKV(self.tokens_per_block)
+        other._numbers, other._parents = self._numbers, self._parents
+        return other
+
     def after(self, state: State, token: Hashable) -> State:
         """Return the history that goes on from `state` with `token`."""
         key = (state, token)
@@ -69,6 +75,13 @@ class ShadowKV:
         }
         self._slots.update(moved)
 
+    def move(self, pairs: Iterable[tuple[int, int]], other: ShadowKV) -> None:
+        """Execute a transfer list into another pool, whole blocks, as parallel kernels would."""
+        size = self.tokens_per_block
+        for source, destination in pairs:
+            for i in range(size):
+                other._slots[destination * size + i] = self._slots.get(source * size + i, 0)
+
     def read(self, table: Sequence[int], num_tokens: int) -> list[State]:
         """Return what a sequence finds at its first `num_tokens` positions; 0 where nothing was written."""
         size, slots = self.tokens_per_block, self._slots
@@ -81,6 +94,10 @@ class ShadowKV:
             if self._parents[later] != earlier:
                 return 0
         return found[-1]
+
+    def is_root(self, state: State) -> bool:
+        """Return whether a history is a salt with no tokens after it."""
+        return state != 0 and self._parents[state] == 0
 
     def block_before(self, state: State) -> State:
         """Return the history one block shorter; of a first block, that of the salt alone."""

@@ -15,6 +15,7 @@ from allocator.quotas import Quotas
 from allocator.sequence import KVSequence
 from allocator.stats import Lookups
 from allocator.tables import Tables
+from allocator.tiers import HostTier
 
 
 class ManagerState:
@@ -31,6 +32,7 @@ class ManagerState:
         lifetimes: bool = False,
         quotas: Mapping[Hashable, int] | None = None,
         events: bool = False,
+        num_host_blocks: int | None = None,
     ) -> None:
         config = config or CacheConfig()
         num_blocks = as_int("num_blocks", num_blocks, 1)
@@ -49,6 +51,13 @@ class ManagerState:
         self.pool = BlockPool(
             num_blocks, policy or make_policy(config.policy), self.index, keep_cached=self.reuse
         )
+        if num_host_blocks is None and config.host_cache_bytes:
+            raise ValueError(
+                f"host_cache_bytes ({config.host_cache_bytes}) needs num_host_blocks: a manager counts blocks"
+            )
+        num_host_blocks = as_int("num_host_blocks", num_host_blocks or 0, 0)
+        if num_host_blocks:
+            self.pool.tier = HostTier(self.pool, num_host_blocks, config.offload_min_priority)
         if lifetimes:
             self.pool.lifetimes = Lifetimes()
         self.sequences: dict[KVSequence, None] = {}
@@ -60,6 +69,8 @@ class ManagerState:
         self._logical_tokens = 0
         self.events: EventLog | None = None
         if events:
+            if num_host_blocks:
+                raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 to log events")
             self._start_log()
         self._truncated = False  # a table may end in a cached block of which it uses only a part
 
@@ -71,6 +82,8 @@ class ManagerState:
     def _check_live(self, sequence: KVSequence) -> None:
         if sequence not in self.sequences:
             state = "released" if sequence.released else "another manager's"
+            if sequence.host is not None:
+                state = "swapped out"
             raise ValueError(f"{sequence} must not be {state}")
 
     def _check_complete(self, sequence: KVSequence) -> None:
@@ -83,7 +96,6 @@ def _refuse_unserved(config: CacheConfig) -> None:
     """Raise ValueError for what the configuration can say and this manager cannot do."""
     unserved: dict[str, object] = {
         "enable_partial_reuse": False,
-        "host_cache_bytes": 0,
         "window": None,
         "num_sinks": 0,
     }

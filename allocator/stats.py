@@ -29,6 +29,33 @@ class Lookups:
 
 
 @dataclass(frozen=True)
+class HostStats:
+    """A snapshot of the host tier, in host blocks. num_blocks = free + evictable + held + in_transfer.
+
+    evictable    content that only the host holds and nobody is waiting for
+    held         needed by swapped-out sequences, or arriving content between those and what they need
+    in_transfer  held by nothing but a transfer
+    """
+
+    num_blocks: int
+    free_blocks: int
+    evictable_blocks: int
+    held_blocks: int
+    in_transfer_blocks: int
+    offloaded_blocks: int
+    """Evicted from the GPU and moved to the host, so far."""
+    onboarded_blocks: int
+    """Moved back for admissions that found them, so far."""
+    hit_blocks: int
+    """Of the hit blocks of first admissions, those that came from the host."""
+    evicted_blocks: int
+    """Content that the host has given up, so far."""
+    swapped_out_blocks: int
+    """Moved to the host by swapped-out sequences, so far."""
+    swapped_in_blocks: int
+
+
+@dataclass(frozen=True)
 class CacheStats:
     """A snapshot of a manager.
 
@@ -53,3 +80,15 @@ class CacheStats:
     evicted_blocks: int
     cow_copies: int
     cow_tokens: int
+    host: HostStats | None = None
+    """Of the host tier, if there is one."""
+
+    @property
+    def swapped_blocks(self) -> int:
+        """Return how many blocks have been moved between GPU and host, either way, so far."""
+        host = self.host
+        if host is None:
+            return 0
+        return (
+            host.offloaded_blocks + host.onboarded_blocks + host.swapped_out_blocks + host.swapped_in_blocks
+        )

@@ -76,6 +76,8 @@ class Tables:
             if is_new:
                 extent.references = 1
                 self.pool.cached(extent, len(extent.ids))
+                if extent.host is not None and self.pool.tier is not None:
+                    self.pool.tier.recomputed(extent)
             else:
                 self.pool.acquire(extent)
                 sequence.twins.update(range(extent.start, extent.end))
@@ -155,7 +157,8 @@ class Tables:
     @staticmethod
     def _can_take_back(sequence: KVSequence) -> bool:
         """Return whether a cached last block is this sequence's alone, so that it can leave the index."""
-        return sequence.anchor.references == 1 and not sequence.anchor.children
+        anchor = sequence.anchor
+        return anchor.references == 1 and not anchor.children and not anchor.host_references
 
     def own_tail(self, sequence: KVSequence) -> None:
         """Make the block that the next token goes into private: leave it, or take it out of the index."""

@@ -10,6 +10,7 @@ from allocator.fuzz import (
     QuotaMachine,
     ReuseMachine,
     SharingMachine,
+    TierMachine,
     run_machine,
 )
 
@@ -17,6 +18,7 @@ from allocator.fuzz import (
 TestAllocator = AllocatorMachine.TestCase
 TestReuse = ReuseMachine.TestCase
 TestSharing = SharingMachine.TestCase
+TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase
 TestQuota = QuotaMachine.TestCase
 

@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant(
         "evicted_block_still_counts_as_computed",
         "matching.py",
-        "        if extent.ids:\n            live += blocks\n",
+        "        if extent.ids or extent.host:\n            live += blocks\n",
         "        if extent.keys:\n            live += blocks\n",
         "ReuseMachine",
     ),
@@ -135,14 +135,14 @@ MUTANTS = [
     Mutant(
         "shared_blocks_counted_as_evictable",
         "matching.py",
-        "            if not extent.references:\n                evictable += blocks\n",
+        "            if not extent.references and extent.ids:\n                evictable += blocks\n",
         "            evictable += blocks\n",
         "ReuseMachine",
     ),
     Mutant(
         "hits_not_counted_against_what_is_available",
         "matching.py",
-        "            if not extent.references:\n                evictable += blocks\n",
+        "            if not extent.references and extent.ids:\n                evictable += blocks\n",
         "            pass\n",
         "ReuseMachine",
     ),

@@ -147,6 +147,7 @@ class BesideNaive(AllocatorMachine):
     """Every rule, on both managers."""
 
     policies: ClassVar = ("fifo", "lru")
+    serves_host: ClassVar = False
 
     def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
         ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts

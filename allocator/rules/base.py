@@ -38,6 +38,8 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         policy=st.integers(0, 99),
         ghosts=st.sampled_from([None, 0, 2]),
         log=st.integers(0, 99),
+        host_blocks=st.sampled_from([4, 8, 0, 2, 20]),
+        lag=st.booleans(),
     )
     def start(
         self,
@@ -47,9 +49,12 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         policy: int,
         ghosts: int | None,
         log: int,
+        host_blocks: int = 0,
+        lag: bool = False,
     ) -> None:
-        """Make a pool."""
-        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts, log)
+        """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`."""
+        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks)
+        self.host.lag = lag
 
     @invariant()
     def check(self) -> None:

@@ -1,0 +1,143 @@
+"""HostPool: the host's blocks, and which extents they hold.
+
+    free         taken first, last freed first
+    evictable    content that only the host holds and nobody is waiting for; the least recently offloaded goes first
+    held         needed by a swapped-out sequence
+    in transfer  held by nothing but a transfer that still reads or writes it
+
+The tiers are exclusive: what the GPU holds, the host holds only while somebody needs it there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+from allocator.blocks import FreeBlocks
+from allocator.prefix import Extent, PrefixIndex
+
+_MERGED_EXTENT_BYTES = 4096
+"""Extents offloaded in a row become one up to this size of keys: few extents, and no long copies to grow one."""
+
+
+def demote(index: PrefixIndex, extent: Extent, num_blocks: int, host: array[int] | None = None) -> Extent:
+    """Let only the host hold the last `num_blocks` blocks of an extent; return what stands for them now.
+
+    `host` are their host blocks; None if the extent has them already. It must have no live children.
+    """
+    parent = extent.parent
+    assert parent is not None
+    keep = len(extent.ids) - num_blocks
+    del extent.ids[keep:]
+    if extent.born is not None:
+        del extent.born[keep:]
+    index.version += 1
+    if keep == 0:
+        parent.live_children -= 1
+        if host is not None:
+            extent.host = host
+        return extent
+    cut = keep * extent.width
+    below = Extent(extent, extent.keys[cut:], array("i"), extent.width)
+    del extent.keys[cut:]
+    below.start = extent.end
+    below.touched = extent.touched
+    below.host_references = extent.host_references
+    if host is None:
+        assert extent.host is not None
+        host = extent.host[keep:]
+        del extent.host[keep:]
+    below.host = host
+    below.children = extent.children
+    for child in (below.children or {}).values():
+        child.parent = below
+    extent.children = {below.first_key: below}
+    return below
+
+
+def _absorb(index: PrefixIndex, extent: Extent, child: Extent) -> None:
+    """Join an extent with its only child, both held by the host alone."""
+    assert extent.host is not None
+    assert child.host is not None
+    extent.keys += child.keys
+    extent.host.extend(child.host)
+    extent.children = child.children
+    for each in (extent.children or {}).values():
+        each.parent = extent
+    index.version += 1
+
+
+class HostPool(FreeBlocks):
+    """The host tier's twin of BlockPool: `num_blocks` blocks in host memory.
+
+    With `keep_cached` False, what nobody needs any more is freed at once (block reuse off).
+
+    An extent is held through `host_references`, which count along its whole path; so children become evictable
+    before their parents, and the least recently offloaded extent is never one with content below it.
+    """
+
+    name = "host"
+
+    def __init__(self, num_blocks: int, index: PrefixIndex, *, keep_cached: bool) -> None:
+        super().__init__(num_blocks)
+        self.index = index
+        self.keep_cached = keep_cached
+        self.order: OrderedDict[Extent, None] = OrderedDict()  # evictable, the next to be taken first
+
+    def acquire_path(self, extent: Extent) -> None:
+        """Hold an extent and all those above it."""
+        for each in extent.path():
+            if not each.host_references and each.host is not None and not each.ids:
+                self.num_evictable -= len(each.host)
+                self.order.pop(each, None)  # a head that was cut off was never listed itself
+            each.host_references += 1
+
+    def drop_path(self, extent: Extent) -> None:
+        """Let go of an extent and all those above it, the deepest first."""
+        for each in list(extent.path()):  # one that is removed loses its parent's children, so walk first
+            each.host_references -= 1
+            if not each.host_references and each.host is not None:
+                self._unneeded(each)
+
+    def _unneeded(self, extent: Extent) -> None:
+        """Keep what only the host holds as cached, free what the GPU holds too."""
+        assert extent.host is not None
+        if not extent.ids and self.keep_cached:
+            self.num_evictable += len(extent.host)
+            self._list(extent)
+            return
+        ids, extent.host = extent.host[::-1], None
+        if not extent.ids:
+            self.index.remove(extent)
+        self.give(ids)
+
+    def _list(self, extent: Extent) -> None:
+        """Make an extent the last to be taken; one offloaded just before, below it, becomes part of it."""
+        if extent.children and len(extent.children) == 1 and self.order:
+            (child,) = extent.children.values()
+            if next(reversed(self.order)) is child and len(child.keys) < _MERGED_EXTENT_BYTES:
+                del self.order[child]
+                _absorb(self.index, extent, child)
+        self.order[extent] = None
+
+    def discard(self, extent: Extent) -> None:
+        """Free the host blocks of an extent that nobody needs and that the GPU holds again."""
+        assert extent.host is not None
+        self.num_evictable -= len(extent.host)
+        self.order.pop(extent, None)
+        ids, extent.host = extent.host[::-1], None
+        self.give(ids)
+
+    def forget(self, extent: Extent, num_blocks: int) -> array[int]:
+        """Take the last blocks of an evictable extent, leave ghosts, and return the ids tail first."""
+        assert extent.host is not None
+        if num_blocks == len(extent.host):
+            del self.order[extent]
+        self.num_evictable -= num_blocks
+        self.evicted_blocks += num_blocks
+        return self.index.trim_host(extent, num_blocks)
+
+    def _evict(self, wanted: int) -> array[int]:
+        extent = next(iter(self.order))
+        assert extent.host is not None
+        return self.forget(extent, min(wanted, len(extent.host)))
