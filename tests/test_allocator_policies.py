@@ -296,6 +296,7 @@ def beside_reference(name: str) -> Any:
 
     class BesideReference(BesideNaive):
         policies: ClassVar = (CLASSES[name],)
+        set_quota = rebuild = lookup = misuse = None  # type: ignore[assignment]  # they evict nothing
 
         def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
             ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
