@@ -272,6 +272,8 @@ def _checked(columns: Mapping[str, NDArray[np.integer[Any]]]) -> dict[str, NDArr
         raise ValueError(f"kind ({checked['kind'].max()}) must be below {len(KINDS)}")
     if rows and int(checked["num_blocks"].min()) < 0:
         raise ValueError(f"num_blocks ({checked['num_blocks'].min()}) must not be negative")
+    if checked["blocks"].size and int(checked["blocks"].min()) < 0:
+        raise ValueError(f"blocks ({checked['blocks'].min()}) must not be negative")
     named = int(checked["num_blocks"].sum(dtype=np.int64))
     if named != len(checked["blocks"]):
         raise ValueError(f"blocks ({len(checked['blocks'])}) must be as many as num_blocks says ({named})")

@@ -14,17 +14,21 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from allocator import event_log as kinds
+from allocator.cache_state import (
+    EVICTABLE,
+    FREE,
+    IN_TRANSFER,
+    REFERENCED,
+    STATES,
+    UNCACHED,
+    CacheState,
+    SequenceState,
+)
 from allocator.event_log import COLUMNS, KINDS, NOBODY, ROOT, Event, EventLog, Kind
-
-if TYPE_CHECKING:
-    from allocator.manager import KVCacheManager
 
 __all__ = [
     "COLUMNS",
@@ -46,106 +50,6 @@ __all__ = [
     "rebuild",
 ]
 
-FREE, EVICTABLE, REFERENCED, IN_TRANSFER = range(4)
-STATES = ("free", "evictable", "referenced", "in transfer")
-"""Names of the states of a block, each of which has exactly one."""
-UNCACHED = -2
-"""Parent of a block that is not cached; a cached first block's is ROOT."""
-
-
-class SequenceState(NamedTuple):
-    """A running sequence: its length, its table, and the cached blocks that say what its prefix says.
-
-    Where the prefix names another block than the table, the sequence computed what was cached already.
-    """
-
-    num_tokens: int
-    table: tuple[int, ...]
-    prefix: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class CacheState:
-    """How all blocks and sequences of a manager stand at one moment.
-
-    states      uint8 [num_blocks]  FREE, EVICTABLE, REFERENCED or IN_TRANSFER
-    references  int32 [num_blocks]  tables that hold the block
-    holds       int32 [num_blocks]  prefixes (of sequences and of pending copies) that lead through a cached block
-    parents     int32 [num_blocks]  the cached block before it in its prefix, ROOT, or UNCACHED
-    sequences   by the number that the log gave them
-    """
-
-    states: NDArray[np.uint8]
-    references: NDArray[np.int32]
-    holds: NDArray[np.int32]
-    parents: NDArray[np.int32]
-    sequences: dict[int, SequenceState]
-
-    def counts(self) -> dict[str, int]:
-        """Return how many blocks are in each state, by its name."""
-        counted = np.bincount(self.states, minlength=len(STATES)).tolist()
-        return dict(zip(STATES, counted, strict=True))
-
-    def prefix(self, block: int) -> list[int]:
-        """Return the cached blocks from the first to `block`: those whose content `block` continues."""
-        blocks = []
-        while block >= 0:
-            if self.parents[block] == UNCACHED:
-                raise ValueError(f"block ({block}) must be cached")
-            blocks.append(block)
-            block = int(self.parents[block])
-        return blocks[::-1]
-
-    def differences(self, other: CacheState) -> list[str]:
-        """Return what differs, a line each: "block 3 states 0, 1", "sequence 2 …"."""
-        found = []
-        for name in ("states", "references", "holds", "parents"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if len(mine) != len(theirs):
-                return [f"pools of {len(mine)} and {len(theirs)} blocks"]
-            for block in np.flatnonzero(mine != theirs).tolist():
-                found.append(f"block {block} {name} {mine[block]}, {theirs[block]}")
-        for number in sorted(self.sequences.keys() | other.sequences.keys()):
-            one, two = self.sequences.get(number), other.sequences.get(number)
-            if one != two:
-                found.append(f"sequence {number} {one}, {two}")
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, CacheState) and not self.differences(other)
-
-    __hash__ = None  # type: ignore[assignment]  # it holds arrays
-
-    @classmethod
-    def of(cls, manager: KVCacheManager) -> CacheState:
-        """Return how a manager with events stands, recounted from its tables, its tree and its free list. Slow."""
-        pool = manager.pool
-        states = np.full(pool.num_blocks, REFERENCED, dtype=np.uint8)
-        holds = np.zeros(pool.num_blocks, dtype=np.int32)
-        parents = np.full(pool.num_blocks, UNCACHED, dtype=np.int32)
-        states[pool.free_ids()] = FREE
-        states[list(pool.limbo)] = IN_TRANSFER
-        for extent in manager.index.extents():
-            if not extent.ids:
-                continue
-            if not extent.references:
-                states[extent.ids] = EVICTABLE
-            holds[extent.ids] = extent.references
-            above = extent.parent.ids if extent.parent is not None else ()
-            parents[extent.ids] = [above[-1] if above else ROOT, *extent.ids[:-1]]
-        references = np.zeros(pool.num_blocks, dtype=np.int32)
-        named = Counter(block for sequence in manager.sequences for block in sequence.table)
-        references[list(named)] = list(named.values())
-        sequences = {}
-        for sequence in manager.sequences:
-            prefix: list[int] = []
-            for extent in sequence.anchor.path():
-                prefix[:0] = extent.ids
-            sequences[sequence.number] = SequenceState(
-                sequence.num_tokens, tuple(sequence.table), tuple(prefix)
-            )
-        return cls(states, references, holds, parents, sequences)
-
 
 class _Sequence:
     """A running sequence while events are applied; `num_tokens` lacks what its batch has advanced in all."""
@@ -157,6 +61,42 @@ class _Sequence:
         self.prefix = array("i")
         self.num_tokens = 0
         self.batch = NOBODY
+
+
+class _PerBlock:
+    """An integer a block: `one` for single blocks, several times faster, and `all` for many; the same memory."""
+
+    __slots__ = ("all", "one")
+
+    def __init__(self, num_blocks: int, value: int = 0) -> None:
+        self.one = array("i", (value,)) * num_blocks
+        self.all = np.asarray(self.one)
+
+    def add(self, blocks: array[int], number: int) -> None:
+        """Add to the number of each block, none of which comes twice."""
+        if len(blocks) == 1:
+            self.one[blocks[0]] += number
+        else:
+            self.all[blocks] += number
+
+    def set(self, blocks: array[int], number: int) -> None:
+        """Set the number of each block."""
+        if len(blocks) == 1:
+            self.one[blocks[0]] = number
+        else:
+            self.all[blocks] = number
+
+    def are(self, blocks: array[int], number: int) -> bool:
+        """Return whether each block's number is this."""
+        if len(blocks) == 1:
+            return self.one[blocks[0]] == number
+        return bool((self.all[blocks] == number).all())
+
+    def have(self, blocks: array[int], number: int) -> bool:
+        """Return whether any block's number is this."""
+        if len(blocks) == 1:
+            return self.one[blocks[0]] == number
+        return bool((self.all[blocks] == number).any())
 
 
 class Replayer:
@@ -175,26 +115,46 @@ class Replayer:
         self._pinned: list[int] = []
         self._held_for_copies: list[array[int]] = []
         self._resize(0)
+        self._handlers = {
+            kinds.CREATED: self._created,
+            kinds.ADMITTED: self._admitted,
+            kinds.HIT: self._hit,
+            kinds.TAKEN: self._taken,
+            kinds.STORED: self._stored,
+            kinds.REPEATED: self._repeated,
+            kinds.UNSTORED: self._unstored,
+            kinds.DETACHED: self._detached,
+            kinds.COPIED: self._copied,
+            kinds.EXECUTED: self._executed,
+            kinds.FORKED: self._forked,
+            kinds.TRUNCATED: self._truncated,
+            kinds.EXCHANGED: self._exchanged,
+            kinds.FREED: self._freed,
+            kinds.JOINED: self._joined,
+            kinds.LEFT: self._left,
+            kinds.ADVANCED: self._advanced,
+            kinds.EVICTED: self._evicted,
+        }
 
     def _resize(self, num_blocks: int) -> None:
-        self._references = np.zeros(num_blocks, dtype=np.int32)
-        self._holds = np.zeros(num_blocks, dtype=np.int32)
-        self._pins = np.zeros(num_blocks, dtype=np.int32)
-        self._parents = np.full(num_blocks, UNCACHED, dtype=np.int32)
+        self._references = _PerBlock(num_blocks)
+        self._holds = _PerBlock(num_blocks)
+        self._pins = _PerBlock(num_blocks)
+        self._parents = _PerBlock(num_blocks, UNCACHED)
 
     def apply(self, log: EventLog, upto: int | None = None) -> None:
         """Apply the log's events from where this stands to its first `upto`, or to its end.
 
         Raises ValueError, naming the event, where the log contradicts itself.
         """
-        upto = len(log) if upto is None else upto
+        handlers = self._handlers
         for event in log.events(self.num_events, upto):
             try:
-                self._apply(event)
+                handlers[event.kind](event)
             except (KeyError, IndexError) as error:
                 raise ValueError(
                     f"event {self.num_events} ({KINDS[event.kind].name}) cannot follow those before it: "
-                    f"no {error}"
+                    f"there is no {error}"
                 ) from None
             except _Contradiction as error:
                 raise ValueError(f"event {self.num_events} ({KINDS[event.kind].name}): {error}") from None
@@ -202,172 +162,185 @@ class Replayer:
 
     def state(self) -> CacheState:
         """Return how everything stands, as a copy."""
-        cached = self._parents != UNCACHED
-        uncached = np.where(self._references, REFERENCED, np.where(self._pins, IN_TRANSFER, FREE))
-        states = np.where(cached, np.where(self._holds, REFERENCED, EVICTABLE), uncached)
+        cached = self._parents.all != UNCACHED
+        uncached = np.where(self._references.all, REFERENCED, np.where(self._pins.all, IN_TRANSFER, FREE))
+        states = np.where(cached, np.where(self._holds.all, REFERENCED, EVICTABLE), uncached)
         sequences = {
             number: SequenceState(self._length(each), tuple(each.table), tuple(each.prefix))
             for number, each in self._sequences.items()
         }
         return CacheState(
             states.astype(np.uint8),
-            self._references.copy(),
-            self._holds.copy(),
-            self._parents.copy(),
+            self._references.all.copy(),
+            self._holds.all.copy(),
+            self._parents.all.copy(),
             sequences,
         )
 
     def _length(self, sequence: _Sequence) -> int:
         return sequence.num_tokens + self._ticks[sequence.batch]
 
-    # -------------------------------------------------------- one event
+    # -------------------------------------------------------- sequences come and go
 
-    def _apply(self, event: Event) -> None:
-        kind, number = event.kind, event.sequence
-        if number == NOBODY:
-            self._apply_to_pool(event)
-        elif kind in (kinds.ADMITTED, kinds.FORKED):
-            self._start(number, NOBODY if kind == kinds.ADMITTED else event.other)
-        else:
-            self._apply_to(self._sequences[number], event)
+    def _created(self, event: Event) -> None:
+        self.tokens_per_block = event.other
+        self._resize(event.value)
 
-    def _apply_to_pool(self, event: Event) -> None:
-        kind, _, other, value, blocks = event
-        if kind == kinds.EVICTED:
-            self._uncache(blocks)
-            _require(not self._holds[blocks].any(), f"{blocks.tolist()} must not be held")
-        elif kind == kinds.ADVANCED:
-            self._ticks[other] += value
-        elif kind == kinds.EXECUTED:
-            self._release_copies()
-        elif kind == kinds.UNSTORED:
-            self._uncache(blocks)
-        elif kind == kinds.CREATED:
-            self.tokens_per_block = other
-            self._resize(value)
-        else:
-            raise _Contradiction("it must be of a sequence")
+    def _admitted(self, event: Event) -> None:
+        self._start(event.sequence, _Sequence())
 
-    def _start(self, number: int, parent: int) -> None:
-        _require(number not in self._sequences, f"sequence {number} must not run already")
-        sequence = _Sequence()
-        if parent != NOBODY:
-            origin = self._sequences[parent]
-            sequence.table, sequence.prefix = origin.table[:], origin.prefix[:]
-            sequence.num_tokens = self._length(origin)
-            self._references[sequence.table] += 1
-            self._holds[sequence.prefix] += 1
+    def _forked(self, event: Event) -> None:
+        parent, child = self._sequences[event.other], _Sequence()
+        self._start(event.sequence, child)
+        child.num_tokens = self._length(parent)
+        self._enter(child, parent.table)
+        self._hold(child, parent.prefix)
+
+    def _start(self, number: int, sequence: _Sequence) -> None:
+        if number in self._sequences:
+            raise _Contradiction(f"sequence {number} must not run already")
         self._sequences[number] = sequence
 
-    def _apply_to(self, sequence: _Sequence, event: Event) -> None:
-        kind, number, other, value, blocks = event
-        if kind == kinds.TAKEN:
-            self._require_free(blocks)
-            self._enter(sequence, blocks)
-            sequence.num_tokens += value
-        elif kind == kinds.STORED:
-            self._store(sequence, other, value, blocks)
-        elif kind == kinds.HIT:
-            self._hold(sequence, blocks)
-            self._enter(sequence, blocks)
-            sequence.num_tokens += value
-        elif kind == kinds.REPEATED:
-            self._hold(sequence, blocks)
-        elif kind == kinds.FREED:
-            self._references[sequence.table] -= 1
-            self._holds[sequence.prefix] -= 1
-            del self._sequences[number]
-        elif kind == kinds.JOINED:
-            sequence.batch = other
-            sequence.num_tokens -= self._ticks[other]
-        elif kind == kinds.LEFT:
-            sequence.num_tokens = self._length(sequence)
-            sequence.batch = NOBODY
-        elif kind == kinds.COPIED:
-            self._copy(sequence, *blocks)
-        elif kind == kinds.DETACHED:
-            self._detach(sequence, value)
-        elif kind == kinds.UNSTORED:
-            self._detach(sequence, len(sequence.prefix) - len(blocks))
-            self._uncache(blocks)
-        elif kind == kinds.TRUNCATED:
-            keep = -(-value // self.tokens_per_block)
-            self._references[sequence.table[keep:]] -= 1
-            del sequence.table[keep:]
-            sequence.num_tokens = value
-        elif kind == kinds.EXCHANGED:
-            heir = self._sequences[other]
-            sequence.table, heir.table = heir.table, sequence.table
-            sequence.prefix, heir.prefix = heir.prefix, sequence.prefix
-        else:
-            raise _Contradiction(f"it must not be of a sequence ({number})")
+    def _freed(self, event: Event) -> None:
+        sequence = self._sequences.pop(event.sequence)
+        self._references.add(sequence.table, -1)
+        self._holds.add(sequence.prefix, -1)
 
-    def _require_free(self, blocks: array[int]) -> None:
-        free = (self._parents[blocks] == UNCACHED) & (self._references[blocks] + self._pins[blocks] == 0)
-        _require(bool(free.all()), f"{blocks.tolist()} must be free")
+    def _exchanged(self, event: Event) -> None:
+        one, other = self._sequences[event.sequence], self._sequences[event.other]
+        one.table, other.table = other.table, one.table
+        one.prefix, other.prefix = other.prefix, one.prefix
+
+    # -------------------------------------------------------- tables grow and shrink
+
+    def _taken(self, event: Event) -> None:
+        self._require_free(event.blocks)
+        sequence = self._sequences[event.sequence]
+        self._enter(sequence, event.blocks)
+        sequence.num_tokens += event.value
+
+    def _hit(self, event: Event) -> None:
+        self._repeated(event)
+        sequence = self._sequences[event.sequence]
+        self._enter(sequence, event.blocks)
+        sequence.num_tokens += event.value
+
+    def _truncated(self, event: Event) -> None:
+        sequence = self._sequences[event.sequence]
+        keep = -(-event.value // self.tokens_per_block)
+        self._references.add(sequence.table[keep:], -1)
+        del sequence.table[keep:]
+        sequence.num_tokens = event.value
+
+    def _joined(self, event: Event) -> None:
+        sequence = self._sequences[event.sequence]
+        sequence.num_tokens -= self._ticks[event.other]
+        sequence.batch = event.other
+
+    def _left(self, event: Event) -> None:
+        sequence = self._sequences[event.sequence]
+        sequence.num_tokens = self._length(sequence)
+        sequence.batch = NOBODY
+
+    def _advanced(self, event: Event) -> None:
+        self._ticks[event.other] += event.value
 
     def _enter(self, sequence: _Sequence, blocks: array[int]) -> None:
-        self._references[blocks] += 1
+        self._references.add(blocks, 1)
         sequence.table.extend(blocks)
 
+    def _require_free(self, blocks: array[int]) -> None:
+        if not (
+            self._parents.are(blocks, UNCACHED)
+            and self._references.are(blocks, 0)
+            and self._pins.are(blocks, 0)
+        ):
+            raise _Contradiction(f"{blocks.tolist()} must be free")
+
+    # -------------------------------------------------------- blocks are cached, and no longer
+
+    def _stored(self, event: Event) -> None:
+        sequence, blocks = self._sequences[event.sequence], event.blocks
+        prefix = sequence.prefix
+        above = prefix[-1] if prefix else ROOT
+        if event.other != above:
+            raise _Contradiction(f"{event.other} must be the last block of the sequence's prefix, {above}")
+        if event.value != len(prefix):
+            raise _Contradiction(f"{event.value} must be the length of its prefix, {len(prefix)}")
+        if not self._parents.are(blocks, UNCACHED):
+            raise _Contradiction(f"{blocks.tolist()} must not be cached already")
+        self._parents.one[blocks[0]] = above
+        if len(blocks) > 1:
+            self._parents.all[blocks[1:]] = blocks[:-1]
+        self._hold(sequence, blocks)
+
+    def _repeated(self, event: Event) -> None:
+        self._require_cached(event.blocks)
+        self._hold(self._sequences[event.sequence], event.blocks)
+
+    def _evicted(self, event: Event) -> None:
+        if not self._holds.are(event.blocks, 0):
+            raise _Contradiction(f"{event.blocks.tolist()} must not be held")
+        self._uncache(event.blocks)
+
+    def _unstored(self, event: Event) -> None:
+        if event.sequence != NOBODY:
+            sequence = self._sequences[event.sequence]
+            self._cut_prefix(sequence, len(sequence.prefix) - len(event.blocks))
+        self._uncache(event.blocks)
+
+    def _detached(self, event: Event) -> None:
+        self._cut_prefix(self._sequences[event.sequence], event.value)
+
     def _hold(self, sequence: _Sequence, blocks: array[int]) -> None:
-        _require(bool((self._parents[blocks] != UNCACHED).all()), f"{blocks.tolist()} must be cached")
-        self._holds[blocks] += 1
+        self._holds.add(blocks, 1)
         sequence.prefix.extend(blocks)
 
-    def _store(self, sequence: _Sequence, parent: int, position: int, blocks: array[int]) -> None:
-        above = sequence.prefix[-1] if sequence.prefix else ROOT
-        _require(parent == above, f"{parent} must be the last block of the sequence's prefix, {above}")
-        _require(position == len(sequence.prefix), f"{position} must be its prefix's {len(sequence.prefix)}")
-        _require(
-            bool((self._parents[blocks] == UNCACHED).all()), f"{blocks.tolist()} must not be cached already"
-        )
-        self._parents[blocks] = [parent, *blocks[:-1]]
-        self._holds[blocks] += 1
-        sequence.prefix.extend(blocks)
-
-    def _detach(self, sequence: _Sequence, end: int) -> None:
-        self._holds[sequence.prefix[end:]] -= 1
+    def _cut_prefix(self, sequence: _Sequence, end: int) -> None:
+        self._holds.add(sequence.prefix[end:], -1)
         del sequence.prefix[end:]
 
-    def _uncache(self, blocks: array[int]) -> None:
-        _require(bool((self._parents[blocks] != UNCACHED).all()), f"{blocks.tolist()} must be cached")
-        self._parents[blocks] = UNCACHED
+    def _require_cached(self, blocks: array[int]) -> None:
+        if self._parents.have(blocks, UNCACHED):
+            raise _Contradiction(f"{blocks.tolist()} must be cached")
 
-    def _copy(self, sequence: _Sequence, source: int, destination: int) -> None:
-        last = len(sequence.table) - 1
-        _require(sequence.table[last] == source, f"{source} must be the last block of its table")
-        self._require_free(array("i", (destination,)))
-        sequence.table[last] = destination
-        self._references[source] -= 1
-        self._references[destination] += 1
+    def _uncache(self, blocks: array[int]) -> None:
+        self._require_cached(blocks)
+        self._parents.set(blocks, UNCACHED)
+
+    # -------------------------------------------------------- copies
+
+    def _copied(self, event: Event) -> None:
+        sequence = self._sequences[event.sequence]
+        source, destination = event.blocks
+        if sequence.table[-1] != source:
+            raise _Contradiction(f"{source} must be the last block of its table")
+        self._require_free(event.blocks[1:])
+        sequence.table[-1] = destination
+        self._references.one[source] -= 1
+        self._references.one[destination] += 1
         self._pin(destination)
-        if self._parents[source] == UNCACHED:
+        if self._parents.one[source] == UNCACHED:
             self._pin(source)
         else:  # a cached source is kept by its whole prefix
-            self._holds[sequence.prefix] += 1
+            self._holds.add(sequence.prefix, 1)
             self._held_for_copies.append(sequence.prefix[:])
 
-    def _pin(self, block: int) -> None:
-        self._pins[block] += 1
-        self._pinned.append(block)
-
-    def _release_copies(self) -> None:
+    def _executed(self, event: Event) -> None:
         for block in self._pinned:
-            self._pins[block] -= 1
+            self._pins.one[block] -= 1
         for prefix in self._held_for_copies:
-            self._holds[prefix] -= 1
+            self._holds.add(prefix, -1)
         self._pinned.clear()
         self._held_for_copies.clear()
+
+    def _pin(self, block: int) -> None:
+        self._pins.one[block] += 1
+        self._pinned.append(block)
 
 
 class _Contradiction(Exception):
     """An event that the events before it rule out."""
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise _Contradiction(rule)
 
 
 def rebuild(log: EventLog, upto: int | None = None) -> CacheState:
