@@ -16,6 +16,8 @@ from allocator.matching import PrefixMatch, find_match
 from allocator.pool import OutOfBlocks
 from allocator.prefix import Extent
 from allocator.quotas import Quotas, Tenant
+from allocator.retaining import retain_hits
+from allocator.retention import RetentionConfig
 from allocator.sequence import KVSequence
 
 
@@ -87,6 +89,8 @@ class Admission(Coasting):
         *,
         readmission: bool = False,
         tenant: Hashable = None,
+        retention: RetentionConfig | None = None,
+        now: int | None = None,
     ) -> KVSequence:
         """Start a sequence: reference the blocks found, and take those for the first prefill chunk.
 
@@ -94,6 +98,8 @@ class Admission(Coasting):
         match        what `lookup(content, salt)` returned, to save looking up again
         readmission  the sequence was preempted: it does not count in the hit statistics again
         tenant       whose quota its blocks count against, see `set_quota`; None for nobody's
+        retention    how the blocks are to be kept once nobody references them
+        now          the caller's time, if it has moved on
 
         The chunk's full blocks can be hit from now on. Raises OutOfBlocks, or ValueError for a chunk that does
         not fit the prompt or a match of another content. QuotaExceeded is an OutOfBlocks.
@@ -108,6 +114,10 @@ class Admission(Coasting):
         if tokens > content.num_prompt_tokens:
             left = content.num_prompt_tokens - hit_tokens
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
+        if retention is not None and not isinstance(retention, RetentionConfig):
+            raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
+        if now is not None:
+            now = as_int("now", now, self.pool.now)
         new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
         needed = new_blocks + match.evictable_blocks
         if self.pool.tier is not None:
@@ -118,6 +128,8 @@ class Admission(Coasting):
         if tenant is not None:
             account = self._account(tenant)
             account.require(hit_blocks + new_blocks)
+        if now is not None:
+            self._pass_time(now)
 
         history = content.history(self.tokens_per_block)
         # Without reuse, each sequence has a root of its own: nothing is ever found, and the rest is the same.
@@ -153,6 +165,10 @@ class Admission(Coasting):
         if events is not None:
             sequence.number = number
             events.add_blocks(TAKEN, number, -1, num_tokens, fresh)
+        if retention is not None:
+            sequence.retention = plan = retention.plan(content.num_prompt_tokens, self.tokens_per_block)
+            if plan is not None:
+                retain_hits(self.pool, anchor, plan)
         self.sequences[sequence] = None
         self._logical_blocks += len(table)
         if account is not None:

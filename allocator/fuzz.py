@@ -35,6 +35,7 @@ from allocator.rules.base import ManagerMachine
 from allocator.rules.batch import BatchRules
 from allocator.rules.events import EventRules
 from allocator.rules.quotas import QuotaRules
+from allocator.rules.retention import RetentionRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.sharing import SharingRules
 from allocator.rules.tiers import TierRules
@@ -45,6 +46,7 @@ __all__ = [
     "EventsMachine",
     "ManagerMachine",
     "QuotaMachine",
+    "RetentionMachine",
     "ReuseMachine",
     "SharingMachine",
     "Tally",
@@ -79,7 +81,15 @@ class EventsMachine(EventRules, SharingRules, BatchRules):
     logging = (True,)
 
 
-class AllocatorMachine(ReuseRules, SharingRules, BatchRules, QuotaRules, TierRules, EventRules):
+class RetentionMachine(RetentionRules, ReuseRules):
+    """Priorities and durations of cached blocks, and the policy that honours them."""
+
+    policies = ("priority",)
+
+
+class AllocatorMachine(
+    ReuseRules, SharingRules, BatchRules, QuotaRules, TierRules, EventRules, RetentionRules
+):
     """Everything at once."""
 
 

@@ -40,7 +40,8 @@ class KVCacheManager(Swapping):
     Copies that a write made necessary are handed out by `pending_copies`; execute them before the step's writes.
     With host blocks, `pending_swaps` comes before that, and `transfers_done` after; `swap_out` and `swap_in` move
     a sequence.
-    The manager has no clock: recency is the order of calls. `now` only dates what is collected and logged.
+    The manager has no clock: recency is the order of calls. `now` dates what is collected and logged, and ends
+    retentions; set it, or pass it to `admit`, as time goes on.
     """
 
     @classmethod
@@ -83,9 +84,14 @@ class KVCacheManager(Swapping):
 
     @now.setter
     def now(self, value: int) -> None:
-        self.pool.now = value
-        if self.events is not None:
-            self.events.move(value)
+        self._pass_time(as_int("now", value, self.pool.now))
+
+    def next_expiry(self) -> int | None:
+        """Return the time at which the next retention of evictable blocks is over; None if none will be.
+
+        Up to then, passing time changes nothing. O(log extents), averaged over calls.
+        """
+        return self.pool.expiries.next()
 
     def block_tables(self, sequences: Sequence[KVSequence]) -> NDArray[np.int32]:
         """Return int32 [len(sequences), longest table]; entries past a sequence's blocks are −1."""

@@ -18,6 +18,7 @@ from allocator.content import TokenContent
 from allocator.eviction import POLICIES, EvictionPolicy, make_policy
 from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch, QuotaExceeded
 from allocator.oracle_tiers import HostOracle
+from allocator.retention import RetentionConfig
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, ShadowKV, State, Story
 
@@ -398,6 +399,7 @@ class Oracle:
         chunk: int,
         match: PrefixMatch | None = None,
         readmission: bool = False,
+        retention: RetentionConfig | None = None,
     ) -> bool:
         """Admit a prompt with `chunk` tokens (or what is left) beyond its hits; return whether it ran."""
         if len(self.stories) >= MAX_LIVE:
@@ -419,11 +421,12 @@ class Oracle:
             needed += found.evictable_blocks + (found.host_blocks if self.host.num_blocks else 0)
         tenant = self.tenant(salt)
         fits = self.manager.can_admit(found, chunk, tenant)
+        options = {} if retention is None else {"retention": retention}
         sequence = self.refusing(
             needed,
             needed,
             lambda: self.manager.admit(
-                prompt.content, chunk, match, salt, readmission=readmission, tenant=tenant
+                prompt.content, chunk, match, salt, readmission=readmission, tenant=tenant, **options
             ),
         )
         assert (sequence is not None) == fits, "can_admit does not tell what admit does"

@@ -19,6 +19,7 @@ from allocator.eviction.policy import EvictionPolicy
 from allocator.host import demote
 from allocator.lifetimes import Lifetimes
 from allocator.prefix import Extent, PrefixIndex
+from allocator.retaining import Expiries
 
 if TYPE_CHECKING:
     from allocator.tiers import HostTier
@@ -42,6 +43,7 @@ class BlockPool(FreeBlocks):
         self.tier: HostTier | None = None
         self.lifetimes: Lifetimes | None = None
         self.events: EventLog | None = None
+        self.expiries = Expiries()
         self.now = 0
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
@@ -133,8 +135,12 @@ class BlockPool(FreeBlocks):
         assert parent is not None
         ids = self.index.trim(extent, count) if self.tier is None else self.tier.evict(extent, count)
         self.policy.evicted(extent, count)
-        if not extent.ids and self._is_exposed(parent):
-            self.policy.exposed(parent)
+        if not extent.ids:
+            if extent.retention is not None:
+                self.expiries.discard(extent)
+                extent.retention = None
+            if self._is_exposed(parent):
+                self.policy.exposed(parent)
         return ids
 
     def _can_be_taken(self, chosen: object, wanted: int) -> bool:
@@ -179,10 +185,19 @@ class BlockPool(FreeBlocks):
         """Note that a referenced extent's last block was taken out of the index by its only holder."""
         self.policy.evicted(extent, 1)
 
+    def pass_time(self, now: int) -> None:
+        """Let it be `now`: the retentions that are over by then end, in their order."""
+        self.now = now
+        for extent in self.expiries.due(now):
+            extent.retention = None
+            self.policy.expired(extent)
+
     def acquire(self, extent: Extent, references: int = 1) -> None:
         """Add references to an extent; an evictable one becomes referenced."""
         if not extent.references and extent.ids:
             self.num_evictable -= len(extent.ids)
+            if extent.retention is not None:
+                self.expiries.discard(extent)
             self.policy.referenced(extent)
         extent.references += references
 
@@ -203,6 +218,8 @@ class BlockPool(FreeBlocks):
         extent.touched = self.now
         if self.keep_cached:
             self.num_evictable += len(extent.ids)
+            if extent.retention is not None:
+                self.expiries.released(extent, self.now)
             self.policy.released(extent)
             if not extent.live_children:
                 self.policy.exposed(extent)

@@ -23,6 +23,10 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allocator.retention import Retention
 
 _MERGED_GHOST_BYTES = 4096
 """Ghosts evicted in a row share a node up to this size: few nodes, and no long copies to grow one."""
@@ -38,8 +42,10 @@ class Extent:
     references      sequences whose path leads through here (a parent has at least its children's)
     host_references swapped-out sequences and transfers that need what the host holds here or below
     live_children   children that hold blocks
-    sealed          once hit or released; a sealed extent is not grown in place, so that all its blocks have
-                    been hit and released together (a root, which has no blocks, always is)
+    sealed          once hit or released, or where the next block is to be kept otherwise; a sealed extent is not
+                    grown in place, so that all its blocks have been hit and released together (a root, which
+                    has no blocks, always is)
+    retention       how its blocks are to be kept while nobody references them, None if nobody asked
     born, touched   lifetimes: when each block was filled, when the extent was last used (caller's clock)
     """
 
@@ -53,6 +59,7 @@ class Extent:
         "live_children",
         "parent",
         "references",
+        "retention",
         "sealed",
         "start",
         "touched",
@@ -71,6 +78,7 @@ class Extent:
         self.live_children = 0
         self.sealed = False
         self.width = width
+        self.retention: Retention | None = None
         self.born: array[int] | None = None
         self.touched = 0
 
@@ -202,6 +210,7 @@ class PrefixIndex:
             del extent.host[:at]
         head.sealed = extent.sealed
         head.touched = extent.touched
+        head.retention = extent.retention
         if extent.born is not None:
             head.born = extent.born[:at]
             del extent.born[:at]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from allocator.content import Content, History
 from allocator.event_log import NOBODY
 from allocator.prefix import Extent
+from allocator.retention import RetentionPlan
 
 if TYPE_CHECKING:
     from allocator.batch import Batch
@@ -42,6 +43,7 @@ class KVSequence:
         "num_prompt_tokens",
         "number",
         "released",
+        "retention",
         "salt",
         "settled_history",
         "table",
@@ -71,6 +73,7 @@ class KVSequence:
         self.released = False
         self.tenant: Tenant | None = None
         self.number = NOBODY  # in the event log, if there is one
+        self.retention: RetentionPlan | None = None
         self._tokens = num_tokens
 
     @property

@@ -11,8 +11,9 @@ The shadow knows nothing of how a manager decides; it sees slots, copy lists and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from allocator.content import ChunkContent, Content, TokenContent, UniqueContent
 
@@ -162,6 +163,10 @@ class Story:
     length: int = 0
     states: list[State] = field(default_factory=list)
     """The histories of the tokens that have a slot, [length]."""
+    wish: Callable[[int], Any] = lambda position: None
+    """What it says of how its block at a position is to be kept, see `allocator.rules.retention`."""
+    noted: int = 0
+    """How many of its blocks' wishes have been noted."""
 
     def next_tokens(self, count: int, named: Sequence[int] | None = None) -> list[Hashable]:
         """Return the next `count` tokens: with these names, or those known before, or like no others."""
@@ -185,7 +190,17 @@ class Story:
     def fork(self) -> Story:
         """Return a story equal so far; what nobody has said or asked yet, it will say in its own way."""
         known = max(self.length, self.prompt)
-        return Story(self.shadow, self.salt, self.tokens[:known], self.prompt, self.length, list(self.states))
+        states = list(self.states)
+        return Story(
+            self.shadow,
+            self.salt,
+            self.tokens[:known],
+            self.prompt,
+            self.length,
+            states,
+            self.wish,
+            self.noted,
+        )
 
     def truncate(self, length: int) -> None:
         """Forget what was said beyond `length`, and what was known to follow."""

@@ -45,6 +45,7 @@ class Sharing(Admission):
             if self.events is not None:
                 child.number = self.events.new_sequence()
                 self.events.add(FORKED, child.number, sequence.number)
+            child.retention = sequence.retention
             self.sequences[child] = None
             if sequence in self._prefilling:
                 self._prefilling[child] = None
@@ -83,6 +84,9 @@ class Sharing(Admission):
         if twin_kept:  # it is about to be written: private again, and not the twin of anything
             sequence.twins.discard(keep - 1)
         self.tables.move_anchor(sequence, min(sequence.anchor.end, keep - twin_kept))
+        if sequence.retention is not None:
+            for extent in sequence.anchor.path():  # it decodes in the midst of its wishes now
+                extent.sealed = True
         self._logical_blocks -= len(sequence.table) - keep
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table) - keep
@@ -150,7 +154,7 @@ class Sharing(Admission):
 
     @staticmethod
     def _swap_state(one: KVSequence, other: KVSequence) -> None:
-        for name in ("history", "anchor", "table", "twins", "num_prompt_tokens", "hit_blocks"):
+        for name in ("history", "anchor", "table", "twins", "num_prompt_tokens", "hit_blocks", "retention"):
             mine, theirs = getattr(one, name), getattr(other, name)
             setattr(one, name, theirs)
             setattr(other, name, mine)

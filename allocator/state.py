@@ -79,6 +79,11 @@ class ManagerState:
         log.add(CREATED, NOBODY, self.tokens_per_block, self.pool.num_blocks)
         self.events = self.pool.events = self.tables.events = self.tables.copies.events = log
 
+    def _pass_time(self, now: int) -> None:
+        self.pool.pass_time(now)
+        if self.events is not None:
+            self.events.move(now)
+
     def _check_live(self, sequence: KVSequence) -> None:
         if sequence not in self.sequences:
             state = "released" if sequence.released else "another manager's"

@@ -12,6 +12,7 @@ from allocator.copies import PendingCopies
 from allocator.event_log import COPIED, DETACHED, REPEATED, ROOT, STORED, UNSTORED, EventLog
 from allocator.pool import BlockPool
 from allocator.prefix import Extent, PrefixIndex
+from allocator.retaining import index_retained
 from allocator.sequence import KVSequence
 
 
@@ -55,6 +56,13 @@ class Tables:
 
     def index_full(self, sequence: KVSequence, full: int) -> None:
         """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins."""
+        if sequence.retention is not None:
+            index_retained(self, sequence, sequence.retention, full)
+        else:
+            self.index_alike(sequence, full)
+
+    def index_alike(self, sequence: KVSequence, full: int) -> None:
+        """Do what `index_full` does for blocks that are to be retained alike."""
         anchor = sequence.anchor
         first = anchor.end
         keys = sequence.settled_history.keys(first, full)
@@ -80,6 +88,8 @@ class Tables:
                     self.pool.tier.recomputed(extent)
             else:
                 self.pool.acquire(extent)
+                if extent.retention is not None:
+                    extent.sealed = True
                 sequence.twins.update(range(extent.start, extent.end))
             sequence.anchor = extent
             if self.events is not None:

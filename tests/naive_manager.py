@@ -8,7 +8,7 @@ answered by looking at everything. Tokens are any hashable things; the caller sa
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 Identity = tuple  # (parent identity, tokens of the block); of a root, ("root", label)
@@ -32,6 +32,7 @@ class NaiveSequence:
     """tokens: those with a slot. path: identities of the first blocks, as far as the cache knows them.
 
     own: positions on the path where the sequence has a block of its own beside the cached one.
+    wish: how it wants the block at a position kept; None if it says nothing of it.
     """
 
     root: Identity
@@ -42,6 +43,7 @@ class NaiveSequence:
     path: list[Identity] = field(default_factory=list)
     own: set[int] = field(default_factory=set)
     in_batch: bool = False
+    wish: Callable[[int], tuple[int, int | None] | None] = lambda position: None
 
 
 class NaiveManager:
@@ -164,7 +166,12 @@ class NaiveManager:
 
     # ------------------------------------------------ sequences
 
-    def admit(self, prompt: Sequence[Hashable], salt: Hashable, num_tokens: int) -> NaiveSequence:
+    def pass_time(self, now: int) -> None:
+        """Let it be `now`: nothing depends on it here."""
+
+    def admit(
+        self, prompt: Sequence[Hashable], salt: Hashable, num_tokens: int, retention: object = None
+    ) -> NaiveSequence:
         hits, _ = self.lookup(prompt, salt)
         length = hits * self.size + num_tokens
         found = self.identities(("root", salt), prompt)[:hits]
@@ -324,7 +331,7 @@ class NaiveManager:
             self.holders[sequence.table[position]] += 1
         child = NaiveSequence(sequence.root, sequence.salt, list(sequence.prompt))
         child.tokens, child.table = list(sequence.tokens), list(sequence.table)
-        child.path, child.own = list(sequence.path), set(sequence.own)
+        child.path, child.own, child.wish = list(sequence.path), set(sequence.own), sequence.wish
         self.sequences.append(child)
         if sequence.in_batch:
             self.unready.setdefault(id(sequence), sequence)
@@ -333,7 +340,7 @@ class NaiveManager:
     def reorder(self, beams: Sequence[NaiveSequence], parents: Sequence[int]) -> None:
         heirs = {i: self.fork(beams[p]) for i, p in enumerate(parents) if p != i}
         for i, heir in heirs.items():
-            for name in ("prompt", "tokens", "table", "path", "own", "root"):
+            for name in ("prompt", "tokens", "table", "path", "own", "root", "wish"):
                 mine, theirs = getattr(beams[i], name), getattr(heir, name)
                 setattr(beams[i], name, theirs)
                 setattr(heir, name, mine)

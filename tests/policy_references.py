@@ -1,250 +1,14 @@
-"""The published algorithms, a block at a time and as plainly as possible: the oracle for allocator/eviction/.
-
-A reference sees single blocks by their identity (nested pairs of parent and content), and looks at everything.
-`victim` chooses among `leaves`, the evictable blocks without cached children. `PolicyManager` is the naive block
-manager with a reference in place of its own order.
-"""
+"""The naive block manager with one of the references of allocator.rules in place of its own order."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from naive_manager import Identity, NaiveManager, NaiveSequence
 
-
-class Reference:
-    """What a block manager tells a reference; `self.order` has the evictable blocks as they were released."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.order: OrderedDict[Identity, None] = OrderedDict()
-
-    def cached(self, block: Identity) -> None: ...
-    def hit(self, block: Identity) -> None: ...
-    def released(self, block: Identity) -> None:
-        self.order[block] = None
-
-    def referenced(self, block: Identity) -> None:
-        del self.order[block]
-
-    def evicted(self, block: Identity) -> None:
-        """Forget a block that was taken; `order` no longer has it."""
-
-    def uncached(self, block: Identity) -> None:
-        """Forget a referenced block that its holder took out of the cache."""
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        raise NotImplementedError
-
-
-class LRU(Reference):
-    def victim(self, leaves: set[Identity]) -> Identity:
-        return next(block for block in self.order if block in leaves)
-
-
-class MRU(Reference):
-    def victim(self, leaves: set[Identity]) -> Identity:
-        return next(block for block in reversed(self.order) if block in leaves)
-
-
-class LFU(Reference):
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_blocks)
-        self.hits: Counter[Identity] = Counter()
-
-    def hit(self, block: Identity) -> None:
-        self.hits[block] += 1
-
-    def evicted(self, block: Identity) -> None:
-        del self.hits[block]
-
-    uncached = evicted
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        return min((block for block in self.order if block in leaves), key=lambda block: self.hits[block])
-
-
-class FIFO(Reference):
-    """`self.queue` has all cached blocks, referenced or not, the oldest first."""
-
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_blocks)
-        self.queue: list[Identity] = []
-
-    def cached(self, block: Identity) -> None:
-        self.queue.append(block)
-
-    def evicted(self, block: Identity) -> None:
-        self.queue.remove(block)
-
-    uncached = evicted
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        return next(block for block in self.queue if block in leaves)
-
-
-class SIEVE(Reference):
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_blocks)
-        self.queue: list[Identity] = []
-        self.marked: set[Identity] = set()
-        self.hand = 0
-
-    def cached(self, block: Identity) -> None:
-        self.queue.append(block)
-
-    def hit(self, block: Identity) -> None:
-        self.marked.add(block)
-
-    def evicted(self, block: Identity) -> None:
-        self.hand -= self.queue.index(block) < self.hand
-        self.queue.remove(block)
-        self.marked.discard(block)
-
-    uncached = evicted
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        while True:
-            block = self.queue[self.hand % len(self.queue)]
-            self.hand = self.hand % len(self.queue) + 1
-            if block in leaves and block not in self.marked:
-                return block
-            if block in leaves:
-                self.marked.remove(block)
-
-
-class SLRU(Reference):
-    def __init__(self, num_blocks: int, share: float = 0.8) -> None:
-        super().__init__(num_blocks)
-        self.room = int(num_blocks * share)
-        self.marked: set[Identity] = set()
-        self.protected: OrderedDict[Identity, None] = OrderedDict()
-        self.probation: OrderedDict[Identity, None] = OrderedDict()
-
-    def hit(self, block: Identity) -> None:
-        self.marked.add(block)
-
-    def released(self, block: Identity) -> None:
-        super().released(block)
-        (self.protected if block in self.marked else self.probation)[block] = None
-        if len(self.protected) > self.room:
-            demoted, _ = self.protected.popitem(last=False)
-            self.marked.remove(demoted)
-            self.probation[demoted] = None
-
-    def referenced(self, block: Identity) -> None:
-        super().referenced(block)
-        self.protected.pop(block, None)
-        self.probation.pop(block, None)
-
-    def evicted(self, block: Identity) -> None:
-        self.marked.discard(block)
-        self.protected.pop(block, None)
-        self.probation.pop(block, None)
-
-    uncached = evicted
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        return next(block for block in [*self.probation, *self.protected] if block in leaves)
-
-
-class S3FIFO(Reference):
-    def __init__(self, num_blocks: int, share: float = 0.1) -> None:
-        super().__init__(num_blocks)
-        self.room = max(1, int(num_blocks * share))
-        self.small: list[Identity] = []
-        self.main: list[Identity] = []
-        self.ghosts: list[Identity] = []
-        self.hits: Counter[Identity] = Counter()
-
-    def cached(self, block: Identity) -> None:
-        (self.main if block in self.ghosts else self.small).append(block)
-        self.ghosts = [ghost for ghost in self.ghosts if ghost != block]
-
-    def hit(self, block: Identity) -> None:
-        self.hits[block] = min(self.hits[block] + 1, 3)
-
-    def evicted(self, block: Identity) -> None:
-        if block in self.small:
-            room = self.num_blocks - self.room
-            self.ghosts = [*self.ghosts, block][-room:] if room else []
-        self.uncached(block)
-
-    def uncached(self, block: Identity) -> None:
-        (self.small if block in self.small else self.main).remove(block)
-        del self.hits[block]
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        found = None
-        if len(self.small) >= self.room or not leaves & set(self.main):
-            found = self.victim_of_small(leaves)
-        return found or self.victim_of_main(leaves)
-
-    def victim_of_small(self, leaves: set[Identity]) -> Identity | None:
-        while leaves & set(self.small):
-            block = next(block for block in self.small if block in leaves)
-            if self.hits[block] <= 1:
-                return block
-            self.small.remove(block)
-            self.main.append(block)
-            self.hits[block] = 0
-            if len(self.main) > self.num_blocks - self.room:
-                return None
-        return None
-
-    def victim_of_main(self, leaves: set[Identity]) -> Identity:
-        while True:
-            block = next(block for block in self.main if block in leaves)
-            if not self.hits[block]:
-                return block
-            self.main.remove(block)
-            self.main.append(block)
-            self.hits[block] -= 1
-
-
-class GDSF(Reference):
-    def __init__(self, num_blocks: int, attention_blocks: int = 800) -> None:
-        super().__init__(num_blocks)
-        self.attention_blocks = attention_blocks
-        self.clock = 0
-        self.uses: Counter[Identity] = Counter()
-        self.values: dict[Identity, int] = {}
-
-    def cached(self, block: Identity) -> None:
-        self.uses[block] = 1
-
-    def hit(self, block: Identity) -> None:
-        self.uses[block] += 1
-
-    def released(self, block: Identity) -> None:
-        super().released(block)
-        depth, above = 0, block[0]
-        while above[0] != "root":
-            depth, above = depth + 1, above[0]
-        self.values[block] = self.clock + self.uses[block] * (self.attention_blocks + depth)
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        block = min((block for block in self.order if block in leaves), key=lambda block: self.values[block])
-        self.clock = max(self.clock, self.values[block])
-        return block
-
-
-class Belady(Reference):
-    """`future` has the blocks of each request; those whose number is in `begun` no longer count."""
-
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_blocks)
-        self.future: list[list[Identity]] = []
-        self.begun: set[int] = set()
-
-    def next_use(self, block: Identity) -> float:
-        coming = (i for i, blocks in enumerate(self.future) if i not in self.begun and block in blocks)
-        return next(coming, float("inf"))
-
-    def victim(self, leaves: set[Identity]) -> Identity:
-        return max((block for block in self.order if block in leaves), key=self.next_use)
+from allocator.rules.references import Reference
+from allocator.rules.retention import wish_of
 
 
 class _Noted(dict):  # type: ignore[type-arg]
@@ -295,22 +59,32 @@ class PolicyManager(NaiveManager):
         if one in self.idle:
             self.reference.released(one)
 
-    def admit(self, prompt: Sequence[Hashable], salt: Hashable, num_tokens: int) -> NaiveSequence:
+    def pass_time(self, now: int) -> None:
+        self.reference.pass_time(now)
+
+    def retain(self, sequence: NaiveSequence, first: int) -> None:
+        for position, one in enumerate(sequence.path[first:], first):
+            said = sequence.wish(position)
+            if said is not None:
+                self.reference.retained(one, *said)
+
+    def index(self, sequence: NaiveSequence) -> None:
+        known = len(sequence.path)
+        super().index(sequence)
+        self.retain(sequence, known)
+
+    def admit(
+        self,
+        prompt: Sequence[Hashable],
+        salt: Hashable,
+        num_tokens: int,
+        retention: Any = None,
+    ) -> NaiveSequence:
         hits, _ = self.lookup(prompt, salt)
         sequence = super().admit(prompt, salt, num_tokens)
         for one in sequence.path[:hits]:
             self.reference.hit(one)
+        if retention is not None:
+            sequence.wish = wish_of(retention, len(prompt), self.size)
+            self.retain(sequence, 0)
         return sequence
-
-
-REFERENCES: dict[str, type[Reference]] = {
-    "belady": Belady,
-    "fifo": FIFO,
-    "gdsf": GDSF,
-    "lfu": LFU,
-    "lru": LRU,
-    "mru": MRU,
-    "s3fifo": S3FIFO,
-    "sieve": SIEVE,
-    "slru": SLRU,
-}

@@ -51,6 +51,15 @@ class Pair:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
+    @property
+    def now(self) -> int:
+        return self.real.now
+
+    @now.setter
+    def now(self, value: int) -> None:
+        self.real.now = value
+        self.naive.pass_time(value)
+
     def prompt(self, content: Content) -> Prompt:
         return self.machine.known[id(content)]
 
@@ -78,7 +87,9 @@ class Pair:
         prompt = self.prompt(content)
         sequence, twin = self.both(
             lambda: self.real.admit(content, num_tokens, match, salt, **options),
-            lambda: self.naive.admit(prompt.tokens[: prompt.num_tokens], salt, num_tokens),
+            lambda: self.naive.admit(
+                prompt.tokens[: prompt.num_tokens], salt, num_tokens, options.get("retention")
+            ),
         )
         self.twins[sequence] = twin
         return sequence

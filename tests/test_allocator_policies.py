@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
 import numpy as np
-import policy_references as references
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_manager import Identity, NaiveSequence, Refused
-from policy_references import REFERENCES, PolicyManager, Reference
+from policy_references import PolicyManager
 from test_allocator_naive import BesideNaive, Pair
 
 from allocator.content import TokenContent
@@ -25,6 +25,10 @@ from allocator.eviction.s3fifo import S3FIFO
 from allocator.eviction.slru import SLRU
 from allocator.fuzz import AllocatorMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks
+from allocator.retention import Retention, RetentionConfig
+from allocator.rules import references
+from allocator.rules.references import REFERENCES, Reference
+from allocator.rules.retention import RETENTIONS, make_retention
 from allocator.sequence import KVSequence
 
 CLASSES: dict[str, type[EvictionPolicy]] = {**POLICIES, "belady": Belady}
@@ -37,11 +41,23 @@ FEW = max(10, settings.default.max_examples // 4)
 
 @dataclass(frozen=True)
 class Program:
-    """Requests one after the other; each is (prompt, tokens to decode, sequences that may run beside it)."""
+    """Requests one after the other; each is (prompt, tokens to decode, sequences that may run beside it).
+
+    `wishes` says, round and round, what they want kept and how much time passes before them.
+    """
 
     num_blocks: int
     tokens_per_block: int
     requests: list[tuple[Tokens, Tokens, int]]
+    wishes: Sequence[tuple[RetentionConfig | None, int]] = ((None, 0),)
+
+
+def random_wish(random: Random) -> tuple[RetentionConfig | None, int]:
+    """Return what a request wants kept, if anything, and how much time passes before it."""
+    said = [Retention(random.choice([0, 20, 35, 60, 100]), random.choice([None, 2, 9])) for _ in range(4)]
+    cuts = [random.randint(0, 9) for _ in range(3)]
+    retention = make_retention(cuts, [random.choice([None, wish]) for wish in said], said[3], is_open=True)
+    return random.choice([None, retention]), random.randint(0, 3)
 
 
 def random_program(seed: int, requests: int = 120) -> Program:
@@ -57,7 +73,8 @@ def random_program(seed: int, requests: int = 120) -> Program:
         prompt = prompt[: longest * size]
         known.append(prompt)
         rows.append((prompt, tuple(random.randint(0, 1) for _ in range(random.randint(0, 3))), 2))
-    return Program(random.randint(longest + 4, 3 * longest), size, rows)
+    num_blocks = random.randint(longest + 4, 3 * longest)
+    return Program(num_blocks, size, rows, [random_wish(random) for _ in range(requests)])
 
 
 _symbols = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
@@ -70,6 +87,7 @@ programs = st.builds(
         min_size=10,
         max_size=40,
     ),
+    wishes=st.lists(st.tuples(st.none() | RETENTIONS, st.integers(0, 3)), min_size=1, max_size=5),
 ) | st.integers(0, 2**32).map(random_program)
 
 
@@ -108,16 +126,16 @@ class Both:
             self.naive.release(naive)
         del self.running[:count]
 
-    def admit(self, prompt: Tokens) -> bool:
+    def admit(self, prompt: Tokens, retention: RetentionConfig | None) -> bool:
         content = TokenContent(prompt)
         new = len(prompt) - self.real.lookup(content).hit_tokens
         try:
-            real = self.real.admit(content, new)
+            real = self.real.admit(content, new, retention=retention)
         except OutOfBlocks:
             with pytest.raises(Refused):
                 self.naive.admit(prompt, "", new)
             return False
-        self.running.append((real, self.naive.admit(prompt, "", new)))
+        self.running.append((real, self.naive.admit(prompt, "", new, retention)))
         return True
 
     def decode(self, token: int) -> bool:
@@ -131,9 +149,13 @@ class Both:
         self.naive.write([naive], [[token]])
         return True
 
-    def request(self, prompt: Tokens, answer: Tokens, beside: int) -> None:
+    def request(
+        self, prompt: Tokens, answer: Tokens, beside: int, retention: RetentionConfig | None, wait: int
+    ) -> None:
         self.release(max(0, len(self.running) - beside))
-        while not self.admit(prompt):
+        self.real.now += wait
+        self.naive.pass_time(self.real.now)
+        while not self.admit(prompt, retention):
             self.release(1)
         for token in answer:
             while not self.decode(token):
@@ -156,7 +178,7 @@ def disagreement(program: Program, policy: EvictionPolicy, reference: Reference)
             policy.begin(i)
         if isinstance(reference, references.Belady):
             reference.begun.add(i)
-        both.request(*request)
+        both.request(*request, *program.wishes[i % len(program.wishes)])
         if both.evicted != [Both.said(block) for block in both.naive.evicted]:
             return i
     both.release(len(both.running))
@@ -223,7 +245,7 @@ def test_the_future_may_come_in_another_order_and_late(program: Program, data: s
         left.remove(number)
         policy.begin(number)
         reference.begun.add(number)
-        both.request(*program.requests[number])
+        both.request(*program.requests[number], None, 0)
         assert both.evicted == [Both.said(block) for block in both.naive.evicted]
     with pytest.raises(ValueError, match=r"number \(0\) must be that of a request that has not begun"):
         policy.begin(0)

@@ -11,6 +11,7 @@ from allocator.eviction.lfu import LFU
 from allocator.eviction.lru import LRU
 from allocator.eviction.mru import MRU
 from allocator.eviction.policy import EvictionPolicy
+from allocator.eviction.priority import Priority
 from allocator.eviction.s3fifo import S3FIFO
 from allocator.eviction.sieve import SIEVE
 from allocator.eviction.slru import SLRU
@@ -24,6 +25,7 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
     "s3fifo": S3FIFO,
     "gdsf": GDSF,
     "mru": MRU,
+    "priority": Priority,
 }
 """All that can be made from a name alone. Belady cannot: it has to be told the future."""
 
@@ -39,6 +41,7 @@ __all__ = [
     "SLRU",
     "Belady",
     "EvictionPolicy",
+    "Priority",
     "make_policy",
 ]
 

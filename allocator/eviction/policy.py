@@ -17,6 +17,9 @@ class EvictionPolicy(ABC):
                      ▲             │
                      └─ referenced ┘
 
+    `extent.retention` says how its requests want it kept, None if they do not. It changes only while the extent
+    is referenced, and when it is over.
+
     Override what you need; only `victim` must be. Every call is O(blocks it names) at most, and should be O(1)
     or O(log extents) to be of use.
     """
@@ -43,6 +46,9 @@ class EvictionPolicy(ABC):
 
     def exposed(self, extent: Extent) -> None:
         """Note that an evictable extent has no cached child: its last block could be taken right now."""
+
+    def expired(self, extent: Extent) -> None:
+        """Note that an evictable extent's retention is over: `extent.retention` is None from now on."""
 
     def split(self, head: Extent, tail: Extent) -> None:
         """Note that an extent was cut: `tail` is the known object, shorter; `head`, its parent, is new.

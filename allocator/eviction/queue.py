@@ -25,6 +25,9 @@ class ExtentQueue:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, extent: object) -> bool:
+        return extent in self._entries
+
     def put(self, extent: Extent, key: Key) -> None:
         """Queue an extent, or change its key."""
         self._pushed += 1
@@ -48,6 +51,10 @@ class ExtentQueue:
             if entries.get(entry[2]) is entry:
                 return entry[2]
             heappop(heap)
+
+    def first_key(self) -> Key:
+        """Return the least key. The queue must not be empty."""
+        return self._entries[self.first()][0]
 
     def second_key(self) -> Key | None:
         """Return the least key but that of the first; None if there is no other extent."""

@@ -1,0 +1,221 @@
+"""Blocks that are to be kept: priorities, and time that passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from allocator.eviction import Priority
+from allocator.retention import DEFAULT_PRIORITY, Retention, RetentionConfig, TokenRange
+from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine
+from allocator.shadow import PromptSpec, State
+
+WISHES = st.builds(Retention, st.sampled_from([0, 20, 35, 50, 100]), st.sampled_from([None, None, 1, 2, 5]))
+
+
+def make_retention(
+    cuts: list[int], wishes: list[Retention | None], decode: Retention, *, is_open: bool
+) -> RetentionConfig:
+    """Return the wishes for the tokens between the cuts, and behind the last one if `is_open`."""
+    starts = sorted(set(cuts))
+    ends: list[int | None] = [*starts[1:], None]
+    rows = zip(starts, ends, wishes, strict=False)
+    ranges = [TokenRange(a, b, *wish) for a, b, wish in rows if wish is not None and (b or is_open)]
+    return RetentionConfig(tuple(ranges), *decode)
+
+
+RETENTIONS = st.builds(
+    make_retention,
+    cuts=st.lists(st.integers(0, 16), max_size=4),
+    wishes=st.lists(st.none() | WISHES, min_size=4, max_size=4),
+    decode=WISHES,
+    is_open=st.booleans(),
+)
+
+
+def wish_of(retention: RetentionConfig, prompt: int, size: int) -> Callable[[int], Retention | None]:
+    """Return what a request says of the block at a position, by the token that the block begins with."""
+
+    def wish(position: int) -> Retention | None:
+        token = position * size
+        if token >= prompt:
+            said = Retention(retention.decode_priority, retention.decode_duration)
+            return None if said.priority == DEFAULT_PRIORITY else said
+        for each in retention.ranges:
+            if each.start <= token and (each.end is None or token < each.end):
+                return Retention(each.priority, each.duration)
+        return None
+
+    return wish
+
+
+class Keeping:
+    """What was said last of each cached history, and when it is over: the oracle of retention.
+
+    It sees what sequences say and which histories are cached or held between steps; not how a manager keeps it.
+    Where two sequences fill equal blocks in one call and want different things, it does not know, and says so.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.said: dict[State, Retention] = {}  # nothing of those of default priority
+        self.ends: dict[State, int] = {}
+        self.unsure: set[State] = set()
+        self.evicted: set[State] = set()  # by the last call
+        self._blocks: dict[State, int] = {}
+        self._idle: set[State] = set()
+        self._touched: set[State] = set()
+        self._log: list[tuple[State, set[Retention]]] = []
+
+    def note(self, stories: Iterable[Any]) -> None:
+        """Note what sequences have come to hold by the last call."""
+        fills: dict[State, set[Retention]] = {}
+        for story in stories:
+            full = story.full_states()
+            self._touched.update(full)
+            for position in range(story.noted, len(full)):
+                wish = story.wish(position)
+                fills.setdefault(full[position], set()).update([] if wish is None else [wish])
+            story.noted = len(full)
+        self._log += fills.items()
+
+    def settle(self, cached: dict[State, int], held: set[State]) -> None:
+        """Draw conclusions, between steps."""
+        for state in self.evicted:  # whatever is cached under it now was computed anew
+            self._forget(state)
+        self.evicted.clear()
+        for state, wishes in self._log:
+            if self._blocks.get(state) != cached.get(state):
+                self._forget(state)
+                self._blocks[state] = cached.get(state, -1)
+            if wishes:
+                self._forget(state)
+                if len(wishes) > 1:
+                    self.unsure.add(state)
+                (wish, *_) = wishes
+                if wish.priority != DEFAULT_PRIORITY:
+                    self.said[state] = wish
+        self._log.clear()
+        for state in [*self.said, *self.unsure]:
+            if state not in cached:
+                self._forget(state)
+        idle = cached.keys() - held
+        for state in idle - (self._idle - self._touched):
+            duration = self.said[state].duration if state in self.said else None
+            if duration is not None:
+                self.ends[state] = self.now + duration
+        for state in [*self.ends]:
+            if state not in idle:
+                del self.ends[state]
+        self._blocks, self._idle, self._touched = cached, idle, set(held)
+
+    def _forget(self, state: State) -> None:
+        self.said.pop(state, None)
+        self.ends.pop(state, None)
+        self.unsure.discard(state)
+
+    def pass_time(self, now: int) -> None:
+        """Let it be `now`. Only when all is settled."""
+        self.now = now
+        for state, end in [*self.ends.items()]:
+            if end <= now:
+                self._forget(state)
+
+    def priority(self, state: State) -> int:
+        """Return the priority of a history's block right now."""
+        return self.said[state].priority if state in self.said else DEFAULT_PRIORITY
+
+
+class RetentionRules(ManagerMachine):
+    """Requests that want their blocks kept, and time that passes.
+
+    The policy named `priority` never takes a block dearer than another that it could take.
+    """
+
+    def begin(
+        self, num_blocks: int, tokens_per_block: int, reuse: bool, policy: int, ghosts: int | None
+    ) -> None:
+        """Make the manager, and watch what its policy takes."""
+        super().begin(num_blocks, tokens_per_block, reuse, policy, ghosts)
+        self.keeping = Keeping()
+        watched = self.manager.pool.policy
+        choose, note = watched.victim, watched.evicted
+        chosen: dict[Any, list[State]] = {}
+
+        def victim(wanted: int) -> Any:
+            extent, count = choose(wanted)
+            chosen[extent] = [self.shadow.block(block) for block in extent.ids]
+            if self.policy in ("priority", Priority):
+                self.check_victim(extent, chosen[extent][-count:])
+            return extent, count
+
+        def evicted(extent: Any, count: int) -> None:
+            if extent in chosen:  # else its only holder wrote into it
+                self.keeping.evicted.update(chosen.pop(extent)[-count:])
+            note(extent, count)
+
+        watched.victim, watched.evicted = victim, evicted
+
+    def retention_of_blocks(self) -> dict[int, Retention | None]:
+        """Return what the manager remembers of each cached block; another manager's adapter replaces this."""
+        return {block: e.retention for e in self.manager.index.extents() for block in e.ids}
+
+    def check_victim(self, extent: Any, taken: list[State]) -> None:
+        """Compare the blocks about to be taken with all others that could be."""
+        priority, unsure = self.keeping.priority, self.keeping.unsure
+        others = [
+            self.shadow.block(other.ids[-1])
+            for other in self.manager.index.extents()
+            if other.ids and not other.references and not other.live_children and other is not extent
+        ]
+        for mine in set(taken) - unsure:
+            for other in set(others) - unsure:
+                assert priority(mine) <= priority(other), (
+                    f"a block of priority {priority(mine)} goes before one of {priority(other)}"
+                )
+
+    def check_all(self) -> None:
+        """Check everything, and what is to be kept besides."""
+        self.keeping.note(self.stories.values())
+        super().check_all()
+        if not self.writes:
+            self.settle_retention()
+
+    def settle_retention(self) -> None:
+        """Compare what the manager remembers with what was said last. Only between steps."""
+        cached = self.cached_states() if self.reuse else {}
+        tables = {block for sequence in self.stories for block in self.table(sequence)}
+        held = {state for story in self.stories.values() for state in story.full_states()}
+        held.update(state for state, block in cached.items() if block in tables)
+        keeping = self.keeping
+        keeping.settle(cached, held)
+        remembered = self.retention_of_blocks() if self.reuse else {}
+        for state, block in cached.items():
+            if state not in keeping.unsure:
+                said = keeping.said.get(state)
+                assert remembered[block] == said, f"block {block} is kept by {remembered[block]}, not {said}"
+        if not keeping.unsure:
+            assert self.manager.next_expiry() == min(keeping.ends.values(), default=None)
+
+    @rule(prompt=PROMPTS, again=INDEX, salt=SALTS, chunk=CHUNKS, retention=RETENTIONS)
+    def admit_retained(
+        self, prompt: PromptSpec, again: int, salt: str, chunk: int, retention: RetentionConfig
+    ) -> None:
+        """Admit a prompt, new or seen before, whose blocks are to be kept."""
+        old = self.prompts and again % 2
+        made = self.prompts[again % len(self.prompts)] if old else self.learn(prompt.make(self.size))
+        if self.admit_prompt(made, salt, chunk, retention=retention):
+            story = next(reversed(self.stories.values()))
+            story.wish = wish_of(retention, made.num_tokens, self.size)
+            self.did("admit retained")
+
+    @precondition(lambda self: (self.keeping.said or not self.stories) and not self.writes)
+    @rule(by=st.integers(1, 3))
+    def pass_time(self, by: int) -> None:
+        """Let time pass, between steps."""
+        self.manager.now += by
+        self.keeping.pass_time(self.manager.now)
+        self.did("pass time")
