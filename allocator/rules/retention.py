@@ -135,11 +135,9 @@ class RetentionRules(ManagerMachine):
     The policy named `priority` never takes a block dearer than another that it could take.
     """
 
-    def begin(
-        self, num_blocks: int, tokens_per_block: int, reuse: bool, policy: int, ghosts: int | None
-    ) -> None:
+    def begin(self, *arguments: Any) -> None:
         """Make the manager, and watch what its policy takes."""
-        super().begin(num_blocks, tokens_per_block, reuse, policy, ghosts)
+        super().begin(*arguments)
         self.keeping = Keeping()
         watched = self.manager.pool.policy
         choose, note = watched.victim, watched.evicted
