@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterable, Sequence
 from allocator.host import HostPool, demote
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
+from allocator.retention import DEFAULT_PRIORITY
 from allocator.sequence import KVSequence
 from allocator.stats import HostStats
 from allocator.transfers import TransferQueue
 
-DEFAULT_PRIORITY = 35
-"""Of a block for which no retention was asked; 0 to 100, as in TensorRT-LLM."""
 
-
-def default_priority(extent: Extent, position: int) -> int:
+def retention_priority(extent: Extent, position: int) -> int:
     """Return the priority of the block at a position (counted in blocks from the root) that an extent holds."""
-    return DEFAULT_PRIORITY
+    return DEFAULT_PRIORITY if extent.retention is None else extent.retention.priority
 
 
 class HostTier:
@@ -42,7 +40,7 @@ class HostTier:
         pool: BlockPool,
         num_blocks: int,
         min_priority: int,
-        priority: Callable[[Extent, int], int] = default_priority,
+        priority: Callable[[Extent, int], int] = retention_priority,
     ) -> None:
         self.pool = pool
         self.index = pool.index
