@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
 from sim.scheduler.config import EngineConfig
 from sim.timing import TimingConfig
 from sim.traces.reading import ReadOptions
-from sim.workload import WorkloadConfig, WorkloadShape
+from sim.workload import WorkloadShape
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,7 @@ class Replay:
         count = self.reading.num_requests
         if given := _changed(self.reading, ReadOptions(num_requests=count)):
             raise ValueError(f"{given} needs a trace file: TRACE is {SYNTHETIC}")
-        requests = {} if count is None else {"num_requests": count}
-        return TraceSource(SYNTHETIC, workload=WorkloadConfig(**asdict(self.workload), **requests))
+        return TraceSource(SYNTHETIC, workload=self.workload.of(count))
 
 
 def _changed(options: ReadOptions | WorkloadShape, default: ReadOptions | WorkloadShape) -> str | None:
