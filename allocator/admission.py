@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from allocator.checks import as_int
 from allocator.coasting import Coasting
 from allocator.content import Content
-from allocator.event_log import ADMITTED, HIT, TAKEN
+from allocator.event_log import ADMITTED, HIT, NOBODY, TAKEN
 from allocator.matching import PrefixMatch, find_match
 from allocator.pool import OutOfBlocks
 from allocator.prefix import Extent
@@ -27,7 +27,8 @@ class Admission(Coasting):
     def lookup(self, content: Content, salt: Hashable = "") -> PrefixMatch:
         """Return which blocks of a prompt are cached, and why the others are not. Changes nothing.
 
-        Only sequences with an equal `salt` share blocks. A full hit still leaves the last token to compute.
+        Only sequences with an equal `salt` share blocks. A full hit still leaves the last token to compute. With
+        partial reuse, the hits can end within a block: see allocator.partial.
         """
         if not self.reuse:
             size = self.tokens_per_block
@@ -38,7 +39,19 @@ class Admission(Coasting):
             return PrefixMatch(
                 self.index, content, salt, size, [], None, 0, full + (rest > 0), misses, self.index.version
             )
-        return find_match(self.index, content, salt, self.tokens_per_block, self._prefilling)
+        return find_match(
+            self.index, content, salt, self.tokens_per_block, self._prefilling, self.pool.partial
+        )
+
+    def in_flight(self, match: PrefixMatch) -> KVSequence | None:
+        """Return a sequence that is about to compute the first block that a prompt misses, or None.
+
+        Of several, the one that computes most of what the prompt needs: to wait for it may be cheaper than to
+        compute the same beside it. A match that is no longer current is looked up again.
+        """
+        if not self.is_current(match):
+            match = self.lookup(match.content, match.salt)
+        return match.computed_by
 
     def is_current(self, match: PrefixMatch) -> bool:
         """Return whether looking up again would give the same match."""
@@ -48,7 +61,8 @@ class Admission(Coasting):
         """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available."""
         size = self.tokens_per_block
         num_tokens = as_int("num_tokens", num_tokens, 0)
-        needed = -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks + match.evictable_blocks
+        needed = -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks
+        needed += match.evictable_blocks + match.copied_blocks
         return needed if self.pool.tier is None else needed + match.host_blocks
 
     def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
@@ -119,7 +133,7 @@ class Admission(Coasting):
         if now is not None:
             now = as_int("now", now, self.pool.now)
         new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
-        needed = new_blocks + match.evictable_blocks
+        needed = new_blocks + match.evictable_blocks + match.copied_blocks
         if self.pool.tier is not None:
             needed += match.host_blocks
         if needed > self.pool.available:
@@ -151,17 +165,23 @@ class Admission(Coasting):
         if arriving and self.pool.tier is not None:
             table.extend(self.pool.tier.onboard(arriving, count=not readmission))
             anchor = arriving[-1]
-        events = self.events
+        events, number = self.events, NOBODY
         if events is not None:
             number = events.new_sequence()
             events.add(ADMITTED, number, value=content.num_prompt_tokens)
             if table:
-                events.add_blocks(HIT, number, -1, hit_tokens, table)
+                events.add_blocks(HIT, number, -1, hit_blocks * self.tokens_per_block, table)
+        if match.partial is not None:
+            # The cut above has left the block as the first one of its extent.
+            extent, _, part_tokens = match.partial
+            table.append(self.tables.reuse_part(extent, part_tokens, number))
+            new_blocks -= 1
         fresh = self.pool.take(new_blocks)
         table.extend(fresh)
 
         sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table, tokens)
         sequence.hit_blocks = hit_blocks
+        sequence.partial_tokens = match.partial_tokens
         if events is not None:
             sequence.number = number
             events.add_blocks(TAKEN, number, -1, num_tokens, fresh)
@@ -228,13 +248,13 @@ class Admission(Coasting):
         self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
 
     def _note_prefilling(self, sequence: KVSequence, is_prefilling: bool) -> None:
-        if is_prefilling == (sequence in self._prefilling):
-            return
-        self.index.version += 1  # what others miss is now in flight, or no longer
+        was_prefilling = sequence in self._prefilling
+        if is_prefilling != was_prefilling:
+            self.index.version += 1  # what others miss is now in flight, or no longer
         if is_prefilling:
-            self._prefilling[sequence] = None
-        else:
-            del self._prefilling[sequence]
+            self._prefilling.put(sequence)
+        elif was_prefilling:
+            self._prefilling.discard(sequence)
 
     def _count(self, match: PrefixMatch) -> None:
         counts = self._lookups
@@ -242,6 +262,7 @@ class Admission(Coasting):
         counts.query_blocks += match.query_blocks
         counts.hit_tokens += match.hit_tokens
         counts.hit_blocks += match.hit_blocks
+        counts.partial_hits += match.partial is not None
         totals = counts.miss_blocks
         for cause, blocks in match.miss_blocks.items():
             totals[cause] += blocks

@@ -47,6 +47,7 @@ class Coasting(Decoding):
         pool = self.pool
         if (
             pool.notes_cached
+            or pool.partial is not None
             or batch.unready
             or batch.ring.named
             or self.quotas is not None

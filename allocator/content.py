@@ -66,6 +66,13 @@ class Content(ABC):
         """Return the keys of the prompt's full blocks, one after the other."""
         return self.history(tokens_per_block).keys(0, self.num_prompt_tokens // tokens_per_block)
 
+    @abstractmethod
+    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
+        """Return the keys of those units of a block that lie in the prompt, and the bytes of one unit's key.
+
+        A unit is what can be told apart within a block: tokens_per_block · bytes / key_width tokens.
+        """
+
 
 class History(ABC):
     """A sequence's content while it grows: the prompt, then what was generated, sequence by sequence.
@@ -145,6 +152,10 @@ class TokenContent(Content):
     def prompt_keys(self, tokens_per_block: int) -> bytes:
         full = self.num_prompt_tokens - self.num_prompt_tokens % tokens_per_block
         return self._ids[: 4 * full]
+
+    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
+        end = min((block + 1) * tokens_per_block, self.num_prompt_tokens)
+        return self._ids[4 * block * tokens_per_block : 4 * end], 4
 
 
 def _packed(token_ids: Iterable[int]) -> bytes:
@@ -245,6 +256,9 @@ class TokenHistory(History):
 
 _Layers = tuple[tuple[int, int], ...]
 
+_UNIT_BYTES = 8
+"""Of the key of a unit in a content of chunks."""
+
 
 class ChunkContent(Content):
     """Content ids at a trace's own granularity.
@@ -296,6 +310,13 @@ class ChunkContent(Content):
         history.named_keys = self._expanded[1]
         return history
 
+    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
+        history = self.history(tokens_per_block)
+        assert history.named_keys is not None
+        end = self.num_prompt_tokens // history.unit * _UNIT_BYTES
+        first = block * history.key_width
+        return history.named_keys[first : min(first + history.key_width, end)], _UNIT_BYTES
+
 
 class UniqueContent(Content):
     """A prompt of which nothing is known: it equals itself (when looked up again) and nothing else."""
@@ -318,6 +339,11 @@ class UniqueContent(Content):
     def prompt_keys(self, tokens_per_block: int) -> bytes:
         return _stream_key(self._layers[0][1]) * (self.num_prompt_tokens // tokens_per_block)
 
+    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
+        # One stream says the whole block: it is one unit.
+        whole = (block + 1) * tokens_per_block <= self.num_prompt_tokens
+        return _stream_key(self._layers[0][1]) if whole else b"", _UNIT_BYTES
+
 
 _NO_IDS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -330,7 +356,7 @@ def _stream_key(stream: int) -> bytes:
 class ChunkHistory(History):
     """Chunk ids, then layers: (position, stream) pairs, each overriding all before it from there on."""
 
-    __slots__ = ("_granularity", "_ids", "_layers", "_named", "_tail", "_unit", "named_keys")
+    __slots__ = ("_granularity", "_ids", "_layers", "_named", "_tail", "named_keys", "unit")
 
     def __init__(
         self, ids: NDArray[np.int64], granularity: int, named: int, layers: _Layers, tokens_per_block: int
@@ -339,8 +365,8 @@ class ChunkHistory(History):
         self._granularity = granularity
         self._layers = layers
         self.tokens_per_block = tokens_per_block
-        self._unit = gcd(granularity, tokens_per_block)
-        self.key_width = 8 * (tokens_per_block // self._unit)
+        self.unit = gcd(granularity, tokens_per_block)
+        self.key_width = 8 * (tokens_per_block // self.unit)
         self._named = min(named, layers[0][0]) if layers else named
         self.named_keys: bytes | None = None
         self._tail: tuple[int, bytes] | None = (
@@ -376,19 +402,19 @@ class ChunkHistory(History):
 
     def expand(self) -> bytes:
         """Return the keys of all units that end within the named tokens."""
-        repeats = self._granularity // self._unit if self._granularity else 1
+        repeats = self._granularity // self.unit if self._granularity else 1
         ids = self._ids if repeats == 1 else np.repeat(self._ids, repeats)
-        return ids[: self._named // self._unit].tobytes()
+        return ids[: self._named // self.unit].tobytes()
 
     def _tail_keys(self, first: int, last: int) -> bytes:
-        units = self.tokens_per_block // self._unit
+        units = self.tokens_per_block // self.unit
         begin, end = first * units, last * units
         out = np.empty(end - begin, dtype=np.int64)
         named = np.frombuffer(self.named_keys or b"", np.int64)[begin:end]
         out[: named.size] = named
         for position, stream in self._layers:
             # the first unit that ends beyond `position`
-            out[max(position // self._unit - begin, 0) :] = -stream
+            out[max(position // self.unit - begin, 0) :] = -stream
         return out.tobytes()
 
     def record_packed(self, position: int, token_ids: bytes) -> None:
@@ -431,3 +457,7 @@ class _ResumedContent(Content):
 
     def prompt_keys(self, tokens_per_block: int) -> bytes:
         return self._source.keys(0, self.num_prompt_tokens // tokens_per_block)
+
+    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
+        units = self.num_prompt_tokens // self._source.unit - block * (tokens_per_block // self._source.unit)
+        return self._source.keys(block, block + 1)[: units * _UNIT_BYTES], _UNIT_BYTES

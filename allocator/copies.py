@@ -36,14 +36,16 @@ class PendingCopies:
         return block in self._destinations
 
     def add(self, source: int, destination: int, num_tokens: int, extent: Extent | None = None) -> None:
-        """Note a copy of the first `num_tokens` slots; a cached source is held through its extent."""
+        """Note a copy of the first `num_tokens` slots.
+
+        A cached source is held through its extent: the caller has acquired the path, and it is dropped here.
+        """
         self._copies.append((source, destination, num_tokens))
         self._destinations.add(destination)
         self._pin(destination)
         if extent is None:
             self._pin(source)
         else:
-            self._pool.acquire_path(extent)
             self._held.append(extent)
 
     def _pin(self, block: int) -> None:

@@ -218,7 +218,11 @@ class Decoding(ManagerState):
         """Return and forget the copies to execute before this step's writes, int32 [n, 3].
 
         Columns: source block, destination block, valid tokens (the slots to copy). They may run in parallel.
+        With partial reuse, ask once a step, when all of it is scheduled and even if nothing was written: what
+        the step fills can then be copied in the next.
         """
+        if self.pool.partial is not None:
+            self.pool.partial.end_step()
         return self.tables.copies.take()
 
 

@@ -56,6 +56,8 @@ KINDS = (
     Kind("left", "batch", "", "it no longer does"),
     Kind("advanced", "batch", "tokens", "each member has slots for so many tokens more"),
     Kind("evicted", "", "", "cached blocks lose their content, the last first, and are free"),
+    Kind("branched", "", "tokens", "a copy, [1], of a cached block's first tokens, [0], enters its table"),
+    Kind("stolen", "", "tokens", "a block is cached no more, and enters its table for its first tokens"),
 )
 """The kinds of events; the column `kind` is an index into them."""
 
@@ -78,6 +80,8 @@ KINDS = (
     LEFT,
     ADVANCED,
     EVICTED,
+    BRANCHED,
+    STOLEN,
 ) = range(len(KINDS))
 
 _ROW = Struct("<iiiiB")

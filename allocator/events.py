@@ -134,6 +134,8 @@ class Replayer:
             kinds.LEFT: self._left,
             kinds.ADVANCED: self._advanced,
             kinds.EVICTED: self._evicted,
+            kinds.BRANCHED: self._branched,
+            kinds.STOLEN: self._stolen,
         }
 
     def _resize(self, num_blocks: int) -> None:
@@ -325,6 +327,24 @@ class Replayer:
         else:  # a cached source is kept by its whole prefix
             self._holds.add(sequence.prefix, 1)
             self._held_for_copies.append(sequence.prefix[:])
+
+    def _branched(self, event: Event) -> None:
+        sequence = self._sequences[event.sequence]
+        _, destination = event.blocks
+        self._require_cached(event.blocks[:1])
+        self._require_free(event.blocks[1:])
+        self._enter(sequence, event.blocks[1:])
+        self._pin(destination)
+        held = sequence.prefix + event.blocks[:1]
+        self._holds.add(held, 1)
+        self._held_for_copies.append(held)
+        sequence.num_tokens += event.value
+
+    def _stolen(self, event: Event) -> None:
+        self._evicted(event)
+        sequence = self._sequences[event.sequence]
+        self._enter(sequence, event.blocks)
+        sequence.num_tokens += event.value
 
     def _executed(self, event: Event) -> None:
         for block in self._pinned:

@@ -4,6 +4,8 @@
         policies = (MyPolicy,)
 
     class MyManagerMachine(AllocatorMachine):
+        partials = ("",)                             # without what yours cannot do
+        logging = (False,)
         def make_manager(self, num_blocks, tokens_per_block, reuse): ...
         def cached_blocks(self): ...
         def snapshot(self): ...
@@ -26,6 +28,7 @@ with a shadow of the pool:
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -34,6 +37,7 @@ from allocator.oracle import Tally
 from allocator.rules.base import ManagerMachine
 from allocator.rules.batch import BatchRules
 from allocator.rules.events import EventRules
+from allocator.rules.partial import PartialRules
 from allocator.rules.quotas import QuotaRules
 from allocator.rules.retention import RetentionRules
 from allocator.rules.reuse import ReuseRules
@@ -45,6 +49,7 @@ __all__ = [
     "BatchMachine",
     "EventsMachine",
     "ManagerMachine",
+    "PartialMachine",
     "QuotaMachine",
     "RetentionMachine",
     "ReuseMachine",
@@ -87,10 +92,21 @@ class RetentionMachine(RetentionRules, ReuseRules):
     policies = ("priority",)
 
 
+class PartialMachine(ReuseRules, EventRules, PartialRules):
+    """Hits that end within a block; both ways of partial reuse, blocks of four tokens."""
+
+    partials = ("copy", "steal")
+
+    def begin(self, num_blocks: int, tokens_per_block: int, reuse: bool, *others: Any, **more: Any) -> None:
+        super().begin(num_blocks, 4, True, *others, **more)
+
+
 class AllocatorMachine(
-    ReuseRules, SharingRules, BatchRules, QuotaRules, TierRules, EventRules, RetentionRules
+    ReuseRules, SharingRules, BatchRules, QuotaRules, TierRules, EventRules, RetentionRules, PartialRules
 ):
     """Everything at once."""
+
+    partials = ("", "", "copy", "steal")
 
 
 def run_machine(

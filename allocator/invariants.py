@@ -49,6 +49,10 @@ def check_invariants(manager: KVCacheManager) -> None:
         assert pool.shared.get(block, 1) == holders, f"block {block} has {holders} holders"
     assert set(pool.shared) <= set(private), "a block without holders is listed as shared"
 
+    if pool.partial is not None:
+        pool.partial.check()
+    manager._prefilling.check()
+
     evictable = sum(1 for extent in cached.values() if not extent.references)
     assert pool.num_evictable == evictable, f"{evictable} blocks are evictable, not {pool.num_evictable}"
     transfers = [] if pool.tier is None else pool.tier.queue.gpu_held()

@@ -122,6 +122,10 @@ class KVCacheManager(Swapping):
             evicted_blocks=pool.evicted_blocks,
             cow_copies=self.tables.cow_copies,
             cow_tokens=self.tables.cow_tokens,
+            partial_hits=counts.partial_hits,
+            partial_copies=self.tables.partial_copies,
+            partial_copied_tokens=self.tables.partial_copied_tokens,
+            stolen_blocks=self.tables.stolen_blocks,
             host=None if pool.tier is None else pool.tier.stats(),
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from allocator.content import Content
-from allocator.prefix import Extent, PrefixIndex, Root, common_blocks
+from allocator.partial import PartialHit, PartialReuse
+from allocator.prefilling import Prefilling
+from allocator.prefix import Extent, PrefixIndex, Root
 from allocator.sequence import KVSequence
 
 
@@ -17,9 +19,12 @@ class PrefixMatch:
     path          (extent, blocks of it) from the root down, blocks that are hit only
     repeated      the extent with the one cached block that has to be computed again for the last token's sake,
                   if there is one: the sequence will hold it beside its own
-    hit_blocks    blocks found, on the GPU or in host memory
+    hit_blocks    whole blocks found, on the GPU or in host memory
     query_blocks  ceil(num_prompt_tokens / tokens_per_block): what hit_blocks and the misses sum up to
     miss_blocks   cause -> blocks, see allocator.stats.MISS_CAUSES; causes without blocks are left out
+    partial       with partial reuse, the block of which the first tokens are hit as well; it counts as missed,
+                  as it has to be computed in part
+    computed_by   a sequence that is about to compute the first of the blocks missed, or None
     """
 
     index: PrefixIndex
@@ -32,11 +37,19 @@ class PrefixMatch:
     query_blocks: int
     miss_blocks: dict[str, int]
     version: int
+    partial: PartialHit | None = None
+    computed_by: KVSequence | None = None
+
+    @property
+    def partial_tokens(self) -> int:
+        """Return how many of the hit tokens lie in a block that is hit in part."""
+        return 0 if self.partial is None else self.partial.num_tokens
 
     @property
     def hit_tokens(self) -> int:
         """Return how many tokens of the prompt need not be computed."""
-        return self.hit_blocks * self.tokens_per_block
+        tokens = self.hit_blocks * self.tokens_per_block
+        return tokens if self.partial is None else tokens + self.partial.num_tokens
 
     @property
     def evictable_blocks(self) -> int:
@@ -55,7 +68,16 @@ class PrefixMatch:
     @property
     def repeated_blocks(self) -> int:
         """Return 1 if the block to be computed again is evictable now, and would stop being so; else 0."""
-        return int(self.repeated is not None and not self.repeated.references and bool(self.repeated.ids))
+        if self.repeated is None or self.repeated.references or not self.repeated.ids:
+            return 0
+        partial = self.partial  # if that is stolen, it is not there any more to be held
+        return int(partial is None or partial.extent is not self.repeated or not partial.can_be_stolen)
+
+    @property
+    def copied_blocks(self) -> int:
+        """Return 1 if a copy's source is evictable now, and would not be until the copy is made; else 0."""
+        partial = self.partial
+        return int(partial is not None and not partial.extent.references and not partial.can_be_stolen)
 
 
 _NO_SALTS: dict[Hashable, Root] = {}
@@ -66,12 +88,10 @@ def find_match(
     content: Content,
     salt: Hashable,
     tokens_per_block: int,
-    prefilling: Collection[KVSequence],
+    prefilling: Prefilling,
+    partial_reuse: PartialReuse | None = None,
 ) -> PrefixMatch:
-    """Look a prompt up. Changes nothing.
-
-    `prefilling` are the sequences whose prompts are not computed completely yet.
-    """
+    """Look a prompt up. Changes nothing."""
     prompt = content.num_prompt_tokens
     query_blocks = -(-prompt // tokens_per_block)
     full = prompt // tokens_per_block
@@ -93,7 +113,20 @@ def find_match(
                 path.append((extent, blocks))
                 hit_blocks += blocks
 
+    partial = None
+    if partial_reuse is not None and root is not None:
+        parent, at = path[-1] if path else (root, 0)
+        query, unit = content.block_units(tokens_per_block, hit_blocks)
+        found = partial_reuse.find(parent, at, query, unit, query_blocks)
+        if found is not None:
+            extent, at, units = found
+            tokens = tokens_per_block * unit // root.width  # of a unit
+            units = min(units, (prompt - 1 - hit_blocks * tokens_per_block) // tokens)
+            if units:
+                partial = PartialHit(extent, at, units * tokens)
+
     misses: dict[str, int] = {}
+    computed_by = None
     repeated = None
     if live > usable:
         misses["last_token"] = live - usable
@@ -108,7 +141,9 @@ def find_match(
                 misses["isolated"] = isolated - reached
                 reached = isolated
         if prefilling and root is not None:
-            in_flight = max(_blocks_ahead(s, root, walked, live, keys) for s in prefilling)
+            in_flight, ahead = prefilling.ahead(root, walked, keys)
+            if in_flight > live:
+                computed_by = ahead
             if in_flight > reached:
                 misses["in_flight"] = in_flight - reached
                 reached = in_flight
@@ -128,24 +163,10 @@ def find_match(
         query_blocks,
         misses,
         index.version,
+        partial,
+        computed_by,
     )
 
 
 def _live_blocks(index: PrefixIndex, root: Extent, keys: bytes) -> int:
     return sum(blocks for extent, blocks in index.match(root, keys) if extent.ids or extent.host)
-
-
-def _blocks_ahead(
-    sequence: KVSequence, root: Extent, walked: list[tuple[Extent, int]], live: int, keys: bytes
-) -> int:
-    """Return up to which block of the prompt `sequence` is going to compute what the prompt needs."""
-    anchor, start = sequence.anchor, sequence.anchored
-    if start > live or start * root.width >= len(keys):
-        return 0
-    if anchor is not root and (anchor, anchor.num_blocks) not in walked:
-        return 0
-    size = sequence.history.tokens_per_block
-    end = sequence.num_prompt_tokens // size
-    if start >= end:
-        return 0
-    return start + common_blocks(sequence.history.keys(start, end), keys, start, root.width)

@@ -17,6 +17,7 @@ from allocator.config import CacheConfig
 from allocator.content import TokenContent
 from allocator.eviction import POLICIES, EvictionPolicy, make_policy
 from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch, QuotaExceeded
+from allocator.oracle_partial import PartExpected, expected_part
 from allocator.oracle_tiers import HostOracle
 from allocator.retention import RetentionConfig
 from allocator.sequence import KVSequence
@@ -33,6 +34,8 @@ class Tally:
     steps: int = 0
     programs: int = 0
     operations: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Kinds of what operations led to."""
     evictions: int = 0
     copies: int = 0
     refusals: int = 0
@@ -44,6 +47,7 @@ class Tally:
         rows = [("steps", self.steps), ("programs", self.programs), ("evictions", self.evictions)]
         rows += [("copies", self.copies), ("refusals", self.refusals), ("hit blocks", self.hit_blocks)]
         rows += [("transfers", self.transfers)]
+        rows += sorted(self.outcomes.items())
         rows += [(f"  {name}", count) for name, count in sorted(self.operations.items())]
         lines = [f"{name:<24}{count:>10,}" for name, count in rows]
         return "\n".join([*lines, f"{'seconds':<24}{self.seconds:>10.1f}"])
@@ -61,6 +65,8 @@ class Oracle:
     """
 
     policies: ClassVar[Sequence[str | type[EvictionPolicy]]] = tuple(sorted(POLICIES))
+    partials: ClassVar[Sequence[str]] = ("",)
+    """Ways of partial reuse to draw from: "" for none, "copy", or "steal" (copy_on_partial_reuse off)."""
     tally: ClassVar[Tally] = Tally()
     logging: ClassVar[Sequence[bool]] = (False,)
     """Whether the manager keeps its event log, in as many programs as there are items here."""
@@ -71,12 +77,11 @@ class Oracle:
 
     def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
         """Return the manager under test."""
-        policy = self.policy if isinstance(self.policy, str) else "lru"
         return KVCacheManager(
             num_blocks,
             tokens_per_block,
-            CacheConfig(enable_block_reuse=reuse, policy=policy),
-            policy=make_policy(policy) if isinstance(self.policy, str) else self.policy(),
+            self.cache_config(reuse),
+            policy=make_policy(self.policy) if isinstance(self.policy, str) else self.policy(),
             ghost_blocks=self.ghosts,
             events=self.keeps_log,
             num_host_blocks=self.host_blocks,
@@ -106,6 +111,14 @@ class Oracle:
 
     # ------------------------------------------------ state
 
+    def cache_config(self, reuse: bool) -> CacheConfig:
+        """Return the configuration of the manager under test, but for its policy."""
+        return CacheConfig(
+            enable_block_reuse=reuse,
+            enable_partial_reuse=reuse and bool(self.partial),
+            copy_on_partial_reuse=self.partial != "steal",
+        )
+
     def begin(
         self,
         num_blocks: int,
@@ -115,12 +128,14 @@ class Oracle:
         ghosts: int | None,
         log: int = 0,
         host_blocks: int = 0,
+        partial: int = 0,
     ) -> None:
         """Make the manager and an empty shadow; None is the default of ghosts.
 
-        `policy` picks one of `policies`, and `log` one of `logging`.
+        `policy` picks one of `policies`, `log` one of `logging`, and `partial` one of `partials`.
         """
-        self.host_blocks = host_blocks if self.serves_host else 0
+        self.partial = self.partials[partial % len(self.partials)]
+        self.host_blocks = host_blocks if self.serves_host and not self.partial else 0
         self.keeps_log = self.logging[log % len(self.logging)] and not self.host_blocks
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
@@ -227,13 +242,16 @@ class Oracle:
     def check_match(self, prompt: Prompt, salt: Hashable, match: PrefixMatch) -> None:
         """Compare a fresh match with what is really there."""
         assert match.query_blocks == -(-prompt.num_tokens // self.size)
-        assert match.hit_tokens == match.hit_blocks * self.size < prompt.num_tokens
+        assert match.hit_tokens == match.hit_blocks * self.size + match.partial_tokens < prompt.num_tokens
+        assert 0 <= match.partial_tokens < self.size
         assert match.hit_blocks + sum(match.miss_blocks.values()) == match.query_blocks
         assert all(count > 0 for count in match.miss_blocks.values())
         if self.settled:
             hits = self.longest_hit(prompt, salt)
             assert match.hit_blocks == len(hits), "not the longest hit"
             assert self.host.num_blocks == 0 or match.host_blocks == hits.count(None)
+            part = expected_part(self, prompt, salt, match.hit_blocks)
+            assert match.partial_tokens == part.num_tokens, f"{match.partial_tokens} tokens, not {part}"
 
     def copies_due(self, writers: Sequence[KVSequence]) -> tuple[int, int]:
         """Return the fewest and the most copies that a write by these sequences can need.
@@ -253,8 +271,8 @@ class Oracle:
                 leaving[tail] += 1
             elif holders[tail] > 1 or self.has_heirs(tail, cached):
                 least, most = least + 1, most + 1
-            else:
-                most += 1  # remembered evicted content below may keep it in place
+            elif self.host.num_blocks:
+                most += 1  # the host may hold what hangs below, or this very block
         private = sum(count - (count == holders[block]) for block, count in leaving.items())
         return least + private, most + private
 
@@ -338,7 +356,8 @@ class Oracle:
             assert stats.evictable_blocks == evictable
             assert stats.in_transfer_blocks == 0
         self.host.check()
-        assert (stats.cow_copies, stats.cow_tokens) == (self.copies, self.copied_tokens)
+        assert stats.cow_copies + stats.partial_copies == self.copies
+        assert stats.cow_tokens + stats.partial_copied_tokens == self.copied_tokens
 
     def check_counters(self) -> None:
         """Compare the counters with a recount."""
@@ -378,7 +397,7 @@ class Oracle:
         tally = self.tally
         tally.programs += 1
         tally.evictions += stats.evicted_blocks
-        tally.copies += stats.cow_copies
+        tally.copies += stats.cow_copies + stats.partial_copies
         tally.hit_blocks += stats.hit_blocks
         tally.refusals += self.refusals
         tally.transfers += self.host.moved_out + self.host.moved_in
@@ -410,15 +429,21 @@ class Oracle:
             assert match.hit_blocks == found.hit_blocks
             assert match.miss_blocks == found.miss_blocks
             assert match.evictable_blocks == found.evictable_blocks
+            assert match.partial == found.partial
         chunk = min(chunk, prompt.num_tokens - found.hit_tokens)
         needed = -(-(found.hit_tokens + chunk) // self.size) - found.hit_blocks
+        part = None
         if self.settled:  # hits that nobody holds are no longer available, and those on the host take blocks
             tables = {block for sequence in self.stories for block in self.table(sequence)}
             held = {state for story in self.stories.values() for state in story.full_states()}
             hits = self.longest_hit(prompt, salt)
             needed += sum(b is None or (b not in tables and self.shadow.block(b) not in held) for b in hits)
+            part = expected_part(self, prompt, salt, found.hit_blocks)
+            assert part.idle if found.copied_blocks else part.free or part.held or not part.num_tokens
         else:
             needed += found.evictable_blocks + (found.host_blocks if self.host.num_blocks else 0)
+        needed += found.copied_blocks
+        stolen = self.manager.stats().stolen_blocks
         tenant = self.tenant(salt)
         fits = self.manager.can_admit(found, chunk, tenant)
         options = {} if retention is None else {"retention": retention}
@@ -433,6 +458,9 @@ class Oracle:
         if sequence is None:
             return False
         assert sequence.hit_tokens == found.hit_tokens
+        if found.partial_tokens:
+            was_stolen = self.manager.stats().stolen_blocks > stolen
+            self.check_part(part, self.table(sequence)[found.hit_blocks], was_stolen)
         if not readmission:
             self.queried_tokens += prompt.num_tokens
             self.queried_blocks += found.query_blocks
@@ -443,6 +471,12 @@ class Oracle:
         story.say(found.hit_tokens)
         self.note(sequence, self.manager.prefill_slots(sequence).tolist(), story.say(chunk))
         return True
+
+    def check_part(self, part: PartExpected | None, block: int, was_stolen: bool) -> None:
+        """See that a partial hit took over a block that was free to take, or else went to a copy."""
+        self.tally.outcomes["parts stolen" if was_stolen else "parts copied"] += 1
+        if part is not None:
+            assert block in part.free if was_stolen else part.idle or part.held, f"{block} of {part}"
 
     def note(self, sequence: KVSequence, slots: list[int], states: list[State]) -> None:
         """Remember what a step is going to write where."""

@@ -18,6 +18,7 @@ from allocator.event_log import EVICTED, NOBODY, UNSTORED, EventLog
 from allocator.eviction.policy import EvictionPolicy
 from allocator.host import demote
 from allocator.lifetimes import Lifetimes
+from allocator.partial import PartialReuse
 from allocator.prefix import Extent, PrefixIndex
 from allocator.retaining import Expiries
 
@@ -44,6 +45,7 @@ class BlockPool(FreeBlocks):
         self.lifetimes: Lifetimes | None = None
         self.events: EventLog | None = None
         self.expiries = Expiries()
+        self.partial: PartialReuse | None = None
         self.now = 0
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
@@ -135,12 +137,17 @@ class BlockPool(FreeBlocks):
         assert parent is not None
         ids = self.index.trim(extent, count) if self.tier is None else self.tier.evict(extent, count)
         self.policy.evicted(extent, count)
+        partial = self.partial
+        if partial is not None:
+            partial.changed(extent)
         if not extent.ids:
             if extent.retention is not None:
                 self.expiries.discard(extent)
                 extent.retention = None
             if self._is_exposed(parent):
                 self.policy.exposed(parent)
+                if partial is not None:
+                    partial.changed(parent)
         return ids
 
     def _can_be_taken(self, chosen: object, wanted: int) -> bool:
@@ -180,10 +187,30 @@ class BlockPool(FreeBlocks):
             self.lifetimes.filled(extent, num_blocks, self.now)
         if self.notes_cached:
             self.policy.cached(extent, num_blocks)
+        if self.partial is not None:
+            self.partial.cached(extent, num_blocks)
 
-    def uncached(self, extent: Extent) -> None:
-        """Note that a referenced extent's last block was taken out of the index by its only holder."""
+    def uncache(self, extent: Extent) -> int:
+        """Take an extent's last block out of the index, leave a ghost, and return the block.
+
+        Its only holder is about to write into it; no cached block hangs below.
+        """
+        self.settle()  # ghosts are listed in the order of their making
+        (block,) = self.index.trim(extent, 1)
         self.policy.evicted(extent, 1)
+        if not extent.ids:
+            extent.references = 0
+            extent.retention = None
+        if self.partial is not None:
+            self.partial.changed(extent)
+        return block
+
+    def steal(self, extent: Extent) -> int:
+        """Take the one block of an unreferenced leaf out of the index for a sequence that is going to write it."""
+        if self.lifetimes is not None:
+            self.lifetimes.evicted(extent, 1, self.now)
+        self.acquire(extent)
+        return self.uncache(extent)
 
     def pass_time(self, now: int) -> None:
         """Let it be `now`: the retentions that are over by then end, in their order."""
@@ -199,6 +226,10 @@ class BlockPool(FreeBlocks):
             if extent.retention is not None:
                 self.expiries.discard(extent)
             self.policy.referenced(extent)
+            if self.partial is not None:
+                extent.references += references
+                self.partial.changed(extent)
+                return
         extent.references += references
 
     def hit(self, extent: Extent) -> None:
@@ -223,6 +254,8 @@ class BlockPool(FreeBlocks):
             self.policy.released(extent)
             if not extent.live_children:
                 self.policy.exposed(extent)
+            if self.partial is not None:
+                self.partial.changed(extent)
         else:
             ids = extent.ids[::-1]
             if extent.host is None:
@@ -252,4 +285,7 @@ class BlockPool(FreeBlocks):
         head = self.index.split(extent, at)
         if extent.ids:
             self.policy.split(head, extent)
+            if self.partial is not None:
+                self.partial.changed(head)
+                self.partial.changed(extent)
         return head

@@ -268,14 +268,6 @@ class PrefixIndex:
         extent.ids.extend(ids)
         self.version += 1
 
-    def shorten(self, extent: Extent) -> None:
-        """Take the last block out of an extent of several without children; leave no ghost."""
-        del extent.keys[-extent.width :]
-        del extent.ids[-1:]
-        if extent.born is not None:
-            del extent.born[-1:]
-        self.version += 1
-
     def revive(self, ghost: Extent, ids: array[int]) -> None:
         """Give a ghost, or what only the host holds, blocks again; its parent must be live."""
         assert ghost.parent is not None

@@ -42,6 +42,7 @@ class KVSequence:
         "host",
         "num_prompt_tokens",
         "number",
+        "partial_tokens",
         "released",
         "retention",
         "salt",
@@ -67,6 +68,7 @@ class KVSequence:
         self.table = table
         self.twins: set[int] = set()
         self.hit_blocks = 0
+        self.partial_tokens = 0
         self.cow_copies = 0
         self.host: array[int] | None = None  # swapped out: the host blocks of what the index does not know
         self.batch: Batch | None = None
@@ -111,7 +113,7 @@ class KVSequence:
     @property
     def hit_tokens(self) -> int:
         """Return how many tokens its admission found in the cache."""
-        return self.hit_blocks * self.settled_history.tokens_per_block
+        return self.hit_blocks * self.settled_history.tokens_per_block + self.partial_tokens
 
     @property
     def block_table(self) -> NDArray[np.int32]:

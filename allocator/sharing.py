@@ -41,6 +41,7 @@ class Sharing(Admission):
             )
             child.twins = set(sequence.twins)
             child.hit_blocks = sequence.hit_blocks
+            child.partial_tokens = sequence.partial_tokens
             child.tenant = sequence.tenant
             if self.events is not None:
                 child.number = self.events.new_sequence()
@@ -48,7 +49,7 @@ class Sharing(Admission):
             child.retention = sequence.retention
             self.sequences[child] = None
             if sequence in self._prefilling:
-                self._prefilling[child] = None
+                self._prefilling.put(child)
             children.append(child)
         self._logical_blocks += n * len(sequence.table)
         if sequence.tenant is not None:
@@ -154,7 +155,16 @@ class Sharing(Admission):
 
     @staticmethod
     def _swap_state(one: KVSequence, other: KVSequence) -> None:
-        for name in ("history", "anchor", "table", "twins", "num_prompt_tokens", "hit_blocks", "retention"):
+        for name in (
+            "history",
+            "anchor",
+            "table",
+            "twins",
+            "num_prompt_tokens",
+            "hit_blocks",
+            "partial_tokens",
+            "retention",
+        ):
             mine, theirs = getattr(one, name), getattr(other, name)
             setattr(one, name, theirs)
             setattr(other, name, mine)

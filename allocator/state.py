@@ -9,7 +9,9 @@ from allocator.config import CacheConfig
 from allocator.event_log import CREATED, NOBODY, EventLog
 from allocator.eviction import EvictionPolicy, make_policy
 from allocator.lifetimes import Lifetimes
+from allocator.partial import PartialReuse
 from allocator.pool import BlockPool
+from allocator.prefilling import Prefilling
 from allocator.prefix import PrefixIndex
 from allocator.quotas import Quotas
 from allocator.sequence import KVSequence
@@ -56,14 +58,19 @@ class ManagerState:
                 f"host_cache_bytes ({config.host_cache_bytes}) needs num_host_blocks: a manager counts blocks"
             )
         num_host_blocks = as_int("num_host_blocks", num_host_blocks or 0, 0)
+        if num_host_blocks and config.enable_partial_reuse:
+            raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 with enable_partial_reuse")
         if num_host_blocks:
             self.pool.tier = HostTier(self.pool, num_host_blocks, config.offload_min_priority)
+        if config.enable_partial_reuse:
+            self.pool.partial = PartialReuse(self.index, num_blocks, copy=config.copy_on_partial_reuse)
+            self.pool.drains = False  # candidates have to know at once what is gone
         if lifetimes:
             self.pool.lifetimes = Lifetimes()
         self.sequences: dict[KVSequence, None] = {}
         self.tables = Tables(self.pool, self.index, tokens_per_block)
         self._lookups = Lookups()
-        self._prefilling: dict[KVSequence, None] = {}
+        self._prefilling = Prefilling()
         self.quotas = Quotas(quotas) if quotas is not None else None
         self._logical_blocks = 0
         self._logical_tokens = 0
@@ -100,7 +107,6 @@ class ManagerState:
 def _refuse_unserved(config: CacheConfig) -> None:
     """Raise ValueError for what the configuration can say and this manager cannot do."""
     unserved: dict[str, object] = {
-        "enable_partial_reuse": False,
         "window": None,
         "num_sinks": 0,
     }

@@ -19,12 +19,16 @@ unknown         not remembered, and older ghosts have been forgotten: evicted or
 
 @dataclass
 class Lookups:
-    """Counts over first admissions; `miss_blocks` sums up to query_blocks − hit_blocks."""
+    """Counts over first admissions; `miss_blocks` sums up to query_blocks − hit_blocks.
+
+    A block hit in part is a miss; its tokens are hit tokens, and `partial_hits` counts such blocks.
+    """
 
     query_tokens: int = 0
     query_blocks: int = 0
     hit_tokens: int = 0
     hit_blocks: int = 0
+    partial_hits: int = 0
     miss_blocks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MISS_CAUSES, 0))
 
 
@@ -80,6 +84,10 @@ class CacheStats:
     evicted_blocks: int
     cow_copies: int
     cow_tokens: int
+    partial_hits: int
+    partial_copies: int
+    partial_copied_tokens: int
+    stolen_blocks: int
     host: HostStats | None = None
     """Of the host tier, if there is one."""
 

@@ -9,7 +9,19 @@ from array import array
 from collections.abc import Iterable
 
 from allocator.copies import PendingCopies
-from allocator.event_log import COPIED, DETACHED, REPEATED, ROOT, STORED, UNSTORED, EventLog
+from allocator.event_log import (
+    BRANCHED,
+    COPIED,
+    DETACHED,
+    NOBODY,
+    REPEATED,
+    ROOT,
+    STOLEN,
+    STORED,
+    UNSTORED,
+    EventLog,
+)
+from allocator.partial import is_free_leaf
 from allocator.pool import BlockPool
 from allocator.prefix import Extent, PrefixIndex
 from allocator.retaining import index_retained
@@ -25,7 +37,10 @@ def root_of(sequence: KVSequence) -> Extent:
 
 
 class Tables:
-    """Operations on the tables of sequences; `cow_copies` and `cow_tokens` count copy-on-write."""
+    """Operations on the tables of sequences, and counts of copies and steals.
+
+    `cow_copies` and `cow_tokens` count copy-on-write, the others what partial reuse does.
+    """
 
     def __init__(self, pool: BlockPool, index: PrefixIndex, tokens_per_block: int) -> None:
         self.pool = pool
@@ -34,6 +49,9 @@ class Tables:
         self.tokens_per_block = tokens_per_block
         self.cow_copies = 0
         self.cow_tokens = 0
+        self.partial_copies = 0
+        self.partial_copied_tokens = 0
+        self.stolen_blocks = 0
         self.events: EventLog | None = None
 
     # -------------------------------------------------------- caching what is full
@@ -164,11 +182,13 @@ class Tables:
                 copies += left > 0
         return copies
 
-    @staticmethod
-    def _can_take_back(sequence: KVSequence) -> bool:
+    def _can_take_back(self, sequence: KVSequence) -> bool:
         """Return whether a cached last block is this sequence's alone, so that it can leave the index."""
         anchor = sequence.anchor
-        return anchor.references == 1 and not anchor.children and not anchor.host_references
+        if anchor.references != 1 or anchor.live_children or anchor.host_references:
+            return False
+        # What is left below are ghosts, or what only the host holds.
+        return self.pool.tier is None or all(child.host is None for child in (anchor.children or {}).values())
 
     def own_tail(self, sequence: KVSequence) -> None:
         """Make the block that the next token goes into private: leave it, or take it out of the index."""
@@ -180,15 +200,13 @@ class Tables:
             self._copy_tail(sequence, tail, None)
             self.pool.unshare(tail)
         elif self._can_take_back(sequence):
-            assert extent.parent is not None
+            parent = extent.parent
+            assert parent is not None
             if self.events is not None:
                 self.events.add_block(UNSTORED, sequence.number, -1, -1, tail)
-            if len(extent.ids) == 1:
-                sequence.anchor = extent.parent
-                self.index.remove(extent)
-            else:
-                self.index.shorten(extent)
-            self.pool.uncached(extent)
+            self.pool.uncache(extent)
+            if not extent.ids:
+                sequence.anchor = parent
         else:
             self._copy_tail(sequence, tail, extent)
             self.move_anchor(sequence, len(sequence.table) - 1)
@@ -196,14 +214,43 @@ class Tables:
     def _copy_tail(self, sequence: KVSequence, source: int, extent: Extent | None) -> None:
         """Give a sequence a fresh last block that starts as a copy of `source`."""
         valid = sequence.num_tokens % self.tokens_per_block
-        (destination,) = self.pool.take(1)
-        self.copies.add(source, destination, valid, extent)
+        destination = self._copy(source, valid, extent)
         if self.events is not None:
             self.events.add_blocks(COPIED, sequence.number, -1, valid, array("i", (source, destination)))
         sequence.table[-1] = destination
         sequence.cow_copies += 1
         self.cow_copies += 1
         self.cow_tokens += valid
+
+    def _copy(self, source: int, valid: int, extent: Extent | None) -> int:
+        """Note a copy of `valid` tokens from a block, cached by `extent` or not, and return where it goes."""
+        if extent is not None:
+            self.pool.acquire_path(extent)  # before a block is taken, lest that be the source
+        (destination,) = self.pool.take(1)
+        self.copies.add(source, destination, valid, extent)
+        return destination
+
+    def reuse_part(self, extent: Extent, num_tokens: int, number: int = NOBODY) -> int:
+        """Return a private block with the first `num_tokens` tokens of an extent's first block.
+
+        That is the block itself, taken out of the index, if it is an unreferenced leaf; else a copy. `number` is
+        that of the sequence in the event log.
+        """
+        if len(extent.ids) == 1 and is_free_leaf(extent):
+            self.stolen_blocks += 1
+            block = self.pool.steal(extent)
+            if self.events is not None:
+                self.events.add_block(STOLEN, number, -1, num_tokens, block)
+            return block
+        if len(extent.ids) > 1:  # hold no more than the source
+            extent = self.pool.split(extent, 1)
+        source = extent.ids[0]
+        self.partial_copies += 1
+        self.partial_copied_tokens += num_tokens
+        destination = self._copy(source, num_tokens, extent)
+        if self.events is not None:
+            self.events.add_blocks(BRANCHED, number, -1, num_tokens, array("i", (source, destination)))
+        return destination
 
     # -------------------------------------------------------- sharing and giving back
 

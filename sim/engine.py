@@ -195,7 +195,7 @@ class _Replica:
                 assert match is not None
                 job.admit_ps = now_ps
                 job.query_blocks = match.query_blocks
-                job.hit_blocks = match.hit_blocks
+                job.hit_blocks, job.hit_tokens = match.hit_blocks, match.hit_tokens
 
     def _note_stall(self, now_ps: int) -> None:
         """Note when the batch, which has to wait while prompts are computed, had its last tokens."""
@@ -239,6 +239,7 @@ class _Replica:
             end = start + steps * first + increment * (steps * (steps - 1) // 2)
         referenced = pool.num_referenced
         referenced_first = referenced + scheduler.coast(steps)
+        manager.pending_copies()  # there are none: it tells that the steps have ended
         last_start = end - first - increment * (steps - 1)
         if arrivals.next_ps <= last_start:
             self.take_arrivals(last_start)
@@ -369,6 +370,7 @@ class _Stretch:
             steps = _steps_until(stop_ps - self.start_ps, self.first_ps, self.increment_ps)
         if steps > 1:
             self._scheduler.decode(steps - 1)
+            self._scheduler.manager.pending_copies()  # there are none: it tells that the steps have ended
             self.steps = steps
             self.end_ps = self._end_after(steps)
             self._replica.take_arrivals(self._end_after(steps - 1))

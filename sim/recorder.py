@@ -116,7 +116,6 @@ class Recorder:
         if origin.left:
             return False
         request = job.request
-        hit_blocks = origin.hit_blocks
         self._requests.extend(
             (
                 request.request_id,
@@ -128,8 +127,8 @@ class Recorder:
                 origin.first_ps,
                 now_ps,
                 origin.query_blocks,
-                hit_blocks,
-                hit_blocks * self._manager.tokens_per_block,
+                origin.hit_blocks,
+                origin.hit_tokens,
                 preemptions,
                 recomputed,
                 blocks,

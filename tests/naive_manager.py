@@ -49,8 +49,12 @@ class NaiveSequence:
 class NaiveManager:
     """The same semantics as KVCacheManager, a block at a time."""
 
-    def __init__(self, num_blocks: int, size: int, policy: str, reuse: bool, ghosts: int) -> None:
+    def __init__(
+        self, num_blocks: int, size: int, policy: str, reuse: bool, ghosts: int, partial: str = ""
+    ) -> None:
         self.size, self.policy, self.reuse = size, policy, reuse
+        self.num_blocks, self.partial = num_blocks, partial if reuse else ""
+        self.fresh: set[Identity] = set()  # cached since the last step ended
         self.ghost_capacity = ghosts if reuse else 0
         self.free = list(range(num_blocks))
         self.cached: dict[Identity, Cached] = {}
@@ -78,17 +82,30 @@ class NaiveManager:
         """Return a free block, else the one whose content is given up."""
         if self.free:
             return self.free.pop()
-        leaves = [one for one in self.idle if not any(other[0] == one for other in self.cached)]
+        leaves = [one for one in self.idle if self.is_leaf(one)]
         if self.policy == "fifo":
             leaves.sort(key=lambda one: self.cached[one].number)
         victim = leaves[0]
         del self.idle[victim]
         self.evicted.append(victim)
-        self.ghosts[victim] = None
+        self.remember(victim)
+        return self.cached.pop(victim).block
+
+    def remember(self, one: Identity) -> None:
+        self.ghosts[one] = None
         while len(self.ghosts) > self.ghost_capacity:
             self.ghosts.popitem(last=False)
             self.forgot = True
-        return self.cached.pop(victim).block
+
+    def uncache(self, one: Identity) -> int:
+        """Take a block out of the cache whose only holder is about to write into it."""
+        self.remember(one)
+        block = self.cached[one].block
+        del self.cached[one]
+        return block
+
+    def is_leaf(self, one: Identity) -> bool:
+        return not any(other[0] == one for other in self.cached)
 
     def give(self, block: int) -> None:
         (self.limbo if self.pins[block] else self.free).append(block)
@@ -96,6 +113,9 @@ class NaiveManager:
     def hold(self, one: Identity) -> None:
         self.cached[one].references += 1
         self.idle.pop(one, None)
+
+    def hit(self, one: Identity) -> None:
+        self.hold(one)
 
     def drop(self, one: Identity) -> None:
         self.cached[one].references -= 1
@@ -158,6 +178,28 @@ class NaiveManager:
                 reached = end
         return hits, causes
 
+    def find_part(
+        self, prompt: Sequence[Hashable], salt: Hashable, hits: int, unit: int
+    ) -> tuple[int, list[Identity]]:
+        """Return how many tokens beyond the hits some cached block agrees with, in whole units, and which do."""
+        if not self.partial or (self.partial == "copy" and -(-len(prompt) // self.size) >= self.num_blocks):
+            return 0, []
+        parent = self.identities(("root", salt), prompt[: hits * self.size])[-1] if hits else ("root", salt)
+        rest = prompt[hits * self.size :]
+        found: dict[Identity, int] = {}
+        for one in self.cached:
+            stealable = one in self.idle and self.is_leaf(one)
+            if one[0] == parent and one not in self.fresh and (stealable or self.partial == "copy"):
+                common = 0
+                for mine, theirs in zip(rest, one[1], strict=False):
+                    if mine != theirs:
+                        break
+                    common += 1
+                found[one] = common // unit * unit
+        most = max(found.values(), default=0)
+        tokens = min(most, (len(rest) - 1) // unit * unit)
+        return tokens, [one for one in found if found[one] == most and tokens]
+
     @staticmethod
     def salt_of(one: Identity) -> Hashable:
         while one[0] != "root":
@@ -170,26 +212,48 @@ class NaiveManager:
         """Let it be `now`: nothing depends on it here."""
 
     def admit(
-        self, prompt: Sequence[Hashable], salt: Hashable, num_tokens: int, retention: object = None
+        self,
+        prompt: Sequence[Hashable],
+        salt: Hashable,
+        num_tokens: int,
+        retention: object = None,
+        part: Identity | None = None,
+        part_tokens: int = 0,
     ) -> NaiveSequence:
+        """Start a sequence; the first `part_tokens` tokens beyond its hits come from the block of `part`."""
         hits, _ = self.lookup(prompt, salt)
-        length = hits * self.size + num_tokens
+        length = hits * self.size + part_tokens + num_tokens
         found = self.identities(("root", salt), prompt)[:hits]
         grow = -(-length // self.size) - hits
-        if grow + sum(one in self.idle for one in found) > self.available:
+        kept = part is not None and part in self.idle and not self.is_leaf(part)
+        if grow + sum(one in self.idle for one in found) + kept > self.available:
             raise Refused
         self.roots += 1
         root = ("root", salt) if self.reuse else ("root", self.roots)
         sequence = NaiveSequence(root, salt, list(prompt))
         for one in found:
-            self.hold(one)
+            self.hit(one)
             sequence.table.append(self.cached[one].block)
             sequence.path.append(one)
-        self.grow(sequence, grow)
+        if part is not None:
+            sequence.table.append(self.part_of(part, part_tokens, sequence.path))
+        self.grow(sequence, -(-length // self.size) - len(sequence.table))
         sequence.tokens = list(prompt[:length])
         self.index(sequence)
         self.sequences.append(sequence)
         return sequence
+
+    def part_of(self, one: Identity, valid: int, path: list[Identity]) -> int:
+        """Return a block of the sequence's own with the first tokens of a cached one."""
+        if one in self.idle and self.is_leaf(one):
+            self.hold(one)
+            block = self.uncache(one)
+            self.holders[block] = 1
+            return block
+        held = [*path, one]
+        for each in held:
+            self.hold(each)
+        return self.copy(self.cached[one].block, valid, held)
 
     def grow(self, sequence: NaiveSequence, count: int, early: list[int] | None = None) -> None:
         for _ in range(count):
@@ -207,6 +271,7 @@ class NaiveManager:
             else:
                 self.cached[one] = Cached(sequence.table[position], 1, self.cached_so_far)
                 self.cached_so_far += 1
+                self.fresh.add(one)
                 self.ghosts.pop(one, None)
                 del self.holders[sequence.table[position]]
             sequence.path.append(one)
@@ -216,8 +281,7 @@ class NaiveManager:
         return len(sequence.path) > last and last not in sequence.own
 
     def can_take_back(self, one: Identity) -> bool:
-        below = any(other[0] == one for other in [*self.cached, *self.ghosts])
-        return self.cached[one].references == 1 and not below
+        return self.cached[one].references == 1 and self.is_leaf(one)
 
     def copies_needed(self, writers: Sequence[NaiveSequence]) -> int:
         needed, left = 0, dict(self.holders)
@@ -240,7 +304,7 @@ class NaiveManager:
         if self.tail_is_cached(sequence):
             one = sequence.path[-1]
             if self.can_take_back(one):
-                del self.cached[one]
+                self.uncache(one)
                 sequence.path.pop()
                 self.holders[tail] = 1
                 return
@@ -264,6 +328,7 @@ class NaiveManager:
 
     def take_copies(self) -> list[tuple[int, int, int]]:
         copies, self.copies = self.copies, []
+        self.fresh.clear()
         for source, destination, _, held in copies:
             for block in [destination] + [source] * (not held):
                 self.pins[block] -= 1

@@ -28,8 +28,10 @@ class _Noted(dict):  # type: ignore[type-arg]
 class PolicyManager(NaiveManager):
     """The naive manager, evicting what the reference says."""
 
-    def __init__(self, num_blocks: int, size: int, reference: Reference, reuse: bool, ghosts: int) -> None:
-        super().__init__(num_blocks, size, "", reuse, ghosts)
+    def __init__(
+        self, num_blocks: int, size: int, reference: Reference, reuse: bool, ghosts: int, partial: str = ""
+    ) -> None:
+        super().__init__(num_blocks, size, "", reuse, ghosts, partial)
         self.reference = reference
         self.cached = _Noted()
         self.cached.reference = reference
@@ -43,10 +45,7 @@ class PolicyManager(NaiveManager):
         self.reference.evicted(victim)
         del self.idle[victim]
         self.evicted.append(victim)
-        self.ghosts[victim] = None
-        while len(self.ghosts) > self.ghost_capacity:
-            self.ghosts.popitem(last=False)
-            self.forgot = True
+        self.remember(victim)
         return self.cached.pop(victim).block
 
     def hold(self, one: Identity) -> None:
@@ -58,6 +57,10 @@ class PolicyManager(NaiveManager):
         super().drop(one)
         if one in self.idle:
             self.reference.released(one)
+
+    def hit(self, one: Identity) -> None:
+        super().hit(one)
+        self.reference.hit(one)
 
     def pass_time(self, now: int) -> None:
         self.reference.pass_time(now)
@@ -79,11 +82,10 @@ class PolicyManager(NaiveManager):
         salt: Hashable,
         num_tokens: int,
         retention: Any = None,
+        part: Identity | None = None,
+        part_tokens: int = 0,
     ) -> NaiveSequence:
-        hits, _ = self.lookup(prompt, salt)
-        sequence = super().admit(prompt, salt, num_tokens)
-        for one in sequence.path[:hits]:
-            self.reference.hit(one)
+        sequence = super().admit(prompt, salt, num_tokens, retention, part, part_tokens)
         if retention is not None:
             sequence.wish = wish_of(retention, len(prompt), self.size)
             self.retain(sequence, 0)

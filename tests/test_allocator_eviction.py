@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from allocator.config import CacheConfig
 from allocator.content import TokenContent
 from allocator.eviction import FIFO, LRU, POLICIES, EvictionPolicy, make_policy
 from allocator.fuzz import AllocatorMachine, ReuseMachine, run_machine
@@ -197,9 +196,13 @@ def witnessed(base: type[AllocatorMachine] | type[ReuseMachine], policy: str) ->
 
         def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> KVCacheManager:
             witness = Witness(make_policy(policy), REFERENCES.get(policy, NoReference)())
-            config = CacheConfig(enable_block_reuse=reuse)
             return KVCacheManager(
-                num_blocks, tokens_per_block, config, policy=witness, ghost_blocks=self.ghosts
+                num_blocks,
+                tokens_per_block,
+                self.cache_config(reuse),
+                policy=witness,
+                ghost_blocks=self.ghosts,
+                events=self.keeps_log,
             )
 
     return Witnessed

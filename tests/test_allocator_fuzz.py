@@ -7,6 +7,7 @@ import pytest
 from allocator.fuzz import (
     AllocatorMachine,
     BatchMachine,
+    PartialMachine,
     QuotaMachine,
     RetentionMachine,
     ReuseMachine,
@@ -18,6 +19,7 @@ from allocator.fuzz import (
 # Collected by pytest; `--hypothesis-profile=deep` runs them for as long as there is patience.
 TestAllocator = AllocatorMachine.TestCase
 TestReuse = ReuseMachine.TestCase
+TestPartial = PartialMachine.TestCase
 TestSharing = SharingMachine.TestCase
 TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase

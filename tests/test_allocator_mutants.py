@@ -149,8 +149,8 @@ MUTANTS = [
     Mutant(
         "tokens_of_a_hit_as_if_blocks_had_one",
         "sequence.py",
-        "return self.hit_blocks * self.settled_history.tokens_per_block",
-        "return self.hit_blocks",
+        "return self.hit_blocks * self.settled_history.tokens_per_block + self.partial_tokens",
+        "return self.hit_blocks + self.partial_tokens",
         "ReuseMachine",
     ),
     Mutant(
@@ -234,8 +234,8 @@ MUTANTS = [
     Mutant(
         "beams_forget_to_swap_their_content",
         "sharing.py",
-        '("history", "anchor", "table",',
-        '("anchor", "table",',
+        '            "history",\n            "anchor",',
+        '            "anchor",',
         "SharingMachine",
     ),
     Mutant(
@@ -304,8 +304,8 @@ MUTANTS = [
     Mutant(
         "ends_of_a_copy_logged_the_wrong_way_round",
         "tables.py",
-        'array("i", (source, destination))',
-        'array("i", (destination, source))',
+        'COPIED, sequence.number, -1, valid, array("i", (source, destination))',
+        'COPIED, sequence.number, -1, valid, array("i", (destination, source))',
         "EventsMachine",
     ),
     Mutant(
@@ -349,6 +349,69 @@ MUTANTS = [
         "                self.events.add_block(UNSTORED, sequence.number, -1, -1, tail)\n",
         "                pass\n",
         "EventsMachine",
+    ),
+    Mutant(
+        "part_copied_with_a_token_too_few",
+        "tables.py",
+        "destination = self._copy(source, num_tokens, extent)",
+        "destination = self._copy(source, num_tokens - 1, extent)",
+        "PartialMachine",
+    ),
+    Mutant(
+        "part_copied_with_a_token_too_many",
+        "tables.py",
+        "destination = self._copy(source, num_tokens, extent)",
+        "destination = self._copy(source, num_tokens + 1, extent)",
+        "PartialMachine",
+    ),
+    Mutant(
+        "referenced_block_stolen",
+        "tables.py",
+        "if len(extent.ids) == 1 and is_free_leaf(extent):",
+        "if len(extent.ids) == 1 and not extent.live_children:",
+        "PartialMachine",
+    ),
+    Mutant(
+        "interior_block_stolen",
+        "tables.py",
+        "if len(extent.ids) == 1 and is_free_leaf(extent):",
+        "if len(extent.ids) == 1 and not extent.references:",
+        "PartialMachine",
+    ),
+    Mutant(
+        "stolen_block_left_in_the_index",
+        "pool.py",
+        "        self.acquire(extent)\n        return self.uncache(extent)\n",
+        "        self.acquire(extent)\n        return extent.ids[0]\n",
+        "PartialMachine",
+    ),
+    Mutant(
+        "part_copied_before_it_is_written",
+        "partial.py",
+        "        self._fresh.update(extent.ids[-num_blocks:])\n",
+        "",
+        "PartialMachine",
+    ),
+    Mutant(
+        "source_of_a_part_not_counted_as_needed",
+        "admission.py",
+        "        needed += match.evictable_blocks + match.copied_blocks\n",
+        "        needed += match.evictable_blocks\n",
+        "PartialMachine",
+    ),
+    Mutant(
+        "overlap_that_is_not_the_best",
+        "overlap.py",
+        "                if units > most:\n",
+        "                if most < 0:\n",
+        "PartialMachine",
+    ),
+    Mutant(
+        "hit_in_part_to_the_last_token",
+        "matching.py",
+        "units = min(units, (prompt - 1 - hit_blocks * tokens_per_block) // tokens)",
+        "units = min(units, (prompt - hit_blocks * tokens_per_block) // tokens)",
+        "PartialMachine",
     ),
 ]
 

@@ -12,8 +12,9 @@ from naive_manager import NaiveManager, NaiveSequence
 
 from allocator.batch import Batch
 from allocator.content import Content
-from allocator.fuzz import AllocatorMachine, ReuseMachine, SharingMachine, run_machine
+from allocator.fuzz import AllocatorMachine, PartialMachine, ReuseMachine, SharingMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks, QuotaExceeded
+from allocator.oracle_partial import unit_tokens
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt
 
@@ -38,6 +39,7 @@ class Pair:
     def __init__(self, machine: Any, real: KVCacheManager, naive: NaiveManager) -> None:
         self.machine, self.real, self.naive = machine, real, naive
         self.twins: dict[KVSequence, NaiveSequence] = {}
+        self.part: Any = None  # the block of which the prompt looked up last hits a part
         self.evicted: list[int] = []  # histories, as the shadow numbers them
         evict = real.pool._evict
 
@@ -69,6 +71,13 @@ class Pair:
         hits, causes = self.naive.lookup(prompt.tokens[: prompt.num_tokens], salt)
         assert match.hit_blocks == hits
         assert match.miss_blocks == causes
+        unit = unit_tokens(prompt, self.real.tokens_per_block)
+        tokens, parts = self.naive.find_part(prompt.tokens[: prompt.num_tokens], salt, hits, unit)
+        assert match.partial_tokens == tokens
+        self.part = None
+        if tokens:  # of equally good ones, the naive manager takes the same
+            state = self.machine.shadow.block(match.partial.extent.ids[match.partial.at])
+            (self.part,) = [one for one in parts if self.machine.state_of(one) == state]
         return match
 
     def both(self, real: Any, naive: Any) -> Any:
@@ -85,10 +94,17 @@ class Pair:
 
     def admit(self, content: Content, num_tokens: int, match: Any, salt: Hashable, **options: Any) -> Any:
         prompt = self.prompt(content)
+        part_tokens = self.lookup(content, salt).partial_tokens
+        part = self.part
         sequence, twin = self.both(
             lambda: self.real.admit(content, num_tokens, match, salt, **options),
             lambda: self.naive.admit(
-                prompt.tokens[: prompt.num_tokens], salt, num_tokens, options.get("retention")
+                prompt.tokens[: prompt.num_tokens],
+                salt,
+                num_tokens,
+                options.get("retention"),
+                part,
+                part_tokens,
             ),
         )
         self.twins[sequence] = twin
@@ -164,7 +180,8 @@ class BesideNaive(AllocatorMachine):
         ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
         real = super().make_manager(num_blocks, tokens_per_block, reuse)
         assert isinstance(self.policy, str)
-        return Pair(self, real, NaiveManager(num_blocks, tokens_per_block, self.policy, reuse, ghosts))
+        naive = NaiveManager(num_blocks, tokens_per_block, self.policy, reuse, ghosts, self.partial)
+        return Pair(self, real, naive)
 
     @invariant()
     def compare(self) -> None:
@@ -204,6 +221,13 @@ class SharingBesideNaive(BesideNaive, SharingMachine):
     lookup = admit_with_match = preempt = readmit = None  # type: ignore[assignment]
 
 
+class PartialBesideNaive(BesideNaive, PartialMachine):
+    """As above, without what `ReuseBesideNaive` leaves out; with partial reuse always."""
+
+    fork = sample = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
+    partials = ("copy", "steal")
+
+
 class WithAnotherPolicy(ReuseBesideNaive):
     """What the comparison has to notice."""
 
@@ -220,4 +244,5 @@ def test_another_policy_is_noticed() -> None:
 
 TestBesideNaive = BesideNaive.TestCase
 TestReuseBesideNaive = ReuseBesideNaive.TestCase
+TestPartialBesideNaive = PartialBesideNaive.TestCase
 TestSharingBesideNaive = SharingBesideNaive.TestCase

@@ -324,7 +324,8 @@ def beside_reference(name: str) -> Any:
             ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
             real = AllocatorMachine.make_manager(self, num_blocks, tokens_per_block, reuse)
             reference = REFERENCES[name](num_blocks)
-            return Pair(self, real, PolicyManager(num_blocks, tokens_per_block, reference, reuse, ghosts))
+            naive = PolicyManager(num_blocks, tokens_per_block, reference, reuse, ghosts, self.partial)
+            return Pair(self, real, naive)
 
     return BesideReference
 

@@ -145,7 +145,7 @@ def test_every_change_makes_matches_stale() -> None:
     assert changed()
     forest.index.split(extent, 2)
     assert changed()
-    forest.index.shorten(extent)
+    forest.index.trim(extent, 1)
     assert changed()
     forest.index.trim(extent, 2)
     assert changed()

@@ -146,6 +146,15 @@ def test_skipping_equals_stepping_on_larger_workloads(scenario: Scenario) -> Non
     assert_identical(scenario.run(), scenario.run(skipping=False))
 
 
+@given(scenarios(), st.booleans())
+def test_skipping_equals_stepping_with_partial_reuse(scenario: Scenario, copy: bool) -> None:
+    cache = dataclasses.replace(
+        scenario.cache, enable_block_reuse=True, enable_partial_reuse=True, copy_on_partial_reuse=copy
+    )
+    scenario = dataclasses.replace(scenario, cache=cache)
+    assert_identical(scenario.run(), scenario.run(skipping=False))
+
+
 def test_a_rerun_is_identical() -> None:
     trace = generate(WorkloadConfig(num_requests=300, system_prompts=4, turns_mean=2.0, sampling_share=0.2))
     cost = RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["h100-80gb"])

@@ -279,8 +279,6 @@ def test_every_field_is_a_flag(kind: type) -> None:
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
-            if field.name == "enable_partial_reuse":
-                continue  # refused together with nothing else, but tested with the manager
             found, _ = parse(
                 ["t.csv", "--out", "o", flag.replace("--", "--no-", 1) if field.default else flag]
             )

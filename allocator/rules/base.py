@@ -40,6 +40,7 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         log=st.integers(0, 99),
         host_blocks=st.sampled_from([4, 8, 0, 2, 20]),
         lag=st.booleans(),
+        partial=st.integers(0, 11),
     )
     def start(
         self,
@@ -51,9 +52,10 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         log: int,
         host_blocks: int = 0,
         lag: bool = False,
+        partial: int = 0,
     ) -> None:
         """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`."""
-        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks)
+        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks, partial)
         self.host.lag = lag
 
     @invariant()

@@ -145,6 +145,7 @@ def merge(total: Tally, part: Tally) -> None:
     for name in ("steps", "programs", "evictions", "copies", "refusals", "hit_blocks", "seconds"):
         setattr(total, name, getattr(total, name) + getattr(part, name))
     total.operations.update(part.operations)
+    total.outcomes.update(part.outcomes)
 
 
 def show(tally: Tally, console: Console) -> None:
@@ -158,6 +159,8 @@ def show(tally: Tally, console: Console) -> None:
     table.add_section()
     for name in ("evictions", "copies", "refusals", "hit_blocks"):
         table.add_row(name.replace("_", " "), f"{getattr(tally, name):,}", "")
+    for name, count in sorted(tally.outcomes.items()):
+        table.add_row(name, f"{count:,}", "")
     console.print(table)
 
 

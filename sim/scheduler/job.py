@@ -27,7 +27,8 @@ class Job:
 
     left                                 samples that have not finished
     arrival_ps, admit_ps, first_ps       picoseconds; -1 until then
-    query_blocks, hit_blocks             at the first admission
+    query_blocks, hit_blocks, hit_tokens
+                                         at the first admission
     preemptions, recomputed_tokens, cow_copies, blocks
                                          of a job while it runs; of the samples that finished, in the origin's
                                          `totals`, once there are several
@@ -43,6 +44,7 @@ class Job:
         "first_ps",
         "generated",
         "hit_blocks",
+        "hit_tokens",
         "last_ps",
         "left",
         "match",
@@ -66,7 +68,7 @@ class Job:
         self.target = prompt = request.prompt_tokens
         self.final_tokens = prompt + request.output_tokens - 1
         self.generated = self.written = self.preemptions = self.recomputed_tokens = self.cow_copies = 0
-        self.final_blocks = self.query_blocks = self.hit_blocks = 0
+        self.final_blocks = self.query_blocks = self.hit_blocks = self.hit_tokens = 0
         self.arrival_ps = self.admit_ps = self.first_ps = self.last_ps = -1
         self.origin = origin
         self.totals: tuple[int, int, int, int] | None = None

@@ -220,6 +220,8 @@ class Scheduler:
         steps = self.next_end() - self.batch.tick
         blocks = self.manager.available_blocks
         if self.waiting and self._may_start():
+            if self.manager.config.enable_partial_reuse:
+                return 0  # what a step fills can be hit in part in the next
             match = self.waiting.first.match
             eviction_tells = self.waiting.order_follows_cache or (match is not None and match.repeated_blocks)
             if not self._mixed and (self._named or eviction_tells):

@@ -1,0 +1,137 @@
+"""PartialReuse: the part of a cached block that a prompt agrees with, found, then copied or taken over.
+
+Where a lookup ends, the cache can still hold blocks that begin as the prompt goes on. Of those, the *candidates*,
+the one with most leading tokens in common is used:
+
+    copied     to a fresh block, if tables hold it or cached blocks build on it
+    stolen     if neither: it leaves the index and goes to the sequence as it is
+    candidate  for copying, any cached block; with `copy` False, only one that could be stolen
+
+Only what was computed in an earlier step can be used: a list of copies runs before the writes of its step. A
+step ends, for the cache, when its copies are asked for (`pending_copies`).
+
+The same rules as TensorRT-LLM's partial reuse (`enablePartialReuse`, `copyOnPartialReuse`), but for the search:
+that compares all children of a node, while the cost here does not depend on their number (see Fan).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from allocator.overlap import Fan
+from allocator.prefix import Extent, PrefixIndex, common_blocks
+
+
+class PartialHit(NamedTuple):
+    """Block `at` of `extent`, of which a prompt agrees with the first `num_tokens` tokens, but not with all."""
+
+    extent: Extent
+    at: int
+    num_tokens: int
+
+    @property
+    def can_be_stolen(self) -> bool:
+        """Return whether nobody holds the block and no cached block builds on it."""
+        extent = self.extent
+        return is_free_leaf(extent) and self.at == len(extent.ids) - 1
+
+
+def is_free_leaf(extent: Extent) -> bool:
+    """Return whether an extent has blocks, but neither references nor cached children."""
+    return bool(extent.ids) and not extent.references and not extent.live_children
+
+
+class PartialReuse:
+    """The candidates below each extent, and what the step being scheduled computes.
+
+    The pool says what happens to extents: `cached`, `changed` (references, children, blocks, parent). Of equal
+    overlaps, the block that has been a candidate for longest is found.
+    """
+
+    def __init__(self, index: PrefixIndex, num_blocks: int, *, copy: bool) -> None:
+        self.copy = copy
+        self._index = index
+        self._num_blocks = num_blocks
+        self._fans: dict[Extent, Fan] = {}  # by parent; of extents, the first block is the candidate
+        self._fresh: set[int] = set()  # blocks that the step being scheduled fills
+        self._waiting: dict[Extent, None] = {}  # extents that begin with one
+
+    # -------------------------------------------------------- what can be found
+
+    def cached(self, extent: Extent, num_blocks: int) -> None:
+        """Note that `num_blocks` blocks were appended to `extent`, and are being filled."""
+        self._fresh.update(extent.ids[-num_blocks:])
+        if num_blocks == len(extent.ids):
+            self._waiting[extent] = None
+
+    def changed(self, extent: Extent) -> None:
+        """Note that an extent has got or lost references, cached children, blocks, or another parent."""
+        if not self.copy:
+            self._index.version += 1
+        parent = extent.parent
+        assert parent is not None
+        key = extent.first_key
+        fan = self._fans.get(parent)
+        if extent.ids and extent.ids[0] in self._fresh:
+            self._waiting[extent] = None
+        elif bool(extent.ids) if self.copy else is_free_leaf(extent) and len(extent.ids) == 1:
+            if fan is None:
+                fan = self._fans[parent] = Fan()
+            if key not in fan:
+                fan.add(key)
+        elif fan is not None:
+            fan.discard(key)
+            if not fan:
+                del self._fans[parent]
+
+    def end_step(self) -> None:
+        """Note that whatever is filled is computed before anything that is scheduled from now on."""
+        if self._fresh:
+            self._fresh.clear()
+            self._index.version += 1
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for extent in waiting:
+                if extent.ids:
+                    self.changed(extent)
+
+    # -------------------------------------------------------- finding it
+
+    def find(
+        self, parent: Extent, at: int, query: bytes, unit: int, prompt_blocks: int
+    ) -> tuple[Extent, int, int] | None:
+        """Return (extent, its block, units in common) for the candidate that agrees with most of `query`, or None.
+
+        parent         the extent (or root) in which a lookup ends, after `at` of its blocks
+        query          keys of the units that follow there, `unit` bytes each, at most a block's
+        prompt_blocks  blocks that the whole prompt fills
+        """
+        if self.copy and prompt_blocks >= self._num_blocks:
+            return None  # a copy needs its source beside it: the prompt could never start
+        if at < len(parent.ids):
+            width = parent.width
+            if parent.ids[at] in self._fresh:
+                return None
+            if not self.copy and not PartialHit(parent, at, 0).can_be_stolen:
+                return None
+            return parent, at, common_blocks(parent.keys[at * width : (at + 1) * width], query, 0, unit)
+        fan = self._fans.get(parent)
+        if fan is None:
+            return None
+        assert parent.children is not None
+        key, units = fan.best(query, unit)
+        return parent.children[key], 0, units
+
+    # -------------------------------------------------------- invariants
+
+    def check(self) -> None:
+        """Recount the candidates from the tree. Raises AssertionError where a fan is off."""
+        expected: dict[Extent, set[bytes]] = {}
+        for extent in self._index.extents():
+            if not extent.ids or extent.ids[0] in self._fresh:
+                assert not extent.ids or extent in self._waiting, f"{extent} will never be a candidate"
+            elif self.copy or (is_free_leaf(extent) and len(extent.ids) == 1):
+                assert extent.parent is not None
+                expected.setdefault(extent.parent, set()).add(extent.first_key)
+        found = {parent: set(fan.keys()) for parent, fan in self._fans.items()}
+        assert found == expected, "the candidates for partial reuse are not those in the tree"

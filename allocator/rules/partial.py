@@ -1,0 +1,55 @@
+"""Hits that end within a block."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from allocator.content import TokenContent
+from allocator.rules.base import CHUNKS, INDEX, SALTS, ManagerMachine
+from allocator.shadow import Prompt, PromptSpec
+
+HALVES = st.builds(
+    PromptSpec,
+    kind=st.sampled_from(["tokens", "chunks"]),
+    symbols=st.lists(st.integers(0, 1), min_size=2, max_size=7).map(lambda s: [x for x in s for _ in (0, 1)]),
+    cut=st.integers(0, 3),
+    named=st.booleans(),
+    granularity=st.sampled_from([1, 2]),
+)
+"""Prompts made of pairs of equal tokens (or of chunks): they agree on half a block, often."""
+
+
+class PartialRules(ManagerMachine):
+    """Hits that end within a block: prompts that agree on a block's first tokens."""
+
+    @rule(prompt=HALVES, salt=SALTS, chunk=CHUNKS)
+    def admit_halves(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
+        """Admit a prompt that others share parts of blocks with."""
+        if self.admit_prompt(self.learn(prompt.make(self.size)), salt, chunk):
+            self.did("admit halves")
+
+    @precondition(lambda self: any(isinstance(p.content, TokenContent) for p in self.prompts))
+    @rule(
+        index=INDEX,
+        keep=st.integers(1, 15),
+        more=st.integers(0, 5),
+        fill=st.sampled_from([False, False, False, True]),
+        salt=SALTS,
+        chunk=CHUNKS,
+    )
+    def admit_branch(self, index: int, keep: int, more: int, fill: bool, salt: str, chunk: int) -> None:
+        """Admit a prompt that begins like a known one and goes on with tokens of its own.
+
+        With `fill`, it goes on until it takes about all the blocks there are.
+        """
+        known = [p for p in self.prompts if all(isinstance(token, int) for token in p.tokens)]
+        if not known:
+            return
+        tokens = [int(str(token)) for token in known[index % len(known)].tokens[:keep]]
+        if fill:
+            keep, chunk = self.manager.available_blocks * self.size, 99
+            more = max(keep - more // 4 * self.size - len(tokens), 0)
+        tokens += [2 + more % 6] * more
+        if self.admit_prompt(self.learn(Prompt(TokenContent(tokens), tuple(tokens))), salt, chunk):
+            self.did("admit a branch")
