@@ -39,7 +39,7 @@ class Coasting(Decoding):
         return True
 
     def coast(self, batch: Batch, num_tokens: int) -> int:
-        """Do what `advance` does; return how many blocks the first of the `num_tokens` steps takes.
+        """Do what `advance` does; return how many blocks the steps after the first of `num_tokens` take.
 
         The batch `writes_in_place`, and there is room. What it generates is nobody else's, no content names it, so
         that no block that fills repeats a cached one, and nobody looks for it before the sequence is released.
@@ -53,9 +53,9 @@ class Coasting(Decoding):
             or self.quotas is not None
             or self.events is not None
         ):
-            first = batch.growth(1)
+            later = batch.growth(num_tokens) - batch.growth(1)
             self.advance(batch, num_tokens)
-            return first
+            return later
         batch.forget_slots()
         starts, growth, first = batch.starts(num_tokens)
         if growth:
@@ -72,7 +72,7 @@ class Coasting(Decoding):
         self._logical_tokens += num_tokens * len(batch)
         if len(batch.past_ticks) > _LONGEST_PAST:
             batch.catch_up_all()
-        return first
+        return growth - first
 
     def catch_up(self, sequence: KVSequence) -> None:
         """Put the blocks that filled while a member of a batch coasted into the index."""

@@ -93,7 +93,7 @@ class RooflineCost:
     sim.hardware for where the constants come from. A step without tokens costs nothing.
     """
 
-    __slots__ = ("_decode_slope", "_kv_ps", "_linear", "_linear_memo", "_score_ps", "_windows")
+    __slots__ = ("_decode_slope", "_full_slope", "_kv_ps", "_linear", "_linear_memo", "_score_ps", "_windows")
 
     def __init__(
         self,
@@ -124,6 +124,9 @@ class RooflineCost:
         per_layer = max(self._score_ps, self._kv_ps)
         self._decode_slope = [round(layers * per_layer) for _, layers in self._windows]
         """Picoseconds a key costs a decoding sequence in each group of layers."""
+        windowed = any(window is not None for window, _ in self._windows)
+        self._full_slope = None if windowed else sum(self._decode_slope)
+        """The same in all layers together, if none has a window."""
 
     def step(self, batch: StepBatch) -> int:
         """Return the duration of a step, picoseconds."""
@@ -132,6 +135,8 @@ class RooflineCost:
         for new_tokens, context in batch.prefills:
             tokens += new_tokens
             total += self._prefill(new_tokens, context)
+        if self._full_slope is not None:
+            return total + self._full_slope * batch.decode_context + self._linear_ps(tokens)
         for (window, _), slope in zip(self._windows, self._decode_slope, strict=True):
             keys = batch.decode_context
             if window is not None:
@@ -141,9 +146,9 @@ class RooflineCost:
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
         """Return the base and the slope per key of a decode-only step; None for models with windows."""
-        if any(window is not None for window, _ in self._windows):
+        if self._full_slope is None:
             return None
-        return self._linear_ps(decode_sequences), sum(self._decode_slope)
+        return self._linear_ps(decode_sequences), self._full_slope
 
     def _linear_ps(self, tokens: int) -> int:
         found = self._linear_memo.get(tokens)

@@ -121,12 +121,13 @@ class _Replica:
             if self._events is not None:
                 self._events.move(now)
             idle = scheduler.idle_steps() if self._skipping else 0
-            affine = self.decode_affine(len(scheduler.decoding())) if idle else None
+            affine = self.decode_affine(scheduler.num_decoding) if idle else None
             if affine is not None:
                 end = self._coast(now, idle, *affine)
                 yield timeout(end - now)
                 now = end
-                self._end_decodes(now)
+                if scheduler.next_end() == scheduler.batch.tick:
+                    self._end_decodes(now)
             else:
                 plan = scheduler.schedule()
                 if plan.preempted or plan.admitted:
@@ -178,8 +179,10 @@ class _Replica:
 
     def _count_done(self) -> None:
         self._done += 1
-        if self._progress is not None and self._done % 64 == 0:
-            self._progress(self._done)
+        if not self._done & 63:
+            self.recorder.pack()
+            if self._progress is not None:
+                self._progress(self._done)
 
     # ---------------------------------------------------------------- steps
 
@@ -230,20 +233,21 @@ class _Replica:
         """
         scheduler, manager, arrivals = self.scheduler, self.scheduler.manager, self.arrivals
         pool = manager.pool
-        decoding = len(scheduler.decoding())
+        decoding = scheduler.num_decoding
         increment = slope * decoding
         first = base + slope * scheduler.context + increment
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and scheduler.accepts_arrivals():
             steps = _steps_until(arrivals.next_ps - start, first, increment)
             end = start + steps * first + increment * (steps * (steps - 1) // 2)
-        referenced = pool.num_referenced
-        referenced_first = referenced + scheduler.coast(steps)
+        later = scheduler.coast(steps)
         manager.pending_copies()  # there are none: it tells that the steps have ended
         last_start = end - first - increment * (steps - 1)
         if arrivals.next_ps <= last_start:
             self.take_arrivals(last_start)
         evicted, self._evicted = self._evicted, pool.evicted_blocks
+        free, evictable = pool.num_free, pool.num_evictable
+        referenced = pool.num_blocks - free - evictable - len(pool.limbo)
         kv_tokens = manager.kv_tokens
         self.recorder.stretch(
             (
@@ -258,13 +262,13 @@ class _Replica:
                 first,
                 increment if steps > 1 else 0,
                 decoding,
-                pool.num_free,
-                pool.num_evictable,
-                pool.num_referenced,
+                free,
+                evictable,
+                referenced,
                 manager.logical_blocks,
                 kv_tokens,
                 manager.logical_tokens,
-                referenced_first,
+                referenced - later,
                 kv_tokens - (steps - 1) * decoding,
                 0,
                 0,
@@ -329,9 +333,7 @@ class _Stretch:
         self.first_ps = self._duration()
         self.increment_ps = 0
         self.end_ps = start_ps + self.first_ps
-        manager = replica.scheduler.manager
-        self._referenced_first = manager.pool.num_referenced
-        self._kv_tokens_first = manager.kv_tokens
+        self._at_first: tuple[int, int] | None = None  # referenced blocks and written slots, if it goes on
         self._more: int | None = None  # steps that may still follow, once known
 
     def _duration(self) -> int:
@@ -358,6 +360,13 @@ class _Stretch:
     def _end_after(self, steps: int) -> int:
         return self.start_ps + steps * self.first_ps + self.increment_ps * (steps * (steps - 1) // 2)
 
+    def _go_on(self, steps: int) -> None:
+        """Take more steps."""
+        if self._at_first is None:
+            manager = self._scheduler.manager
+            self._at_first = manager.pool.num_referenced, manager.kv_tokens
+        self._scheduler.decode(steps)
+
     def _stop_ps(self) -> int:
         """Return the arrival that ends the stretch, if there is one."""
         return self._replica.arrivals.next_ps if self._scheduler.accepts_arrivals() else NEVER
@@ -369,7 +378,7 @@ class _Stretch:
         if stop_ps < self._end_after(steps):
             steps = _steps_until(stop_ps - self.start_ps, self.first_ps, self.increment_ps)
         if steps > 1:
-            self._scheduler.decode(steps - 1)
+            self._go_on(steps - 1)
             self._scheduler.manager.pending_copies()  # there are none: it tells that the steps have ended
             self.steps = steps
             self.end_ps = self._end_after(steps)
@@ -383,7 +392,7 @@ class _Stretch:
             return False
         self._more -= 1
         self._replica.take_arrivals(self.end_ps)
-        self._scheduler.decode()
+        self._go_on(1)
         self.steps += 1
         self.end_ps += self._duration()
         return True
@@ -393,6 +402,11 @@ class _Stretch:
         scheduler, plan = self._scheduler, self._plan
         manager = scheduler.manager
         pool = manager.pool
+        referenced, kv_tokens = pool.num_referenced, manager.kv_tokens
+        referenced_first, kv_tokens_first = self._at_first or (referenced, kv_tokens)
+        prefill_tokens = 0
+        for _, tokens in plan.prefills:
+            prefill_tokens += tokens
         self._replica.recorder.stretch(
             (
                 self.start_ps,
@@ -402,22 +416,21 @@ class _Stretch:
                 len(scheduler.waiting),
                 self._sequences,
                 len(plan.prefills),
-                sum(tokens for _, tokens in plan.prefills),
+                prefill_tokens,
                 self.first_ps,
                 self.increment_ps if self.steps > 1 else 0,
                 itl_tokens,
                 pool.num_free,
                 pool.num_evictable,
-                pool.num_referenced,
+                referenced,
                 manager.logical_blocks,
-                manager.kv_tokens,
+                kv_tokens,
                 manager.logical_tokens,
-                self._referenced_first,
-                self._kv_tokens_first,
+                referenced_first,
+                kv_tokens_first,
                 len(plan.preempted),
-                self.steps
-                if plan.out_of_blocks
-                else 0,  # a prompt that waits for blocks waits through them all
+                # a prompt that waits for blocks waits through all of them
+                self.steps if plan.out_of_blocks else 0,
                 self._replica.newly_evicted(),
             )
         )

@@ -20,6 +20,7 @@ from sim.records import (
     WeightedTimes,
 )
 from sim.request import Request
+from sim.rows import IntRows
 from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
 
@@ -67,21 +68,20 @@ _MAX_MAP_ROWS = 512
 class Recorder:
     """Columns in the making; one instance a run.
 
-    Rows are appended to flat arrays of 64-bit integers, which cost 8 bytes a number and no object.
+    stretch  adds a timeline row; the values come in the order of TIMELINE_COLUMNS
+    gap      notes an inter-token gap that a preemption caused, or prompts that went first
     """
 
     def __init__(self, requests: Collection[Request], manager: KVCacheManager, map_samples: int) -> None:
         self._manager = manager
-        self._requests = array("q")
-        self._timeline: list[tuple[int, ...]] = []
+        self._requests = IntRows(len(_FIELDS) + 1)
+        self._timeline = IntRows(len(TIMELINE_COLUMNS))
         self._gaps = array("q")
         self._causes = [""]
         self._sequences: dict[int, int] = {}
         self._map = _MapSampler(manager, map_samples, requests) if map_samples else None
         self.stretch = self._timeline.append
-        """Add a timeline row; the values come in the order of TIMELINE_COLUMNS."""
         self.gap = self._gaps.append
-        """Note an inter-token gap that a preemption caused, or prompts that went first."""
 
     def started(self, job: Job) -> None:
         """Note whose sequence the event log's next number stands for; only where there is a log."""
@@ -94,7 +94,7 @@ class Recorder:
             self._causes.append(cause)
         row = (request.request_id, arrival_ps, request.prompt_tokens, request.output_tokens)
         code = self._causes.index(cause)
-        self._requests.extend((*row, request.num_samples, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, code))
+        self._requests.append((*row, request.num_samples, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, code))
 
     def finished(self, job: Job, now_ps: int) -> bool:
         """Note that a job has all its tokens; return whether its request has finished, as the last of its samples.
@@ -103,9 +103,10 @@ class Recorder:
         """
         sequence, origin = job.sequence, job.origin or job
         assert sequence is not None
+        request = job.request
         preemptions, recomputed, copies = job.preemptions, job.recomputed_tokens, job.cow_copies
-        blocks = sequence.num_blocks
-        if origin.left > 1 or origin.totals is not None:
+        blocks = len(sequence.table)
+        if request.num_samples > 1:
             before = origin.totals or (0, 0, 0, 0)
             preemptions += before[0]
             recomputed += before[1]
@@ -115,8 +116,7 @@ class Recorder:
         origin.left -= job.samples
         if origin.left:
             return False
-        request = job.request
-        self._requests.extend(
+        self._requests.append(
             (
                 request.request_id,
                 origin.arrival_ps,
@@ -138,6 +138,11 @@ class Recorder:
         )
         return True
 
+    def pack(self) -> None:
+        """Keep the rows in less memory; to be called now and then."""
+        self._requests.pack()
+        self._timeline.pack()
+
     @property
     def map_due_ps(self) -> int | None:
         """Return when the pool is to be looked at next; None if it never is."""
@@ -150,7 +155,7 @@ class Recorder:
 
     def result(self, wall_s: float) -> RunResult:
         """Return everything."""
-        rows = np.array(self._timeline, dtype=np.int64).reshape(-1, len(TIMELINE_COLUMNS))
+        rows = self._timeline.table()
         lifetimes = self._manager.pool.lifetimes
         return RunResult(
             requests=self._request_columns(),
@@ -167,17 +172,12 @@ class Recorder:
         )
 
     def _request_columns(self) -> Columns:
-        rows = _table(self._requests, len(_FIELDS) + 1)
+        rows = self._requests.table()
         rows = rows[np.argsort(rows[:, 0])]
         columns: Columns = {name: rows[:, column].copy() for column, name in enumerate(_FIELDS)}
         columns["status"] = np.where(rows[:, -1] == 0, "finished", "rejected")
         columns["reject_cause"] = np.array(self._causes, dtype=np.str_)[rows[:, -1]]
         return {name: columns[name] for name in _ORDER}
-
-
-def _table(values: array[int], columns: int) -> NDArray[np.int64]:
-    """Return flat rows as int64 [rows, columns]."""
-    return np.array(values, dtype=np.int64).reshape(-1, columns)
 
 
 class _MapSampler:

@@ -146,7 +146,7 @@ class Scheduler:
                 self.manager.coast(self.batch, steps)
 
     def coast(self, steps: int) -> int:
-        """Do what `decode` does, for steps that are idle; return how many blocks the first of them takes."""
+        """Do what `decode` does, for steps that are idle; return how many blocks they take after the first."""
         self.context += steps * len(self._decoding)
         return self.manager.coast(self.batch, steps)
 
@@ -251,6 +251,11 @@ class Scheduler:
         """
         fills = min(self.batch.fills(steps), self.manager.pool.num_evictable)
         return self.manager.blocks_to_advance(self.batch, steps) + fills
+
+    @property
+    def num_decoding(self) -> int:
+        """Return how many jobs decode."""
+        return len(self._decoding)
 
     def decoding(self) -> KeysView[Job]:
         """Return the decoding jobs, in the order in which they joined the batch."""
