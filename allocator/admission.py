@@ -19,6 +19,7 @@ from allocator.quotas import Quotas, Tenant
 from allocator.retaining import retain_hits
 from allocator.retention import RetentionConfig
 from allocator.sequence import KVSequence
+from allocator.windowed_matching import find_windowed_match
 
 
 class Admission(Coasting):
@@ -28,7 +29,8 @@ class Admission(Coasting):
         """Return which blocks of a prompt are cached, and why the others are not. Changes nothing.
 
         Only sequences with an equal `salt` share blocks. A full hit still leaves the last token to compute. With
-        partial reuse, the hits can end within a block: see allocator.partial.
+        partial reuse, the hits can end within a block: see allocator.partial. In a windowed cache, a prompt hits as
+        far as what the next query attends to is cached.
         """
         if not self.reuse:
             size = self.tokens_per_block
@@ -38,6 +40,10 @@ class Admission(Coasting):
                 misses["short_of_block"] = 1
             return PrefixMatch(
                 self.index, content, salt, size, [], None, 0, full + (rest > 0), misses, self.index.version
+            )
+        if self.windowed is not None:
+            return find_windowed_match(
+                self.windowed.index, content, salt, self.windowed.window, self._prefilling
             )
         return find_match(
             self.index, content, salt, self.tokens_per_block, self._prefilling, self.pool.partial
@@ -130,6 +136,8 @@ class Admission(Coasting):
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
         if retention is not None and not isinstance(retention, RetentionConfig):
             raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
+        if retention is not None and self.windowed is not None:
+            raise ValueError(f"retention ({retention!r}) must be None in a cache with a window")
         if now is not None:
             now = as_int("now", now, self.pool.now)
         new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
@@ -141,7 +149,7 @@ class Admission(Coasting):
         account = None
         if tenant is not None:
             account = self._account(tenant)
-            account.require(hit_blocks + new_blocks)
+            account.require((hit_blocks if self.windowed is None else len(match.path)) + new_blocks)
         if now is not None:
             self._pass_time(now)
 
@@ -182,6 +190,9 @@ class Admission(Coasting):
         sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table, tokens)
         sequence.hit_blocks = hit_blocks
         sequence.partial_tokens = match.partial_tokens
+        if self.windowed is not None:
+            self.windowed.begin(sequence, root, (extent for extent, _ in match.path), hit_tokens)
+            self._logical_tokens -= sequence.left * self.tokens_per_block
         if events is not None:
             sequence.number = number
             events.add_blocks(TAKEN, number, -1, num_tokens, fresh)

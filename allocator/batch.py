@@ -48,9 +48,12 @@ class Batch(Sequence[KVSequence]):
         live: Container[KVSequence],
         shared: dict[int, int],
         log: EventLog | None = None,
+        *,
+        windowed: bool = False,
     ) -> None:
         self.live = live
         self.shared = shared  # blocks with more than one holder
+        self.windowed = windowed  # members can join with blocks that they need no more
         self.tick = 0
         self.log = log
         self.number = NOBODY if log is None else log.new_batch()
@@ -119,8 +122,10 @@ class Batch(Sequence[KVSequence]):
         bucket[sequence] = row
         if not sequence.settled_history.nameable:
             self.nameless += 1
+        if self.windowed:
+            self.unready[sequence] = None
         if tokens % self.tokens_per_block:
-            if self.shared or sequence.anchor.end == len(sequence.table):
+            if self.shared or sequence.anchor.end == sequence.left + len(sequence.table):
                 self.unready[sequence] = None
             if self.ring.named:
                 self._since[sequence] = self.tick
@@ -274,7 +279,7 @@ class Batch(Sequence[KVSequence]):
         named = min(ring.named, size)
         keys = []
         for sequence, row in filled.items():
-            history, last = sequence.settled_history, len(sequence.table) - 1
+            history, last = sequence.settled_history, sequence.left + len(sequence.table) - 1
             count = named
             if sequence in since:
                 count = min(named, self.tick - since.pop(sequence))
@@ -292,6 +297,10 @@ class Batch(Sequence[KVSequence]):
         self.nameless += sequence.settled_history.nameable - history.nameable
 
     # -------------------------------------------------------- many ticks
+
+    def starting_in(self, ticks: int) -> Bucket:
+        """Return the members that start a block at the tick that is `ticks` after the next, or before it."""
+        return self._buckets.get((self.tick + ticks) % self.tokens_per_block, _NONE)
 
     def growth(self, num_tokens: int) -> int:
         """Return how many blocks the next `num_tokens` ticks take, copies apart."""

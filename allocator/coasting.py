@@ -35,7 +35,8 @@ class Coasting(Decoding):
             for sequence in batch.unready:
                 if shared_tail(sequence) is not None:
                     return False
-            batch.unready.clear()
+            if self.windowed is None:  # else they may still have front blocks to let go of
+                batch.unready.clear()
         return True
 
     def coast(self, batch: Batch, num_tokens: int) -> int:
@@ -52,6 +53,7 @@ class Coasting(Decoding):
             or batch.ring.named
             or self.quotas is not None
             or self.events is not None
+            or self.windowed is not None
         ):
             later = batch.growth(num_tokens) - batch.growth(1)
             self.advance(batch, num_tokens)

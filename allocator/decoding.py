@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -14,6 +14,7 @@ from allocator.event_log import ADVANCED, NOBODY, TAKEN
 from allocator.pool import OutOfBlocks
 from allocator.sequence import KVSequence
 from allocator.state import ManagerState
+from allocator.windowed_tables import Gain, WindowedTables
 
 
 class Decoding(ManagerState):
@@ -21,7 +22,13 @@ class Decoding(ManagerState):
 
     def batch(self) -> Batch:
         """Return an empty batch, with which `append` costs per block started, not per sequence."""
-        return Batch(self.tokens_per_block, self.sequences, self.pool.shared, self.events)
+        return Batch(
+            self.tokens_per_block,
+            self.sequences,
+            self.pool.shared,
+            self.events,
+            windowed=self.windowed is not None,
+        )
 
     def append(
         self,
@@ -37,13 +44,16 @@ class Decoding(ManagerState):
         Slots come sequence by sequence. Blocks that fill up can be hit from now on. A write into a shared or
         cached block moves the writer to a block of its own and adds a copy to `pending_copies`. All sequences
         advance or, with OutOfBlocks, none.
+
+        In a windowed cache this is one step of `num_tokens` queries a sequence: what the first of them does not
+        need leaves before blocks are taken, and nothing else.
         """
         if isinstance(sequences, Batch) and num_tokens == 1:
             sequences.keep_slots()
             self.advance(sequences, 1, tokens)
             return sequences.last_slots()
         firsts = [sequence.num_tokens for sequence in sequences]
-        self.advance(sequences, num_tokens, tokens)
+        self._step(sequences, num_tokens, tokens)
         if not firsts:
             return np.zeros(0, dtype=np.int64)
         return np.concatenate(
@@ -56,7 +66,47 @@ class Decoding(ManagerState):
         num_tokens: int = 1,
         tokens: Sequence[Sequence[int]] | Sequence[int] | None = None,
     ) -> None:
-        """Do what `append` does without computing the slots."""
+        """Do what `num_tokens` calls of `append` with one token each do, without computing the slots."""
+        if self.windowed is None or num_tokens == 1:
+            self._step(sequences, num_tokens, tokens)
+        else:
+            self._slide(self.windowed, sequences, num_tokens, tokens)
+
+    def _slide(
+        self,
+        tables: WindowedTables,
+        sequences: Sequence[KVSequence],
+        num_tokens: int,
+        tokens: Sequence[Sequence[int]] | Sequence[int] | None,
+    ) -> None:
+        """Take several steps, blocks leaving at each; none if one of them lacks blocks."""
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        if not isinstance(sequences, Batch):
+            raise ValueError(
+                f"num_tokens ({num_tokens}) must be 1 in a windowed cache, or the sequences a batch"
+            )
+        rows = _rows(tokens, len(sequences), num_tokens)
+        possible = self.steps_within(sequences, num_tokens, self.pool.available)
+        if possible < num_tokens:
+            raise OutOfBlocks(self.pool.available + 1, self.pool.available)
+        for step in range(num_tokens):
+            self._step(sequences, 1, None if rows is None else [row[step] for row in rows])
+
+    def steps_within(self, batch: Batch, steps: int, blocks: int, ceiling: int | None = None) -> int:
+        """Return how many of a batch's next `steps` steps, of a token each, find their blocks. Windowed caches only.
+
+        `blocks` are available now. With a `ceiling`, the steps end before one after which more are.
+        """
+        if self.windowed is None:
+            raise ValueError("steps_within needs a cache with a window")
+        return Gain(self.windowed).steps_within(batch, steps, blocks, ceiling)
+
+    def _step(
+        self,
+        sequences: Sequence[KVSequence],
+        num_tokens: int,
+        tokens: Sequence[Sequence[int]] | Sequence[int] | None,
+    ) -> None:
         num_tokens = as_int("num_tokens", num_tokens, 1)
         if isinstance(sequences, Batch):
             self._advance_batch(sequences, num_tokens, tokens)
@@ -77,14 +127,32 @@ class Decoding(ManagerState):
                 raise ValueError("sequences of a batch advance together: append to the batch")
 
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
-        """Return how many blocks `append` would take: growth and copies."""
+        """Return how many blocks `append` would take: growth and copies, less those that leave a window."""
         if isinstance(sequences, Batch):
-            return sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
-        return self._growth(sequences, num_tokens) + self.tables.copies_needed(sequences)
+            blocks = sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
+        else:
+            blocks = self._growth(sequences, num_tokens) + self.tables.copies_needed(sequences)
+        if self.windowed is not None:
+            blocks -= self.windowed.gain(self.windowed.leavers(sequences))
+        return blocks
+
+    def _leave(self, tables: WindowedTables, sequences: Iterable[KVSequence]) -> None:
+        for sequence in sequences:
+            count = tables.leave(sequence)
+            self._logical_blocks -= count
+            self._logical_tokens -= count * self.tokens_per_block
+            if sequence.tenant is not None:
+                sequence.tenant.blocks -= count
+
+    def _given_up(self, sequences: Sequence[KVSequence]) -> list[tuple[KVSequence, int]]:
+        """Return, as negative demands, which blocks of which sequences leave when these go on."""
+        if self.windowed is None:
+            return []
+        return [(s, -self.windowed.leaving(s)) for s in self.windowed.leavers(sequences)]
 
     def _growth(self, sequences: Sequence[KVSequence], num_tokens: int) -> int:
         size = self.tokens_per_block
-        return sum(-(-(s.num_tokens + num_tokens) // size) - len(s.table) for s in sequences)
+        return sum(-(-(s.num_tokens + num_tokens) // size) - s.left - len(s.table) for s in sequences)
 
     def _check_room(self, needed: int, writers: Collection[KVSequence]) -> None:
         """Raise, before anything changes, if blocks are lacking or a copy would read what is yet to come."""
@@ -101,16 +169,19 @@ class Decoding(ManagerState):
     ) -> None:
         self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)
         if self.quotas is not None:
-            self.quotas.require((s, self._growth([s], num_tokens)) for s in sequences)
+            demands = [(s, self._growth([s], num_tokens)) for s in sequences]
+            self.quotas.require(demands + self._given_up(sequences))
         self._record(sequences, rows)
         size = self.tokens_per_block
+        if self.windowed is not None:
+            self._leave(self.windowed, sequences)  # first, so that what leaves can be taken
         # Nothing is indexed before all have their blocks: what one puts into the index can hang on another's
         # last block, or repeat an evictable block that the others counted on.
         for sequence in sequences:
             self.tables.own_tail(sequence)
         for sequence in sequences:
             tokens = sequence.num_tokens + num_tokens
-            growth = -(-tokens // size) - len(sequence.table)
+            growth = -(-tokens // size) - sequence.left - len(sequence.table)
             if growth:
                 blocks = self.pool.take(growth)
                 sequence.table.extend(blocks)
@@ -153,14 +224,21 @@ class Decoding(ManagerState):
         needed = batch.growth(num_tokens)
         if writers:
             needed += self.tables.copies_needed(writers)
+        leavers: Sequence[KVSequence] = ()
+        if self.windowed is not None:
+            leavers = self.windowed.leavers(batch)
+            needed -= self.windowed.gain(leavers)
         self._check_room(needed, writers)
         if self.quotas is not None:
             growing = list(batch.growing(num_tokens))
-            self.quotas.require((s, blocks) for bucket, blocks in growing for s in bucket)
+            demands = [(s, blocks) for bucket, blocks in growing for s in bucket]
+            self.quotas.require(demands + self._given_up(batch))
             for bucket, blocks in growing:
                 for sequence in bucket:
                     if sequence.tenant is not None:
                         sequence.tenant.blocks += blocks
+        if self.windowed is not None:
+            self._leave(self.windowed, leavers)
         batch.unready.clear()
         for sequence in writers:
             self.tables.own_tail(sequence)
@@ -174,6 +252,8 @@ class Decoding(ManagerState):
             batch.forget_slots()
             self._record(batch, rows)
             self._ticks(batch, num_tokens)
+            if self.windowed is not None:  # who had its turn to let go of blocks was passed over
+                batch.unready.update(dict.fromkeys(batch))
         self._logical_tokens += num_tokens * len(batch)
         if self.events is not None:
             self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)

@@ -43,6 +43,7 @@ from allocator.rules.retention import RetentionRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.sharing import SharingRules
 from allocator.rules.tiers import TierRules
+from allocator.rules.windows import WindowRules
 
 __all__ = [
     "AllocatorMachine",
@@ -56,6 +57,7 @@ __all__ = [
     "SharingMachine",
     "Tally",
     "TierMachine",
+    "WindowMachine",
     "run_machine",
 ]
 
@@ -101,8 +103,24 @@ class PartialMachine(ReuseRules, EventRules, PartialRules):
         super().begin(num_blocks, 4, True, *others, **more)
 
 
+class WindowMachine(WindowRules, ReuseRules, SharingRules, BatchRules):
+    """Attention windows of 2 to 9 tokens with up to 3 sinks, in every program."""
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window."""
+        return 2 + drawn % 8
+
+
 class AllocatorMachine(
-    ReuseRules, SharingRules, BatchRules, QuotaRules, TierRules, EventRules, RetentionRules, PartialRules
+    WindowRules,
+    ReuseRules,
+    SharingRules,
+    BatchRules,
+    QuotaRules,
+    TierRules,
+    EventRules,
+    RetentionRules,
+    PartialRules,
 ):
     """Everything at once."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from allocator.invariants_host import check_host
 from allocator.prefix import Extent
+from allocator.windowed_invariants import check_windowed_sequences, check_windowed_tree
 
 if TYPE_CHECKING:
     from allocator.manager import KVCacheManager
@@ -25,12 +26,18 @@ def check_invariants(manager: KVCacheManager) -> None:
     - the block that a sequence writes next is its alone and not cached, or known to need a copy;
     - extents fit together: starts, keys, widths, live children; ghosts lie below what is live and in bounds;
     - with a host tier, all that `invariants_host` adds.
+
+    In a windowed cache, what concerns tree and tables is in `windowed_invariants`.
     """
     for sequence in manager.sequences:
         if sequence.batch is not None and sequence.batch.past_ticks:
             sequence.batch.catch_up_all()
-    cached = _check_tree(manager)
-    private = _check_sequences(manager)
+    if manager.windowed is None:
+        cached = _check_tree(manager)
+        private = _check_sequences(manager)
+    else:
+        cached = check_windowed_tree(manager, manager.windowed.index)
+        private = check_windowed_sequences(manager)
     pool = manager.pool
 
     free = pool.free_ids().tolist()

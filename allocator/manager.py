@@ -74,7 +74,7 @@ class KVCacheManager(Swapping):
 
     @property
     def logical_tokens(self) -> int:
-        """Return the tokens of all sequences."""
+        """Return the tokens of all sequences, those apart whose blocks have left."""
         return self._logical_tokens
 
     @property
@@ -141,12 +141,12 @@ class KVCacheManager(Swapping):
         if pool.shared or self._truncated:
             least: dict[int, int] = {}
             for sequence in self.sequences:
-                block, rest = sequence.table[-1], len(sequence.table) * size - sequence.num_tokens
+                block, rest = sequence.table[-1], -sequence.num_tokens % size
                 if rest and not self.tables.tail_is_cached(sequence):
                     least[block] = min(least.get(block, size), rest)
             for sequence in self.sequences:  # one that was truncated can end in what is another's full twin
                 for position in sequence.twins:
-                    least.pop(sequence.table[position], None)
+                    least.pop(sequence.table[sequence.index_of(position)], None)
             unwritten = sum(least.values())
         return pool.num_referenced * size - unwritten
 

@@ -19,6 +19,7 @@ from allocator.eviction import POLICIES, EvictionPolicy, make_policy
 from allocator.manager import KVCacheManager, OutOfBlocks, PrefixMatch, QuotaExceeded
 from allocator.oracle_partial import PartExpected, expected_part
 from allocator.oracle_tiers import HostOracle
+from allocator.oracle_windows import Attended
 from allocator.retention import RetentionConfig
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, ShadowKV, State, Story
@@ -102,7 +103,7 @@ class Oracle:
             len(manager.tables.copies),
             len(manager.events or ()),
             [
-                (s, s.num_tokens, s.table[:], s.anchored, set(s.twins), s.history, s.batch is None)
+                (s, s.num_tokens, s.table[:], s.left, s.anchored, set(s.twins), s.history, s.batch is None)
                 for s in manager.sequences
             ],
             [(bytes(e.keys), e.ids[:], e.start, e.references) for e in manager.index.extents()],
@@ -117,6 +118,8 @@ class Oracle:
             enable_block_reuse=reuse,
             enable_partial_reuse=reuse and bool(self.partial),
             copy_on_partial_reuse=self.partial != "steal",
+            window=self.window,
+            num_sinks=self.num_sinks,
         )
 
     def begin(
@@ -129,14 +132,19 @@ class Oracle:
         log: int = 0,
         host_blocks: int = 0,
         partial: int = 0,
+        window: int | None = None,
+        num_sinks: int = 0,
     ) -> None:
         """Make the manager and an empty shadow; None is the default of ghosts.
 
         `policy` picks one of `policies`, `log` one of `logging`, and `partial` one of `partials`.
         """
-        self.partial = self.partials[partial % len(self.partials)]
-        self.host_blocks = host_blocks if self.serves_host and not self.partial else 0
-        self.keeps_log = self.logging[log % len(self.logging)] and not self.host_blocks
+        self.window = window
+        self.num_sinks = num_sinks if window is not None else 0
+        self.attended = Attended(self.window, self.num_sinks, tokens_per_block)
+        self.partial = self.partials[partial % len(self.partials)] if window is None else ""
+        self.host_blocks = host_blocks if self.serves_host and not self.partial and window is None else 0
+        self.keeps_log = self.logging[log % len(self.logging)] and not self.host_blocks and window is None
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)
@@ -221,23 +229,31 @@ class Oracle:
     def available(self) -> tuple[int, int]:
         """Recount (free, evictable) from tables and content. Only between steps, and with nothing in flight."""
         tables = {block for sequence in self.stories for block in self.table(sequence)}
-        held = {state for story in self.stories.values() for state in story.full_states()}
+        held = self.held_states()
         cached = self.cached_blocks()
         idle = [block for block in cached - tables if self.shadow.block(block) not in held]
         return self.num_blocks - len(tables | cached | self.host.gpu_ends()), len(idle)
 
-    def longest_hit(self, prompt: Prompt, salt: Hashable) -> list[int | None]:
-        """Return the blocks that a lookup has to find, None for one on the host. Only between steps."""
+    def held_states(self) -> set[State]:
+        """Return the histories whose cached blocks are held, be they in a table or not."""
+        if self.window is not None:  # what is not in a table is not held
+            return set()
+        return {state for story in self.stories.values() for state in story.full_states()}
+
+    def longest_hit(self, prompt: Prompt, salt: Hashable) -> tuple[int, list[int | None]]:
+        """Return how many blocks a lookup has to hit, and those of them it needs, None for one on the host.
+
+        Only between steps.
+        """
         if not self.reuse:
-            return []
+            return 0, []
         cached, on_host = self.cached_states(), self.host.states()
-        states = self.shadow.states(salt, prompt.tokens[: prompt.num_tokens - 1])
-        blocks: list[int | None] = []
-        for state in states[self.size - 1 :: self.size]:
-            if state not in cached and state not in on_host:
-                break
-            blocks.append(cached.get(state))
-        return blocks
+        states = self.shadow.states(salt, prompt.tokens[: prompt.num_tokens - 1])[self.size - 1 :: self.size]
+        for depth in range(len(states), 0, -1):
+            needed = self.attended.blocks(depth * self.size, depth * self.size)
+            if all(states[block] in cached or states[block] in on_host for block in needed):
+                return depth, [cached.get(states[block]) for block in needed]
+        return 0, []
 
     def check_match(self, prompt: Prompt, salt: Hashable, match: PrefixMatch) -> None:
         """Compare a fresh match with what is really there."""
@@ -247,8 +263,8 @@ class Oracle:
         assert match.hit_blocks + sum(match.miss_blocks.values()) == match.query_blocks
         assert all(count > 0 for count in match.miss_blocks.values())
         if self.settled:
-            hits = self.longest_hit(prompt, salt)
-            assert match.hit_blocks == len(hits), "not the longest hit"
+            depth, hits = self.longest_hit(prompt, salt)
+            assert match.hit_blocks == depth, "not the longest hit"
             assert self.host.num_blocks == 0 or match.host_blocks == hits.count(None)
             part = expected_part(self, prompt, salt, match.hit_blocks)
             assert match.partial_tokens == part.num_tokens, f"{match.partial_tokens} tokens, not {part}"
@@ -343,9 +359,14 @@ class Oracle:
         for sequence, story in self.stories.items():
             table = self.table(sequence)
             assert sequence.num_tokens == story.length
-            assert len(table) == -(-story.length // self.size)
-            found = self.shadow.read(table, story.length)
-            assert found == story.states, f"{sequence} reads the KV of other tokens"
+            positions = self.held_positions(sequence)
+            assert len(table) == -(-len(positions) // self.size), (
+                f"{sequence} holds other blocks than it needs"
+            )
+            found = self.shadow.read(table, len(positions))
+            assert found == [story.states[p] for p in positions], f"{sequence} reads the KV of other tokens"
+            if self.window is not None:
+                self.check_window(sequence, found)
         self.cached_states()
         stats = self.manager.stats()
         free, evictable = self.available()
@@ -358,6 +379,57 @@ class Oracle:
         self.host.check()
         assert stats.cow_copies + stats.partial_copies == self.copies
         assert stats.cow_tokens + stats.partial_copied_tokens == self.copied_tokens
+
+    def held_positions(self, sequence: KVSequence) -> list[int]:
+        """Return the positions in the blocks that a sequence holds: those its last step needs, and later ones."""
+        story = self.stories[sequence]
+        size, length = self.size, story.length
+        blocks = self.attended.blocks(story.step, length)
+        return [p for block in blocks for p in range(block * size, min((block + 1) * size, length))]
+
+    def check_window(self, sequence: KVSequence, found: list[State]) -> None:
+        """Let kernels run the last step on what the table holds, knowing nothing of what has left."""
+        story = self.stories[sequence]
+        assert sequence.context_len == len(found)
+        for query in range(story.step, story.length):
+            seen = self.attended.by_kernel(query, story.length - sequence.context_len)
+            wanted = self.attended.by(query)
+            assert [found[key] for key in seen] == [story.states[key] for key in wanted], (
+                f"query {query} of {story}"
+            )
+
+    def leaving(self, sequences: Sequence[KVSequence]) -> int:
+        """Return how many blocks no table has any more once sequences have let go of what they need no longer."""
+        if self.window is None:
+            return 0
+        tables = {sequence: self.table(sequence) for sequence in self.stories}
+        before = {block for table in tables.values() for block in table}
+        for sequence in sequences:
+            length = self.stories[sequence].length
+            held = self.attended.blocks(self.stories[sequence].step, length)
+            needed = self.attended.blocks(length, length)
+            table = tables[sequence]
+            tables[sequence] = [block for block, at in zip(table, held, strict=True) if at in needed]
+        return len(before - {block for table in tables.values() for block in table})
+
+    def growth(self, sequences: Sequence[KVSequence], count: int) -> int:
+        """Return how many blocks sequences need to go on by `count` tokens, less those they let go of before."""
+        size = self.size
+        starts = sum(-(-(s.num_tokens + count) // size) - -(-s.num_tokens // size) for s in sequences)
+        return starts - self.leaving(sequences)
+
+    def least_length(self, sequence: KVSequence) -> int:
+        """Return from how many tokens on a sequence can be cut: what the next query attends to has not left."""
+        story = self.stories[sequence]
+        held = set(self.held_positions(sequence))
+        lacking = [n for n in range(1, story.length) if not held >= set(self.attended.by(n)) - {n}]
+        return max(lacking, default=0) + 1
+
+    def settle(self, sequences: Sequence[KVSequence]) -> None:
+        """Run the step if any of `sequences` takes part in it and blocks may leave: growing says that it is done."""
+        if self.window is not None:
+            for sequence in sequences:
+                self.end_step_of(sequence)
 
     def check_counters(self) -> None:
         """Compare the counters with a recount."""
@@ -372,12 +444,13 @@ class Oracle:
         assert self.manager.available_blocks == stats.free_blocks + stats.evictable_blocks
         tables = {sequence: self.table(sequence) for sequence in self.stories}
         assert stats.logical_blocks == sum(map(len, tables.values()))
-        assert stats.logical_tokens == sum(story.length for story in self.stories.values())
+        tokens = {sequence: len(self.held_positions(sequence)) for sequence in self.stories}
+        assert stats.logical_tokens == sum(tokens.values())
         written = {
             block * self.size + i: None
             for sequence, table in tables.items()
             for p, block in enumerate(table)
-            for i in range(min(self.size, self.stories[sequence].length - p * self.size))
+            for i in range(min(self.size, tokens[sequence] - p * self.size))
         }
         held = self.num_blocks - sum(blocks[:2]) - blocks[3]
         assert len(written) <= stats.kv_tokens <= held * self.size
@@ -435,8 +508,8 @@ class Oracle:
         part = None
         if self.settled:  # hits that nobody holds are no longer available, and those on the host take blocks
             tables = {block for sequence in self.stories for block in self.table(sequence)}
-            held = {state for story in self.stories.values() for state in story.full_states()}
-            hits = self.longest_hit(prompt, salt)
+            held = self.held_states()
+            hits = self.longest_hit(prompt, salt)[1]
             needed += sum(b is None or (b not in tables and self.shadow.block(b) not in held) for b in hits)
             part = expected_part(self, prompt, salt, found.hit_blocks)
             assert part.idle if found.copied_blocks else part.free or part.held or not part.num_tokens
@@ -489,18 +562,32 @@ class Oracle:
         if any(sequence is writer for writer, _, _ in self.writes):
             self.flush()
 
+    def prefill(self, sequence: KVSequence, count: int) -> bool:
+        """Prefill up to `count` more tokens of a prompt; return whether there was room."""
+        story = self.stories[sequence]
+        count = min(count, story.prompt - story.length)
+        self.settle([sequence])
+        growth = self.growth([sequence], count)
+        least, most = self.copies_due([sequence])
+        slots = self.refusing(growth + least, growth + most, lambda: self.manager.extend(sequence, count))
+        if slots is None:
+            return False
+        self.note(sequence, slots.tolist(), story.say(count))
+        return True
+
     def append_to(self, sequences: Sequence[KVSequence], count: int, bits: int | None, wait: int) -> bool:
         """Append to some sequences, or to the batch; return whether they advanced.
 
         The step stays open for `wait` more rules: its copies and writes are only then executed.
         """
+        self.settle(sequences)
         if not self.hold:
             self.hold = wait
         if any(not isinstance(s.content(), TokenContent) for s in sequences):
             bits = None
         named = _named(bits, count)
         tokens = None if named is None else [named] * len(sequences)
-        growth = sum(-(-(s.num_tokens + count) // self.size) - len(self.table(s)) for s in sequences)
+        growth = self.growth(sequences, count)
         least, most = self.copies_due(sequences)
         slots = self.refusing(
             growth + least, growth + most, lambda: self.manager.append(sequences, tokens, count)

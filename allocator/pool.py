@@ -55,6 +55,7 @@ class BlockPool(FreeBlocks):
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
         self._drained: list[tuple[int, int]] = []  # (now, blocks) of each part of the victim that is gone
         index.settle = self.settle
+        self._windowed = index.windowed
         policy.attached(self.num_blocks)
 
     @property
@@ -144,7 +145,7 @@ class BlockPool(FreeBlocks):
             if extent.retention is not None:
                 self.expiries.discard(extent)
                 extent.retention = None
-            if self._is_exposed(parent):
+            if not self._windowed and self._is_exposed(parent):
                 self.policy.exposed(parent)
                 if partial is not None:
                     partial.changed(parent)
@@ -162,9 +163,12 @@ class BlockPool(FreeBlocks):
             and 1 <= count <= min(wanted, len(extent.ids))
         )
 
-    @staticmethod
-    def _is_exposed(extent: Extent) -> bool:
-        return not extent.references and not extent.live_children and extent.parent is not None
+    def _is_exposed(self, extent: Extent) -> bool:
+        return (
+            not extent.references
+            and (not extent.live_children or self._windowed)
+            and extent.parent is not None
+        )
 
     def share(self, block: int, holders: int) -> None:
         """Add `holders` to the holders of an uncached block."""
@@ -252,7 +256,7 @@ class BlockPool(FreeBlocks):
             if extent.retention is not None:
                 self.expiries.released(extent, self.now)
             self.policy.released(extent)
-            if not extent.live_children:
+            if not extent.live_children or self._windowed:
                 self.policy.exposed(extent)
             if self.partial is not None:
                 self.partial.changed(extent)
@@ -268,15 +272,17 @@ class BlockPool(FreeBlocks):
             self.give(ids)
 
     def acquire_path(self, extent: Extent, references: int = 1) -> None:
-        """Add references to an extent and all those above it."""
-        for each in extent.path():
+        """Add references to an extent and, unless the cache is windowed, all those above it."""
+        for each in (extent,) if self._windowed else extent.path():
             self.acquire(each, references)
 
     def drop_path(self, extent: Extent) -> Extent:
-        """Remove one reference from an extent and all those above it, the deepest first; return the root."""
+        """Undo one `acquire_path`, the deepest extent first; return the last one's parent."""
         parent = extent.parent
         while parent is not None:
             self.drop(extent)
+            if self._windowed:
+                return parent
             extent, parent = parent, parent.parent
         return extent
 

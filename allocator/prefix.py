@@ -148,6 +148,9 @@ def _nothing() -> None:
 class PrefixIndex:
     """The tree, and the ghosts in it. It knows neither references nor policies; the pool does."""
 
+    windowed = False
+    """Whether blocks can be taken in any order, so that ghosts lie above live blocks, too."""
+
     def __init__(self, ghost_capacity: int) -> None:
         self.roots: dict[Hashable, dict[Hashable, Root]] = {}  # family -> salt -> root
         self.version = 0  # changes whenever a match could

@@ -31,6 +31,17 @@ class KVSequence:
     while it fills, and any that a fork shares until somebody writes. A *twin* is an anchored position whose
     block is private all the same: this sequence computed what was in the cache already, so its own block
     stays uncached, and the cached one is held only to keep what it will add below within reach.
+
+    In a windowed cache, blocks that no later query needs have left the table, front first but for those of sinks:
+
+        tokens   0 … sinks ……………………………………… num_tokens
+        table    [ b7 |              b4 | b1 | b8 ]          sink_blocks, then those after `left` blocks
+        context  0 …………………………………………… context_len        num_tokens − left · tokens_per_block
+
+    A kernel takes the table as it stands, with context_len as the number of keys, and masks with the same window
+    and sinks: what a query attends to has not moved relative to it, and sinks are the first keys. Blocks leave
+    when the sequence next grows, which says that its last step is done, and only those that the first query of
+    the growth does not need. A *position*, in tokens or in blocks, always counts what has left.
     """
 
     __slots__ = (
@@ -38,15 +49,19 @@ class KVSequence:
         "anchor",
         "batch",
         "cow_copies",
+        "held",
         "hit_blocks",
         "host",
+        "left",
         "num_prompt_tokens",
         "number",
         "partial_tokens",
         "released",
         "retention",
+        "root",
         "salt",
         "settled_history",
+        "sink_blocks",
         "table",
         "tenant",
         "twins",
@@ -77,6 +92,11 @@ class KVSequence:
         self.number = NOBODY  # in the event log, if there is one
         self.retention: RetentionPlan | None = None
         self._tokens = num_tokens
+        self.left = 0
+        # Of a windowed cache alone: what is held of the index, a node (None for a twin) for each anchored block.
+        self.sink_blocks = 0
+        self.held: list[Extent | None] = []
+        self.root: Extent | None = None
 
     @property
     def history(self) -> History:
@@ -106,6 +126,15 @@ class KVSequence:
         return len(self.table)
 
     @property
+    def context_len(self) -> int:
+        """Return how many tokens its table's blocks hold: what kernels count as the context."""
+        return self.num_tokens - self.left * self.settled_history.tokens_per_block
+
+    def index_of(self, position: int) -> int:
+        """Return where in its table the block at a position stands, which must not have left."""
+        return position if position < self.sink_blocks else position - self.left
+
+    @property
     def anchored(self) -> int:
         """Return how many of its blocks, from the first on, the prefix index knows."""
         return self.anchor.end
@@ -131,13 +160,24 @@ class KVSequence:
         return self.history.content(num_tokens)
 
     def slots(self, first: int, last: int) -> NDArray[np.int64]:
-        """Return the slots of tokens first … last − 1, int64 [last − first]."""
+        """Return the slots of tokens first … last − 1, int64 [last − first].
+
+        Raises ValueError for tokens that have no slot, or none any more.
+        """
         if not 0 <= first <= last <= self.num_tokens:
             raise ValueError(f"tokens {first} to {last} must lie within the sequence's {self.num_tokens}")
         size = self.settled_history.tokens_per_block
         positions = np.arange(first, last, dtype=np.int64)
         blocks = np.frombuffer(self.table, np.int32).astype(np.int64)
-        return blocks[positions // size] * size + positions % size
+        at = positions // size
+        if self.left and last > first:
+            beyond = at >= self.sink_blocks
+            at[beyond] -= self.left
+            if (at[beyond] < self.sink_blocks).any():
+                raise ValueError(
+                    f"tokens {first} to {last} must not lie in one of {self.left} blocks that have left"
+                )
+        return blocks[at] * size + positions % size
 
     def __repr__(self) -> str:
         return f"<KVSequence {self.num_tokens} tokens in blocks {self.table.tolist()}>"

@@ -161,6 +161,8 @@ class Story:
     """All known tokens: those that have a slot, then those that are named in advance."""
     prompt: int
     length: int = 0
+    step: int = 0
+    """The first of the tokens that its last step wrote."""
     states: list[State] = field(default_factory=list)
     """The histories of the tokens that have a slot, [length]."""
     wish: Callable[[int], Any] = lambda position: None
@@ -179,6 +181,7 @@ class Story:
     def say(self, count: int, named: Sequence[int] | None = None) -> list[State]:
         """Go on by `count` tokens, see `next_tokens`; return the new histories."""
         first, last = self.length, self.length + count
+        self.step = first
         self.tokens[first:last] = self.next_tokens(count, named)
         state = self.states[-1] if self.states else self.shadow.after(0, ("salt", self.salt))
         for token in self.tokens[first:last]:
@@ -197,6 +200,7 @@ class Story:
             self.tokens[:known],
             self.prompt,
             self.length,
+            self.step,
             states,
             self.wish,
             self.noted,

@@ -9,6 +9,21 @@ from allocator.checks import as_int
 from allocator.event_log import EXCHANGED, FORKED, FREED, TRUNCATED
 from allocator.sequence import KVSequence
 
+_STATE = [
+    "history",
+    "anchor",
+    "table",
+    "twins",
+    "num_prompt_tokens",
+    "hit_blocks",
+    "partial_tokens",
+    "retention",
+    "left",
+    "held",
+    "root",
+]
+"""What distinguishes the beams of one group."""
+
 
 class Sharing(Admission):
     """The part of the manager that forks, cuts, reorders and releases sequences."""
@@ -40,6 +55,10 @@ class Sharing(Admission):
                 tokens,
             )
             child.twins = set(sequence.twins)
+            child.left = sequence.left
+            if self.windowed is not None:
+                child.sink_blocks, child.root = sequence.sink_blocks, sequence.root
+                child.held = sequence.held[:]
             child.hit_blocks = sequence.hit_blocks
             child.partial_tokens = sequence.partial_tokens
             child.tenant = sequence.tenant
@@ -54,7 +73,7 @@ class Sharing(Admission):
         self._logical_blocks += n * len(sequence.table)
         if sequence.tenant is not None:
             sequence.tenant.blocks += n * len(sequence.table)
-        self._logical_tokens += n * tokens
+        self._logical_tokens += n * sequence.context_len
         if sequence.batch is not None:
             sequence.batch.unready[sequence] = None
         return children
@@ -63,7 +82,8 @@ class Sharing(Admission):
         """Forget all tokens of a sequence beyond the first `num_tokens`; what follows will be other content.
 
         Its blocks beyond are given back, a partly kept one stays. Raises ValueError unless 1 ≤ num_tokens ≤
-        the sequence's length, or while the sequence is in a batch or its prefill is incomplete.
+        the sequence's length, or while the sequence is in a batch or its prefill is incomplete, or if blocks
+        have left that a window ending there needs.
         """
         self._check_live(sequence)
         num_tokens = as_int("num_tokens", num_tokens, 1)
@@ -75,6 +95,13 @@ class Sharing(Admission):
             raise ValueError(f"{sequence} must be out of its batch and past its prefill to be truncated")
         if num_tokens == sequence.num_tokens:
             return
+        if self.windowed is not None:
+            least = self.windowed.window.least_tokens(sequence.left)
+            if num_tokens < least:
+                raise ValueError(
+                    f"num_tokens ({num_tokens}) must be at least {least}: "
+                    "blocks that the window of the next token needs have left"
+                )
         self._truncated = True
         if self.events is not None:
             self.events.add(TRUNCATED, sequence.number, value=num_tokens)
@@ -88,11 +115,12 @@ class Sharing(Admission):
         if sequence.retention is not None:
             for extent in sequence.anchor.path():  # it decodes in the midst of its wishes now
                 extent.sealed = True
-        self._logical_blocks -= len(sequence.table) - keep
+        kept = keep - sequence.left
+        self._logical_blocks -= len(sequence.table) - kept
         if sequence.tenant is not None:
-            sequence.tenant.blocks -= len(sequence.table) - keep
+            sequence.tenant.blocks -= len(sequence.table) - kept
         self._logical_tokens -= sequence.num_tokens - num_tokens
-        del sequence.table[keep:]
+        del sequence.table[kept:]
         sequence.num_tokens = num_tokens
         sequence.history = sequence.history.diverge(num_tokens)
         sequence.num_prompt_tokens = min(sequence.num_prompt_tokens, num_tokens)
@@ -104,8 +132,9 @@ class Sharing(Admission):
         """
         self._check_live(sequence)
         shared = self.pool.shared
-        private = sum(sequence.table[p] not in shared for p in self.tables.private_positions(sequence))
-        return private + sum(len(e.ids) for e in sequence.anchor.path() if e.references == 1)
+        positions = self.tables.private_positions(sequence)
+        private = sum(sequence.table[sequence.index_of(p)] not in shared for p in positions)
+        return private + sum(len(e.ids) for e in self.tables.held_extents(sequence) if e.references == 1)
 
     def release(self, sequence: KVSequence) -> None:
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
@@ -120,7 +149,7 @@ class Sharing(Admission):
         self._logical_blocks -= len(sequence.table)
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table)
-        self._logical_tokens -= sequence.num_tokens
+        self._logical_tokens -= sequence.num_tokens - sequence.left * self.tokens_per_block
         self._note_prefilling(sequence, False)
         del self.sequences[sequence]
         sequence.released = True
@@ -155,16 +184,7 @@ class Sharing(Admission):
 
     @staticmethod
     def _swap_state(one: KVSequence, other: KVSequence) -> None:
-        for name in (
-            "history",
-            "anchor",
-            "table",
-            "twins",
-            "num_prompt_tokens",
-            "hit_blocks",
-            "partial_tokens",
-            "retention",
-        ):
+        for name in _STATE:
             mine, theirs = getattr(one, name), getattr(other, name)
             setattr(one, name, theirs)
             setattr(other, name, mine)

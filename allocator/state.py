@@ -18,6 +18,9 @@ from allocator.sequence import KVSequence
 from allocator.stats import Lookups
 from allocator.tables import Tables
 from allocator.tiers import HostTier
+from allocator.windowed_index import WindowedIndex
+from allocator.windowed_tables import WindowedTables
+from allocator.windows import AttentionWindow
 
 
 class ManagerState:
@@ -42,14 +45,17 @@ class ManagerState:
         require_power_of_two("tokens_per_block", tokens_per_block)
         if not isinstance(policy, EvictionPolicy | None):
             raise ValueError(f"policy ({policy!r}) must be an EvictionPolicy, made and not yet in use")
-        _refuse_unserved(config)
         if ghost_blocks is None:
             ghost_blocks = 16 * num_blocks
         ghost_blocks = as_int("ghost_blocks", ghost_blocks, 0)
         self.tokens_per_block = tokens_per_block
         self.config = config
         self.reuse = config.enable_block_reuse
-        self.index = PrefixIndex(ghost_blocks if self.reuse else 0)
+        self.window: AttentionWindow | None = None
+        if config.window is not None:
+            self.window = AttentionWindow(config.window, config.num_sinks, tokens_per_block)
+        tree = PrefixIndex if self.window is None else WindowedIndex
+        self.index = tree(ghost_blocks if self.reuse else 0)
         self.pool = BlockPool(
             num_blocks, policy or make_policy(config.policy), self.index, keep_cached=self.reuse
         )
@@ -60,6 +66,8 @@ class ManagerState:
         num_host_blocks = as_int("num_host_blocks", num_host_blocks or 0, 0)
         if num_host_blocks and config.enable_partial_reuse:
             raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 with enable_partial_reuse")
+        if self.window is not None:
+            _refuse_with_a_window(config, num_host_blocks, events)
         if num_host_blocks:
             self.pool.tier = HostTier(self.pool, num_host_blocks, config.offload_min_priority)
         if config.enable_partial_reuse:
@@ -69,6 +77,9 @@ class ManagerState:
             self.pool.lifetimes = Lifetimes()
         self.sequences: dict[KVSequence, None] = {}
         self.tables = Tables(self.pool, self.index, tokens_per_block)
+        self.windowed: WindowedTables | None = None  # the same tables, where front blocks leave
+        if self.window is not None and isinstance(self.index, WindowedIndex):
+            self.tables = self.windowed = WindowedTables(self.pool, self.index, tokens_per_block, self.window)
         self._lookups = Lookups()
         self._prefilling = Prefilling()
         self.quotas = Quotas(quotas) if quotas is not None else None
@@ -104,14 +115,13 @@ class ManagerState:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
 
 
-def _refuse_unserved(config: CacheConfig) -> None:
-    """Raise ValueError for what the configuration can say and this manager cannot do."""
-    unserved: dict[str, object] = {
-        "window": None,
-        "num_sinks": 0,
+def _refuse_with_a_window(config: CacheConfig, num_host_blocks: int, events: bool) -> None:
+    """Raise ValueError for what a windowed cache cannot do."""
+    options: dict[str, object] = {
+        "enable_partial_reuse": config.enable_partial_reuse,
+        "num_host_blocks": num_host_blocks,
+        "events": events,
     }
-    for name, served in unserved.items():
-        if getattr(config, name) != served:
-            raise ValueError(
-                f"{name} ({getattr(config, name)}) must be {served}: the manager does not serve it"
-            )
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name} ({value}) must be {type(value)()} with a window ({config.window})")

@@ -147,8 +147,7 @@ class Tables:
             return block
         return None
 
-    @staticmethod
-    def tail_is_cached(sequence: KVSequence) -> bool:
+    def tail_is_cached(self, sequence: KVSequence) -> bool:
         """Return whether the last block of its table is one that the index knows."""
         last = len(sequence.table) - 1
         return sequence.anchor.end > last and last not in sequence.twins
@@ -160,7 +159,7 @@ class Tables:
             sequence
             for sequence in writers
             # As a rule, the last block is beyond the anchor, and so private; that saves the closer look.
-            if (sequence.anchor.end == len(sequence.table) or shared)
+            if (sequence.anchor.end == sequence.left + len(sequence.table) or shared)
             and self.shared_tail(sequence) is not None
         ]
 
@@ -200,16 +199,21 @@ class Tables:
             self._copy_tail(sequence, tail, None)
             self.pool.unshare(tail)
         elif self._can_take_back(sequence):
-            parent = extent.parent
-            assert parent is not None
             if self.events is not None:
                 self.events.add_block(UNSTORED, sequence.number, -1, -1, tail)
-            self.pool.uncache(extent)
-            if not extent.ids:
-                sequence.anchor = parent
+            self._take_back(sequence)
         else:
             self._copy_tail(sequence, tail, extent)
-            self.move_anchor(sequence, len(sequence.table) - 1)
+            self.move_anchor(sequence, sequence.left + len(sequence.table) - 1)
+
+    def _take_back(self, sequence: KVSequence) -> None:
+        """Take a cached last block, which is this sequence's alone, out of the index."""
+        extent = sequence.anchor
+        parent = extent.parent
+        assert parent is not None
+        self.pool.uncache(extent)
+        if not extent.ids:
+            sequence.anchor = parent
 
     def _copy_tail(self, sequence: KVSequence, source: int, extent: Extent | None) -> None:
         """Give a sequence a fresh last block that starts as a copy of `source`."""
@@ -261,23 +265,28 @@ class Tables:
         for position in self.private_positions(sequence):
             self.pool.share(sequence.table[position], holders)
 
+    def held_extents(self, sequence: KVSequence) -> Iterable[Extent]:
+        """Return the extents on which a sequence has a reference."""
+        return sequence.anchor.path()
+
     def private_positions(self, sequence: KVSequence, first: int = 0) -> list[int]:
-        """Return which of the blocks from `first` on are uncached, in order."""
+        """Return at which positions from `first` on its blocks are uncached, in order."""
         twins = sorted(position for position in sequence.twins if position >= first)
-        return twins + list(range(max(sequence.anchor.end, first), len(sequence.table)))
+        return twins + list(range(max(sequence.anchor.end, first), sequence.left + len(sequence.table)))
 
     def free_private(self, sequence: KVSequence, first: int) -> None:
         """Give back the uncached blocks from position `first` on, the last first."""
         table, pool = sequence.table, self.pool
         if not (sequence.twins or pool.shared):  # the common case
-            private = table[max(sequence.anchor.end, first) :]
+            private = table[max(sequence.anchor.end, first) - sequence.left :]
             if private:
                 private.reverse()
                 pool.give(private)
             return
         positions = self.private_positions(sequence, first)
         positions.reverse()
-        pool.give(array("i", [table[p] for p in positions if not pool.unshare(table[p])]))
+        blocks = [table[sequence.index_of(position)] for position in positions]
+        pool.give(array("i", [block for block in blocks if not pool.unshare(block)]))
         sequence.twins.difference_update(positions)
 
     def release(self, sequence: KVSequence) -> None:

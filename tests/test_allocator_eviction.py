@@ -11,7 +11,7 @@ import pytest
 
 from allocator.content import TokenContent
 from allocator.eviction import FIFO, LRU, POLICIES, EvictionPolicy, make_policy
-from allocator.fuzz import AllocatorMachine, ReuseMachine, run_machine
+from allocator.fuzz import AllocatorMachine, ManagerMachine, ReuseMachine, WindowMachine, run_machine
 from allocator.manager import KVCacheManager
 from allocator.prefix import Extent
 
@@ -80,8 +80,9 @@ class Witness(EvictionPolicy):
 
     evictions = 0
 
-    def __init__(self, policy: EvictionPolicy, reference: Any) -> None:
+    def __init__(self, policy: EvictionPolicy, reference: Any, *, windowed: bool = False) -> None:
         self.policy, self.reference = policy, reference
+        self.windowed = windowed  # blocks leave singly, in any order
         self.blocks: dict[Extent, list[int]] = {}
         self.evictable: set[Extent] = set()
         self.exposed_once: set[Extent] = set()
@@ -120,9 +121,9 @@ class Witness(EvictionPolicy):
     def released(self, extent: Extent) -> None:
         assert extent not in self.evictable
         assert extent.references == 0
-        assert all(c in self.evictable for c in (extent.children or {}).values() if c.ids), (
-            "parents come last"
-        )
+        children = [child for child in (extent.children or {}).values() if child.ids]
+        assert self.windowed or all(child in self.evictable for child in children), "parents come last"
+        assert not self.windowed or len(extent.ids) == 1
         self.evictable.add(extent)
         for block in reversed(self.blocks[extent]):
             self.reference.released(block)
@@ -130,7 +131,7 @@ class Witness(EvictionPolicy):
 
     def exposed(self, extent: Extent) -> None:
         assert extent in self.evictable
-        assert extent.live_children == 0
+        assert self.windowed or extent.live_children == 0
         self.exposed_once.add(extent)
         self.policy.exposed(extent)
 
@@ -166,7 +167,8 @@ class Witness(EvictionPolicy):
         extent, count = self.policy.victim(wanted)
         assert extent in self.evictable, "a victim is evictable"
         assert extent in self.exposed_once, "a victim was said to be exposed"
-        assert extent.references == extent.live_children == 0
+        assert extent.references == 0
+        assert self.windowed or extent.live_children == 0
         assert 1 <= count <= min(wanted, len(extent.ids))
         gone: list[int] = []
         for block in reversed(extent.ids[-count:]):
@@ -178,7 +180,10 @@ class Witness(EvictionPolicy):
         return extent, count
 
     def leaves(self, gone: list[int]) -> set[int]:
-        """Return the evictable blocks without cached children, once those in `gone` are evicted."""
+        """Return the evictable blocks without cached children, once those in `gone` are evicted.
+
+        In a windowed cache these are all evictable blocks.
+        """
         parents, blocks = set(), set()
         for extent in self.blocks:
             left = [block for block in extent.ids if block not in gone]
@@ -187,15 +192,16 @@ class Witness(EvictionPolicy):
                 parents.add(extent.parent.ids[-1])
             if extent in self.evictable:
                 blocks.update(left)
-        return blocks - parents
+        return blocks if self.windowed else blocks - parents
 
 
-def witnessed(base: type[AllocatorMachine] | type[ReuseMachine], policy: str) -> Any:
+def witnessed(base: type[ManagerMachine], policy: str) -> Any:
     class Witnessed(base):  # type: ignore[valid-type,misc]
         policies: ClassVar = (policy,)
 
         def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> KVCacheManager:
-            witness = Witness(make_policy(policy), REFERENCES.get(policy, NoReference)())
+            windowed = self.window is not None
+            witness = Witness(make_policy(policy), REFERENCES.get(policy, NoReference)(), windowed=windowed)
             return KVCacheManager(
                 num_blocks,
                 tokens_per_block,
@@ -213,6 +219,7 @@ def test_contract_and_reference(policy: str) -> None:
     before = Witness.evictions
     run_machine(witnessed(ReuseMachine, policy), 800, seed_=11)
     run_machine(witnessed(AllocatorMachine, policy), 500, seed_=12)
+    run_machine(witnessed(WindowMachine, policy), 500, seed_=13)
     assert Witness.evictions - before > 20
 
 

@@ -13,6 +13,7 @@ from allocator.fuzz import (
     ReuseMachine,
     SharingMachine,
     TierMachine,
+    WindowMachine,
     run_machine,
 )
 
@@ -23,6 +24,7 @@ TestPartial = PartialMachine.TestCase
 TestSharing = SharingMachine.TestCase
 TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase
+TestWindow = WindowMachine.TestCase
 TestQuota = QuotaMachine.TestCase
 TestRetention = RetentionMachine.TestCase
 

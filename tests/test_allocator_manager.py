@@ -298,8 +298,6 @@ def test_bad_input_is_named() -> None:
         KVCacheManager(0, 4)
     with pytest.raises(ValueError, match=r"ghost_blocks \(-1\) must be at least 0"):
         KVCacheManager(4, 4, ghost_blocks=-1)
-    with pytest.raises(ValueError, match=r"window \(8\) must be None"):
-        KVCacheManager(4, 4, CacheConfig(window=8))
 
     manager = KVCacheManager(8, 4)
     content = TokenContent([1] * 6)

@@ -156,8 +156,8 @@ MUTANTS = [
     Mutant(
         "fork_frees_a_live_block",
         "tables.py",
-        "[table[p] for p in positions if not pool.unshare(table[p])]",
-        "[table[p] for p in positions if pool.unshare(table[p]) or True]",
+        "[block for block in blocks if not pool.unshare(block)]",
+        "[block for block in blocks if pool.unshare(block) or True]",
         "SharingMachine",
     ),
     Mutant(
@@ -234,8 +234,8 @@ MUTANTS = [
     Mutant(
         "beams_forget_to_swap_their_content",
         "sharing.py",
-        '            "history",\n            "anchor",',
-        '            "anchor",',
+        '    "history",\n    "anchor",',
+        '    "anchor",',
         "SharingMachine",
     ),
     Mutant(
@@ -262,7 +262,7 @@ MUTANTS = [
     Mutant(
         "batch_beyond_its_quota",
         "decoding.py",
-        "            self.quotas.require((s, blocks) for bucket, blocks in growing for s in bucket)\n",
+        "            self.quotas.require(demands + self._given_up(batch))\n",
         "",
         "QuotaMachine",
     ),
@@ -288,10 +288,10 @@ MUTANTS = [
         "ReuseMachine",
     ),
     Mutant(
-        "fifo_takes_a_parent_before_its_child",
+        "fifo_takes_what_is_referenced_again",
         "eviction/fifo.py",
-        "and not extent.references and not extent.live_children",
-        "and not extent.references",
+        "        self._exposed.discard(extent)\n\n    def evicted",
+        "        pass\n\n    def evicted",
         "ReuseMachine",
     ),
     Mutant(
@@ -412,6 +412,83 @@ MUTANTS = [
         "units = min(units, (prompt - 1 - hit_blocks * tokens_per_block) // tokens)",
         "units = min(units, (prompt - hit_blocks * tokens_per_block) // tokens)",
         "PartialMachine",
+    ),
+    Mutant(
+        "window_reaches_a_token_too_few",
+        "windows.py",
+        "max(window - 1, 1)",
+        "max(window - 2, 1)",
+        "WindowMachine",
+    ),
+    Mutant(
+        "window_keeps_a_token_too_many",
+        "windows.py",
+        "max(window - 1, 1)",
+        "window",
+        "WindowMachine",
+    ),
+    Mutant(
+        "sinks_that_share_a_block_with_others_leave",
+        "windows.py",
+        "self.sink_blocks = -(-num_sinks // tokens_per_block)",
+        "self.sink_blocks = num_sinks // tokens_per_block",
+        "WindowMachine",
+    ),
+    Mutant(
+        "windowed_hit_requires_parents",
+        "windowed_matching.py",
+        "in_a_row >= depth - window.first_needed(depth * size)",
+        "in_a_row == depth",
+        "WindowMachine",
+    ),
+    Mutant(
+        "windowed_hit_without_sinks",
+        "windowed_matching.py",
+        "        elif depth <= sinks:\n            break\n",
+        "",
+        "WindowMachine",
+    ),
+    Mutant(
+        "node_forgotten_above_live_blocks",
+        "windowed_index.py",
+        "node.ids or node.children or node in self._ghosts",
+        "node.ids or node in self._ghosts",
+        "WindowMachine",
+    ),
+    Mutant(
+        "node_forgotten_where_a_sequence_goes_on",
+        "windowed_index.py",
+        "node.children or node in self._ghosts or node in self.anchors",
+        "node.children or node in self._ghosts",
+        "WindowMachine",
+    ),
+    Mutant(
+        "shared_block_counts_as_gained",
+        "windowed_tables.py",
+        "gained += dropped == node.references",
+        "gained += 1",
+        "WindowMachine",
+    ),
+    Mutant(
+        "batch_lets_go_at_the_wrong_turn",
+        "windowed_tables.py",
+        "turn = sequences.starting_in(-self.window.reach)",
+        "turn = sequences.starting_in(1 - self.window.reach)",
+        "WindowMachine",
+    ),
+    Mutant(
+        "batch_member_keeps_what_its_prefill_left",
+        "batch.py",
+        "        if self.windowed:\n            self.unready[sequence] = None\n",
+        "",
+        "WindowMachine",
+    ),
+    Mutant(
+        "truncated_into_what_has_left",
+        "windows.py",
+        "self.tokens_per_block + self.reach if left",
+        "self.tokens_per_block if left",
+        "WindowMachine",
     ),
 ]
 

@@ -176,6 +176,10 @@ class BesideNaive(AllocatorMachine):
     policies: ClassVar = ("fifo", "lru")
     serves_host: ClassVar = False
 
+    def choose_window(self, drawn: int) -> int | None:
+        """The naive manager has no windows."""
+        return None
+
     def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
         ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
         real = super().make_manager(num_blocks, tokens_per_block, reuse)

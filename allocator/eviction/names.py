@@ -72,18 +72,27 @@ class BlockNames:
         if names:
             name = names[-1]
         else:
-            parent = extent.parent
-            assert parent is not None
-            if isinstance(parent, Root):
-                name = self.root(parent.family, parent.salt)
-            else:
-                name = self._of[parent][-1]
+            assert extent.parent is not None
+            name = self._last_of(extent.parent)
         width, first = extent.width, len(names)
         for at in range(first * width, (first + num_blocks) * width, width):
             name = self.child(name, bytes(extent.keys[at : at + width]))
             name.holders += 1
             names.append(name)
         return names[first:]
+
+    def _last_of(self, extent: Extent) -> Name:
+        """Return the name of an extent's last block, which only a windowed cache may have evicted already."""
+        evicted = []
+        while extent not in self._of and not isinstance(extent, Root):
+            evicted.append(extent)
+            assert extent.parent is not None
+            extent = extent.parent
+        name = self.root(extent.family, extent.salt) if isinstance(extent, Root) else self._of[extent][-1]
+        for each in reversed(evicted):
+            for at in range(0, len(each.keys), each.width):
+                name = self.child(name, bytes(each.keys[at : at + each.width]))
+        return name
 
     def split(self, head: Extent, tail: Extent) -> None:
         """Divide the names as the blocks were divided."""

@@ -22,6 +22,9 @@ class EvictionPolicy(ABC):
 
     Override what you need; only `victim` must be. Every call is O(blocks it names) at most, and should be O(1)
     or O(log extents) to be of use.
+
+    In a windowed cache extents are single blocks, each referenced by those alone who hold it. Every evictable one
+    is exposed, whatever hangs below it, and a sequence releases its blocks front first: parents leave first.
     """
 
     drains_victims = False

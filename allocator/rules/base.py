@@ -41,6 +41,8 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         host_blocks=st.sampled_from([4, 8, 0, 2, 20]),
         lag=st.booleans(),
         partial=st.integers(0, 11),
+        window=st.integers(0, 15),
+        num_sinks=st.integers(0, 3),
     )
     def start(
         self,
@@ -53,10 +55,19 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         host_blocks: int = 0,
         lag: bool = False,
         partial: int = 0,
+        window: int = 0,
+        num_sinks: int = 0,
     ) -> None:
         """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`."""
-        self.begin(num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks, partial)
+        chosen = self.choose_window(window)
+        self.begin(
+            num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks, partial, chosen, num_sinks
+        )
         self.host.lag = lag
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return the window for a number drawn from 0 to 15; a machine without `WindowRules` has none."""
+        return None
 
     @invariant()
     def check(self) -> None:
@@ -89,15 +100,7 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
     def extend(self, index: int, count: int) -> None:
         """Prefill the next chunk of a prompt."""
         sequence = self.live(index, lambda s: not self.complete(s))
-        if sequence is None:
-            return
-        story = self.stories[sequence]
-        count = min(count, story.prompt - story.length)
-        growth = -(-(story.length + count) // self.size) - len(self.table(sequence))
-        least, most = self.copies_due([sequence])
-        slots = self.refusing(growth + least, growth + most, lambda: self.manager.extend(sequence, count))
-        if slots is not None:
-            self.note(sequence, slots.tolist(), story.say(count))
+        if sequence is not None and self.prefill(sequence, count):
             self.did("extend")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
@@ -147,6 +150,9 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         ]
         if left > 0 or sequence in self.batch:
             calls.append(lambda: manager.append([sequence]))
+        least = self.least_length(sequence)
+        if least > 1:  # what a window has passed cannot come back
+            calls.append(lambda: manager.truncate(sequence, least - 1))
         before = self.snapshot()
         for call in calls:
             try:

@@ -205,6 +205,8 @@ class RetentionRules(ManagerMachine):
         """Admit a prompt, new or seen before, whose blocks are to be kept."""
         old = self.prompts and again % 2
         made = self.prompts[again % len(self.prompts)] if old else self.learn(prompt.make(self.size))
+        if self.window is not None:  # nothing is retained there
+            return
         if self.admit_prompt(made, salt, chunk, retention=retention):
             story = next(reversed(self.stories.values()))
             story.wish = wish_of(retention, made.num_tokens, self.size)

@@ -84,7 +84,8 @@ class SharingRules(ManagerMachine):
         if sequence is None:
             return
         story = self.stories[sequence]
-        length = 1 + keep % story.length
+        least = self.least_length(sequence)
+        length = least + keep % (story.length - least + 1)
         if length == story.length:
             return
         self.end_step_of(sequence)

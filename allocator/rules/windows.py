@@ -1,0 +1,58 @@
+"""Windows: front blocks that leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from allocator.rules.base import CHUNKS, INDEX, SALTS, TOKEN_BITS, ManagerMachine
+from allocator.sequence import KVSequence
+from allocator.shadow import PromptSpec
+
+LONG = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+
+
+class WindowRules(ManagerMachine):
+    """Sequences that let go of what their window has passed. One program in three has a window."""
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window of 2 to 6 tokens, or none."""
+        return drawn - 9 if drawn > 10 else None
+
+    @precondition(lambda self: any(self.complete(s) for s in self.stories))
+    @rule(index=INDEX, count=st.integers(1, 12), bits=TOKEN_BITS, in_batch=st.booleans())
+    def slide(self, index: int, count: int, bits: int | None, in_batch: bool) -> None:
+        """Let a sequence, alone or in the batch, decode token by token as far as a window moves on."""
+        sequence = self.live(index, self.complete)
+        assert sequence is not None
+        self.decode_on(sequence, count, bits, in_batch)
+        self.did("slide")
+
+    @rule(symbols=LONG, salt=SALTS, chunk=CHUNKS, count=st.integers(1, 6), in_batch=st.booleans())
+    def serve(self, symbols: list[int], salt: str, chunk: int, count: int, in_batch: bool) -> None:
+        """Admit a prompt of whole blocks, complete it chunk by chunk, and decode from there at once."""
+        prompt = self.learn(PromptSpec("runs", symbols).make(self.size))
+        if not self.admit_prompt(prompt, salt, chunk):
+            return
+        self.flush()
+        sequence = next(reversed(self.stories))
+        while not self.complete(sequence):
+            if not self.prefill(sequence, chunk):
+                return
+            self.flush()
+            self.check_reads()
+        self.decode_on(sequence, count, None, in_batch)
+        self.did("serve")
+
+    def decode_on(self, sequence: KVSequence, count: int, bits: int | None, in_batch: bool) -> None:
+        """Let a sequence and its batch, which it joins or is in, go on step by step as long as there is room."""
+        if in_batch and sequence not in self.batch:
+            self.batch.add(sequence)
+        writers: Sequence[KVSequence] = self.batch if sequence in self.batch else [sequence]
+        for _ in range(count):
+            if not self.append_to(writers, 1, bits, 0):
+                return
+            self.flush()
+            self.check_reads()

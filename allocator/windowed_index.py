@@ -1,0 +1,109 @@
+"""WindowedIndex: the prefix tree of a windowed cache, in which a block can go before those that follow it.
+
+A sequence lets go of its blocks one by one, front first, and a hit needs a few blocks in the midst of a prefix. So
+here every extent is a single block, referenced by exactly those that hold the block. What says the content of a
+block (the keys on the way to it) must outlast the blocks above it: a node stays in the tree
+
+    while it holds a block,  is remembered as a ghost,  has children,  or is where some sequence is *anchored*
+
+and of these only the first two can be hit or known; the others are kept for what hangs below them.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from allocator.prefix import Extent, PrefixIndex
+
+
+class WindowedIndex(PrefixIndex):
+    """A prefix tree of single blocks; see PrefixIndex for ghosts, which here can lie above live blocks."""
+
+    def __init__(self, ghost_capacity: int) -> None:
+        super().__init__(ghost_capacity)
+        self.windowed = True
+        self.anchors: dict[Extent, int] = {}  # sequences whose last full block a node stands for
+
+    def anchor(self, node: Extent, sequences: int = 1) -> None:
+        """Keep a node for sequences that go on from it."""
+        self.anchors[node] = self.anchors.get(node, 0) + sequences
+
+    def release(self, node: Extent) -> None:
+        """Undo one `anchor`."""
+        left = self.anchors[node] - 1
+        if left:
+            self.anchors[node] = left
+        else:
+            del self.anchors[node]
+            self._prune(node)
+
+    def walk(self, root: Extent, keys: bytes) -> list[Extent]:
+        """Return the nodes that `keys` leads through, whether they hold a block or not."""
+        nodes: list[Extent] = []
+        width, node = root.width, root
+        for at in range(0, len(keys), width):
+            child = node.children.get(keys[at : at + width]) if node.children else None
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+        return nodes
+
+    def is_known(self, node: Extent) -> bool:
+        """Return whether a node's content is cached, or remembered to have been."""
+        return bool(node.ids) or node in self._ghosts
+
+    def attach(self, parent: Extent, keys: bytes, ids: array[int]) -> Extent:
+        """Hang a new block below `parent`."""
+        node = super().attach(parent, keys, ids)
+        node.sealed = True
+        return node
+
+    def revive(self, ghost: Extent, ids: array[int]) -> None:
+        """Give a node a block again."""
+        assert ghost.parent is not None
+        if ghost in self._ghosts:
+            del self._ghosts[ghost]
+            self.ghost_blocks -= 1
+        ghost.ids = ids
+        ghost.parent.live_children += 1
+        self.version += 1
+
+    def trim(self, extent: Extent, num_blocks: int) -> array[int]:
+        """Take the block out of the index, leave a ghost, and return its id."""
+        ids = self._empty(extent)
+        if extent.born is not None:
+            extent.born = None
+        if self.ghost_capacity:
+            self._ghosts[extent] = None
+            self.ghost_blocks += 1
+        else:
+            self.forgot = True
+            self._prune(extent)
+        while self.ghost_blocks > self.ghost_capacity:
+            self.forgot = True
+            oldest, _ = self._ghosts.popitem(last=False)
+            self.ghost_blocks -= 1
+            self._prune(oldest)
+        return ids
+
+    def remove(self, extent: Extent) -> None:
+        """Take the block out without leaving a ghost."""
+        self._empty(extent)
+        self._prune(extent)
+
+    def _empty(self, node: Extent) -> array[int]:
+        assert node.parent is not None
+        node.parent.live_children -= 1
+        self.version += 1
+        ids, node.ids = node.ids, array("i")
+        return ids
+
+    def _prune(self, node: Extent) -> None:
+        """Take a node that nothing needs out of the tree, and those above it that nothing needs any more."""
+        while node.parent is not None and not (
+            node.ids or node.children or node in self._ghosts or node in self.anchors
+        ):
+            parent = node.parent
+            self._detach(node)
+            node = parent
