@@ -23,6 +23,7 @@ from sim.request import Request
 from sim.rows import IntRows
 from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
+from sim.stream import RequestStream
 
 _FIELDS = (
     "request_id",
@@ -190,7 +191,10 @@ class _MapSampler:
     def __init__(self, manager: KVCacheManager, samples: int, requests: Collection[Request]) -> None:
         self._manager = manager
         self._samples = samples
-        last = max((request.arrival_ps for request in requests), default=0)
+        if isinstance(requests, RequestStream):
+            last = requests.span_ps
+        else:
+            last = max((request.arrival_ps for request in requests), default=0)
         self._interval_ps = max(last // samples, 1)
         self.due_ps = 0
         step = -(-manager.num_blocks // _MAX_MAP_ROWS)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sim.metrics import int_column
 from sim.quantities import NONE, percent_text, seconds_text
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def _requests(run: Run, summary: dict[str, Any]) -> str:
     for cause, count in summary["rejected"].items():
         text += f"\n{count:,} rejected: {cause}"
         if cause == "exceeds_max_seq_len":
-            longest = max(request.prompt_tokens + request.output_tokens for request in run.trace.requests)
+            prompt, output = (
+                int_column(run.result.requests, f"{kind}_tokens") for kind in ("prompt", "output")
+            )
+            longest = int((prompt + output).max())
             text += f" of {run.spec.build.max_seq_len:,}; the longest has {longest:,} tokens"
     return text
 

@@ -11,6 +11,7 @@ from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
 from sim.metrics import finished_mask
 from sim.records import RunResult
+from sim.stream import RequestStream
 from sim.timing import Setting
 from sim.traces import Trace, read_trace
 from sim.window import Window
@@ -63,11 +64,15 @@ def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], Non
 
 def cache_bound(finished: Run) -> CacheBound | None:
     """Return what an infinite cache would have hit, of the same requests, blocks and warm-up."""
-    spec, result = finished.spec, finished.result
+    spec, result, requests = finished.spec, finished.result, finished.trace.requests
+    window = Window.of(result, spec.engine)
+    if isinstance(requests, RequestStream) and not requests.named:
+        looked_up = window.cut(result).cache  # no content, no hit: nothing to walk through the trace for
+        return CacheBound(looked_up.query_tokens, looked_up.query_blocks, 0, 0)
     ran = finished_mask(result).tolist()
-    counted = Window.of(result, spec.engine).counted.tolist()
+    counted = window.counted.tolist()
     return infinite_cache(
-        finished.trace,
+        requests,
         spec.build.tokens_per_block,
         partial_reuse=spec.cache.enable_partial_reuse,
         stored=lambda request: ran[request.request_id],

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from trace_cases import AZURE, BAILIAN, TEXTS, as_values, same_requests, write
 
 from sim.request import Request
+from sim.stream import RequestStream
 from sim.traces import Trace, TraceError, read_trace, write_trace
 from sim.traces.describe import describe
-from sim.traces.trace import RequestStream
 
 S, MS = 10**12, 10**9
 

@@ -23,7 +23,27 @@ from sim.workload import WorkloadConfig, generate
 
 @dataclass(frozen=True)
 class Describe:
-    """Print what a trace is made of: rate, lengths, sessions, and how much of its content repeats."""
+    """Print what a trace is made of: rate, lengths, sessions, and how much of its content repeats.
+
+    arrivals: requests/s is one over the mean gap between arrivals. CV is the standard deviation of those gaps over
+    their mean: 0 for a metronome, 1 for a Poisson process, more for bursts.
+
+    prompt tokens, output tokens: p50 is the median; 90 in 100 are no longer than p90, 99 in 100 than p99.
+
+    sessions: requests that go on from one another, as the turns of a chat; the time to think is what passes between
+    an answer's end and the next turn.
+
+    content: what the trace tells of what the prompts say, in chunks of so many tokens. Chunks are distinct if they
+    differ, or anything before them does: a cache can reuse a chunk only behind the same beginning.
+
+    infinite-cache hit: what a prefix cache that never evicts would find, serving one request after the other and
+    counting the last chunk of a prompt like any other. No cache finds more.
+
+    time between uses: since a chunk that is found again was used last.
+
+    chunks between uses: distinct other chunks used since then. A cache that evicts the least recently used finds
+    those again that have fewer chunks between their uses than it has room for.
+    """
 
     trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE")]
     """Trace file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -32,24 +33,47 @@ def describe(trace: Trace) -> dict[str, Any]:
                              infinite cache, reuse_gap_s and reuse_distance_chunks (mean, percentiles, max of the
                              time, and of the distinct other chunks, between two uses). See Sharing.
     """
-    arrivals = np.array([request.arrival_ps for request in trace], dtype=np.int64)
-    gaps = np.diff(arrivals).astype(np.float64)
+    survey = _Survey(trace)
+    gaps = np.diff(survey.arrivals_ps).astype(np.float64)
     mean_gap = float(gaps.mean()) if gaps.size else 0.0
     return {
         "name": trace.name,
         "format": trace.format,
         "sha256": trace.sha256,
-        "requests": len(trace),
+        "requests": survey.arrivals_ps.size,
         "skipped": trace.skipped,
-        "duration_s": trace.duration_ps / PS_PER_S,
+        "duration_s": int(survey.arrivals_ps[-1] - survey.arrivals_ps[0]) / PS_PER_S if gaps.size else 0.0,
         "requests_per_s": PS_PER_S / mean_gap if mean_gap else None,
         "arrival_cv": float(gaps.std()) / mean_gap if mean_gap else None,
-        "prompt_tokens": _lengths([request.prompt_tokens for request in trace]),
-        "output_tokens": _lengths([request.output_tokens for request in trace]),
-        "sampled_requests": sum(request.num_samples > 1 for request in trace),
-        "sessions": _sessions(trace),
-        "content": _content(trace, sharing(trace)),
+        "prompt_tokens": _lengths(survey.prompt_tokens),
+        "output_tokens": _lengths(survey.output_tokens),
+        "sampled_requests": survey.sampled_requests,
+        "sessions": _sessions(survey),
+        "content": _content(survey.granularities, sharing(trace)) if survey.granularities else None,
     }
+
+
+class _Survey:
+    """What a single walk through a trace finds out of each request, in 8 bytes a number."""
+
+    def __init__(self, trace: Trace) -> None:
+        arrivals, prompts, outputs, parents = (array("q") for _ in range(4))
+        self.sampled_requests = self.think_ps = 0
+        self.granularities: set[int] = set()
+        for request in trace:
+            arrivals.append(request.arrival_ps)
+            prompts.append(request.prompt_tokens)
+            outputs.append(request.output_tokens)
+            parents.append(request.parent)
+            self.sampled_requests += request.num_samples > 1
+            if request.parent >= 0:
+                self.think_ps += request.think_ps
+            if request.named_tokens:
+                self.granularities.add(request.granularity or TOKENS_PER_CHUNK)
+        self.arrivals_ps = np.array(arrivals, dtype=np.int64)
+        self.prompt_tokens = np.array(prompts, dtype=np.int64)
+        self.output_tokens = np.array(outputs, dtype=np.int64)
+        self.parents = np.array(parents, dtype=np.int64)
 
 
 def _distribution(values: NDArray[Any]) -> dict[str, float] | None:
@@ -62,38 +86,31 @@ def _distribution(values: NDArray[Any]) -> dict[str, float] | None:
     return found
 
 
-def _lengths(values: list[int]) -> dict[str, float] | None:
-    found = _distribution(np.array(values, dtype=np.int64))
-    return None if found is None else {**found, "total": sum(values)}
+def _lengths(values: NDArray[np.int64]) -> dict[str, float] | None:
+    found = _distribution(values)
+    return None if found is None else {**found, "total": int(values.sum())}
 
 
-def _sessions(trace: Trace) -> dict[str, float] | None:
-    turns: dict[int, int] = {}
-    session_of: list[int] = []
-    for request in trace:
-        session = request.request_id if request.parent < 0 else session_of[request.parent]
-        session_of.append(session)
-        turns[session] = turns.get(session, 0) + 1
-    several = [count for count in turns.values() if count > 1]
-    if not several:
+def _sessions(survey: _Survey) -> dict[str, float] | None:
+    later = np.flatnonzero(survey.parents >= 0)
+    if not later.size:
         return None
-    thinks = [request.think_ps for request in trace if request.parent >= 0]
+    session = np.arange(survey.parents.size)
+    for row in later.tolist():  # a parent comes before its turns
+        session[row] = session[survey.parents[row]]
+    turns = np.bincount(session)
+    several = turns[turns > 1]
     return {
-        "count": len(several),
-        "turns_mean": sum(several) / len(several),
-        "turns_max": max(several),
-        "think_s_mean": sum(thinks) / len(thinks) / PS_PER_S,
+        "count": int(several.size),
+        "turns_mean": float(several.mean()),
+        "turns_max": int(several.max()),
+        "think_s_mean": survey.think_ps / later.size / PS_PER_S,
     }
 
 
-def _content(trace: Trace, found: Sharing) -> dict[str, Any] | None:
-    if not found.prompt_chunks:
-        return None
-    grains = {request.granularity for request in trace if request.chunk_ids is not None}
-    if any(request.token_ids is not None for request in trace):
-        grains.add(TOKENS_PER_CHUNK)
+def _content(granularities: set[int], found: Sharing) -> dict[str, Any]:
     return {
-        "granularity": sorted(grains),
+        "granularity": sorted(granularities),
         "prompt_chunks": found.prompt_chunks,
         "distinct_chunks": found.distinct_chunks,
         "reused_chunks": found.reused_chunks,

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from sim.request import PS_PER_S, Request
+from sim.stream import RequestStream
 from sim.traces.azure import AzureFormat
 from sim.traces.bailian import BailianFormat
 from sim.traces.burstgpt import BurstGptFormat
@@ -21,7 +22,7 @@ from sim.traces.mooncake import MooncakeFormat
 from sim.traces.native import MAGIC, NativeFormat
 from sim.traces.reading import ReadOptions, exact
 from sim.traces.token_ids import TokenIdsFormat
-from sim.traces.trace import RequestStream, Trace, TraceError
+from sim.traces.trace import Trace, TraceError
 from sim.traces.walk import Walk
 
 CSV_FORMATS: tuple[type[CsvFormat], ...] = (AzureFormat, BurstGptFormat)
@@ -85,11 +86,22 @@ def read_trace(
     walk = Walk(file, kind, options, scale)
     sha256 = _sha256(file)
     if stream if stream is not None else kind.is_large(file):
-        count = sum(1 for _ in walk)
-        requests: Collection[Request] = RequestStream(lambda: iter(Walk(file, kind, options, scale)), count)
+        requests: Collection[Request] = _stream(file, kind, options, scale, walk)
     else:
         requests = list(walk)
     return Trace(file.stem, kind.name, sha256, requests, walk.skipped)
+
+
+def _stream(
+    file: Path, kind: TraceFormat, options: ReadOptions, scale: Fraction, survey: Walk
+) -> RequestStream:
+    """Return the requests as a stream, all of them having been checked on a first walk."""
+    count, span_ps, named = 0, 0, False
+    for request in survey:
+        count += 1
+        span_ps = request.arrival_ps
+        named = named or request.named_tokens > 0
+    return RequestStream(lambda: iter(Walk(file, kind, options, scale)), count, span_ps, named)
 
 
 def _scale_to(rate: float, walk: Walk) -> Fraction:

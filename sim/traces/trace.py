@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from sim.request import Request
@@ -14,28 +14,6 @@ class TraceError(ValueError):
     def __init__(self, message: str) -> None:
         """Take the message; line ends that a file's name or its header brought into it become spaces."""
         super().__init__(" ".join(message.splitlines()))
-
-
-class RequestStream(Collection[Request]):
-    """Requests that are not kept in memory but made anew, one after the other, each time they are walked through.
-
-    The count is known beforehand, so that a stream has a length like a list; but it has no places, and requests
-    are compared by identity, so nothing that was made before is in it.
-    """
-
-    def __init__(self, start: Callable[[], Iterator[Request]], count: int) -> None:
-        """Take a function that starts a new walk, and how many requests each walk yields."""
-        self._start = start
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Request]:
-        return self._start()
-
-    def __contains__(self, item: object) -> bool:
-        return False
 
 
 @dataclass(frozen=True, eq=False)

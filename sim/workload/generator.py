@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 
 from sim.request import MAX_TIME_PS, PS_PER_S, Request
-from sim.traces.trace import RequestStream, Trace
+from sim.stream import RequestStream
+from sim.traces.trace import Trace
 from sim.workload.config import WorkloadConfig
 from sim.workload.draws import Draws
 from sim.workload.sessions import Sessions, Turn
@@ -27,14 +28,15 @@ def generate(config: WorkloadConfig) -> Trace:
 
     Raises ValueError when the arrivals would not fit the simulator's clock.
     """
+    span_ps = 0
     if config.arrivals != "closed_loop":
-        days = config.num_requests / config.requests_per_s / 86400
-        if days * _DAY_PS > MAX_TIME_PS / 2:
+        span_ps = round(config.num_requests / config.requests_per_s * PS_PER_S)
+        if span_ps > MAX_TIME_PS / 2:
             raise ValueError(
                 f"requests_per_s ({config.requests_per_s}) must be higher: {config.num_requests} requests would "
-                f"take {days:.0f} days, and the simulator's clock ends at {MAX_TIME_PS // _DAY_PS}"
+                f"take {span_ps // _DAY_PS} days, and the simulator's clock ends at {MAX_TIME_PS // _DAY_PS}"
             )
-    stream = RequestStream(lambda: _requests(config), config.num_requests)
+    stream = RequestStream(lambda: _requests(config), config.num_requests, span_ps, config.shares_content)
     kept = stream if config.num_requests > STREAMED_REQUESTS else list(stream)
     return Trace("synthetic", "synthetic", config.sha256, kept)
 
