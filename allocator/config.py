@@ -79,7 +79,7 @@ class CacheConfig:
     copy_on_partial_reuse: bool = True
     """Copy a partly matching block that others hold; else only take over those that nobody holds."""
     policy: str = "lru"
-    """Eviction policy, by name or as package.module:Class."""
+    """Eviction policy: lru, fifo, lfu, slru, sieve, s3fifo, gdsf, mru, priority, or package.module:Class."""
     host_cache_bytes: int = 0
     """Host memory for evicted blocks and swapped-out sequences, in bytes."""
     offload_min_priority: int = 30

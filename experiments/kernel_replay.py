@@ -49,7 +49,7 @@ class Config:
 
     trace: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="TRACE")] = None
     """Request trace, in any format that sim.traces reads; a synthetic workload if left out."""
-    requests: int = 60
+    num_requests: int = 60
     """Requests to replay: the first so many."""
     shrink: int = 64
     """Divide a trace's lengths, content chunks and times by this."""
@@ -95,7 +95,7 @@ class Outcome:
 def workload(config: Config) -> list[Request]:
     """Return the requests of the synthetic workload: short, shared, sampled several times, all at once."""
     drawn = WorkloadConfig(
-        num_requests=config.requests,
+        num_requests=config.num_requests,
         workload_seed=config.seed,
         requests_per_s=200.0,
         user_tokens_mean=40,
@@ -145,7 +145,7 @@ _MOST_POOL_BYTES = 1 << 34
 
 
 def _check(config: Config) -> None:
-    for name in ("requests", "shrink", "layers", "heads", "kv_heads", "num_blocks"):
+    for name in ("num_requests", "shrink", "layers", "heads", "kv_heads", "num_blocks"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
@@ -175,7 +175,7 @@ def run(config: Config) -> Outcome:
     if config.trace is None:
         requests = workload(config)
     else:
-        trace = read_trace(config.trace, num_requests=config.requests)
+        trace = read_trace(config.trace, num_requests=config.num_requests)
         requests = [shrunk(request, config.shrink) for request in trace]
     longest = max(request.prompt_tokens + request.output_tokens for request in requests)
     num_blocks = config.num_blocks

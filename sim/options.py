@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from allocator.config import BuildConfig, CacheConfig, load_model
+from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig, load_model
 from sim.calibration import Calibration
 from sim.command_line import option_value, parse_dataclass
 from sim.hardware import GPU_PRESETS, GPUSpec
@@ -43,8 +43,12 @@ class TimingOptions:
 class GPUOptions:
     """The GPU: a preset, and figures to use instead of the preset's (or all of them, for a GPU of another name)."""
 
-    gpu: str = "a100-80gb"
-    """Preset: a100-80gb, h100-80gb, h200, a40. Any other name needs the first six figures below."""
+    gpu: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"Preset: {', '.join(GPU_PRESETS)}. Any other name needs the first six figures below."
+        ),
+    ] = "a100-80gb"
     tflops: float | None = None
     """Peak dense 16-bit compute, TFLOP/s; None for the preset's figure, as below."""
     bandwidth_tb_s: float | None = None
@@ -109,8 +113,10 @@ class Replay:
     """Folder for the results; an earlier result there is replaced."""
     from_manifest: Path | None = None
     """Rerun what this manifest.json describes; flags given beside it change that. TRACE may be left out."""
-    model: str = "llama-2-7b"
-    """Model: a preset's name, or the path of a Hugging Face config.json."""
+    model: Annotated[
+        str,
+        tyro.conf.arg(help=f"Model: {', '.join(MODEL_PRESETS)}, or the path of a Hugging Face config.json."),
+    ] = "llama-2-7b"
     figures: bool = True
     """Draw figures/*.png and *.svg."""
     reading: ReadOptions = field(default_factory=ReadOptions)

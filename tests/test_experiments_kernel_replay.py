@@ -27,7 +27,7 @@ from kernels import reference
 from sim.request import Request
 from sim.scheduler.job import Job
 
-SMALL = Config(backend="cpu", requests=30, layers=1)
+SMALL = Config(backend="cpu", num_requests=30, layers=1)
 
 
 def test_the_default_run_makes_everything_happen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_main_reports_a_wrong_output_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _copy_forgotten(monkeypatch)
-    assert main(["--backend", "cpu", "--requests", "30", "--layers", "1"]) == 1
+    assert main(["--backend", "cpu", "--num-requests", "30", "--layers", "1"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("wrong output: request ")
     assert captured.err.count("\n") == 1
@@ -128,7 +128,7 @@ def test_main_reports_a_wrong_output_in_one_line(
     ("arguments", "message"),
     [
         (["--heads", "3"], "error: heads (3) must be a multiple of kv_heads (2)"),
-        (["--requests", "0"], "error: requests (0) must be at least 1"),
+        (["--num-requests", "0"], "error: num_requests (0) must be at least 1"),
         (["--head-dim", "65"], "error: head_dim (65) must be one of"),
         (["--num-blocks", "1"], "error: num_blocks (1) holds none of the requests"),
         (["--num-blocks", "0"], "error: num_blocks (0) must be at least 1"),
@@ -156,7 +156,7 @@ def test_a_home_that_cannot_be_written_is_named_with_the_remedy(
     home.write_text("not a folder")
     unset = ("XDG_CACHE_HOME", "CUPY_CACHE_DIR")
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.kernel_replay", "--requests", "2", "--backend", backend],
+        [sys.executable, "-m", "experiments.kernel_replay", "--num-requests", "2", "--backend", backend],
         env={name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(home)},
         capture_output=True,
         text=True,
@@ -172,7 +172,7 @@ def test_the_cpu_needs_no_cupy() -> None:
     script = (
         "import sys; sys.modules['cupy'] = None\n"
         "from experiments.kernel_replay import Config, run\n"
-        "print(run(Config(requests=2, layers=1, backend='cpu')).backend)"
+        "print(run(Config(num_requests=2, layers=1, backend='cpu')).backend)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout == "cpu\n", done.stderr
@@ -240,5 +240,5 @@ def test_the_workload_is_the_same_every_time() -> None:
 
 def test_a_public_trace_passes(traces_dir: Path) -> None:
     trace = traces_dir / "mooncake-fast25" / "conversation_trace.jsonl"
-    outcome = run(Config(trace=trace, backend="cpu", requests=20, layers=1, shrink=128))
+    outcome = run(Config(trace=trace, backend="cpu", num_requests=20, layers=1, shrink=128))
     assert (outcome.result.requests["status"] == "finished").all()

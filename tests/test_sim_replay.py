@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import polars as pl
 import pytest
 
 import sim.runner
-from allocator.config import BuildConfig, CacheConfig
+from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
+from allocator.eviction import POLICIES
 from sim.command_line import option_value
 from sim.export import ResultFolder
 from sim.hardware import GPU_PRESETS, GPUSpec
@@ -23,8 +25,9 @@ from sim.options import GPUOptions, parse
 from sim.replay import main
 from sim.report import report_rows
 from sim.scheduler.config import EngineConfig
+from sim.traces import FORMATS
 from sim.traces.reading import ReadOptions
-from sim.workload import WorkloadShape
+from sim.workload import LENGTH_MODELS, WorkloadShape
 
 SMALL = ["synthetic", "--num-requests", "40", "--user-tokens-max", "1000", "--output-tokens-max", "200"]
 SHARED = [*SMALL, "--system-prompts", "2", "--turns-mean", "2", "--session-tokens-max", "2048"]
@@ -288,6 +291,14 @@ def test_every_field_is_a_flag(kind: type) -> None:
         found, _ = parse(["t.csv", "--out", "o", flag, text])
         value = getattr(getattr(found, part), field.name)
         assert str(value) == text or float(value) == float(text), flag
+
+
+def test_the_help_lists_every_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    words = set(re.findall(r"[\w.-]+\w", capsys.readouterr().out))
+    for names in (GPU_PRESETS, MODEL_PRESETS, POLICIES, FORMATS, LENGTH_MODELS):
+        assert set(names) <= words
 
 
 @pytest.mark.parametrize("name", GPU_PRESETS)

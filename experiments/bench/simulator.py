@@ -48,7 +48,7 @@ _YARDSTICK_KEYS = 1_000_000
 class Config:
     """Time the simulator on this machine."""
 
-    requests: int = 5000
+    num_requests: int = 5000
     """Requests of each synthetic workload."""
     runs: int = 5
     """Runs of each workload."""
@@ -184,7 +184,7 @@ def run(config: Config, console: Console) -> list[Timing]:
         finally:
             signal.signal(signal.SIGINT, answer)
         with pool:
-            timings.append(pool.apply(time_case, (case, config.requests, config.runs)))
+            timings.append(pool.apply(time_case, (case, config.num_requests, config.runs)))
     if config.json is not None:
         text = json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
         try:

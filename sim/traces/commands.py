@@ -37,7 +37,7 @@ class Describe:
     differ, or anything before them does: a cache can reuse a chunk only behind the same beginning.
 
     infinite-cache hit: what a prefix cache that never evicts would find, serving one request after the other and
-    counting the last chunk of a prompt like any other. No cache finds more.
+    counting the last chunk of a prompt like any other. A smaller cache finds less.
 
     time between uses: since a chunk that is found again was used last.
 
