@@ -78,7 +78,7 @@ class QuotaMachine(QuotaRules, SharingRules, BatchRules):
     """Tenants with quotas."""
 
 
-class TierMachine(TierRules, SharingRules):
+class TierMachine(TierRules):
     """A host tier: offloading, onboarding, swapping."""
 
 

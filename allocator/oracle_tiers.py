@@ -19,6 +19,31 @@ MAX_IN_FLIGHT = 4
 """Transfer lists that are in flight at once; then the oldest is done."""
 
 
+class InFlight:
+    """A transfer list that was executed: what its ends must still hold when the manager is told that it is done.
+
+    gpu   what arrived in cached blocks, which nobody may write
+    host  what was written to the host, or read there
+    """
+
+    def __init__(self, transfers: Any, oracle: HostOracle) -> None:
+        self.transfers = transfers
+        self.sources = {int(block) for block in transfers.swap_outs[:, 0]}
+        self.host_written = {int(block) for block in transfers.swap_outs[:, 1]}
+        self.host_read = {int(block) for block in transfers.swap_ins[:, 0]}
+        self.gpu_written = {int(block) for block in transfers.swap_ins[:, 1]}
+        cached = oracle.oracle.cached_blocks()
+        self.gpu = {block: oracle.oracle.shadow.slots(block) for block in self.gpu_written & cached}
+        self.host = {block: oracle.shadow.slots(block) for block in self.host_written | self.host_read}
+
+    def check(self, oracle: HostOracle) -> None:
+        """See that no end was given to another use."""
+        for block, slots in self.gpu.items():
+            assert oracle.oracle.shadow.slots(block) == slots, f"block {block} was written while being filled"
+        for block, slots in self.host.items():
+            assert oracle.shadow.slots(block) == slots, f"host block {block} was written while in transfer"
+
+
 class HostOracle:
     """The host's side of an oracle: a shadow of `num_blocks` host blocks, and the transfers in flight.
 
@@ -31,7 +56,7 @@ class HostOracle:
         self.num_blocks = num_blocks
         self.shadow = oracle.shadow.twin()
         self.swapped: dict[KVSequence, Story] = {}
-        self.in_flight: list[Any] = []
+        self.in_flight: list[InFlight] = []
         self.lag = False  # whether transfers stay in flight for some time
         self.finished: Any = None
         self.moved_out = self.moved_in = 0
@@ -46,6 +71,11 @@ class HostOracle:
         """Return whether transfers wait for the step to be run."""
         return self.num_blocks > 0 and len(self.manager.host_tier.queue) > 0
 
+    def be_picky(self) -> None:
+        """Let every third block of a prefix have too low a priority to be offloaded."""
+        if self.num_blocks:
+            self.manager.host_tier.priority = lambda extent, position: 10 if position % 3 == 2 else 35
+
     # ------------------------------------------------ executing
 
     def run(self) -> bool:
@@ -56,27 +86,29 @@ class HostOracle:
         outs, ins = transfers.swap_outs.tolist(), transfers.swap_ins.tolist()
         if not outs and not ins:
             return False
-        gpu_written, host_written, host_read = self.ends()
         for pairs in (outs, ins):
             destinations = [destination for _, destination in pairs]
             assert len(set(destinations)) == len(destinations), f"{pairs} writes a block twice"
-        for _, destination in outs:
-            assert destination not in host_written, f"host block {destination} is still being filled"
-            assert destination not in host_read, f"host block {destination} is still being read"
-        for _, destination in ins:
-            assert destination not in gpu_written, f"block {destination} is still being filled"
+        for each in self.in_flight:
+            for _, block in outs:
+                assert block not in each.host_written, f"host block {block} is still being filled"
+                assert block not in each.host_read, f"host block {block} is still being read"
+            for _, block in ins:
+                assert block not in each.gpu_written, f"block {block} is still being filled"
         self.oracle.shadow.move(outs, self.shadow)
         self.shadow.move(ins, self.oracle.shadow)
         self.moved_out += len(outs)
         self.moved_in += len(ins)
-        self.in_flight.append(transfers)
+        self.in_flight.append(InFlight(transfers, self))
         if not self.lag or len(self.in_flight) > MAX_IN_FLIGHT:
             self.finish(0)
         return True
 
     def finish(self, index: int) -> None:
         """Tell the manager that one of the lists in flight is done."""
-        self.finished = self.in_flight.pop(index % len(self.in_flight))
+        done = self.in_flight.pop(index % len(self.in_flight))
+        done.check(self)
+        self.finished = done.transfers
         self.manager.transfers_done(self.finished)
 
     def can_read(self, sequence: KVSequence) -> bool:
@@ -85,20 +117,13 @@ class HostOracle:
         filling = {block for _, block in self.manager.host_tier.queue.pending_swap_ins()}
         return filling.isdisjoint(own)
 
-    def ends(self) -> tuple[set[int], set[int], set[int]]:
-        """Return the GPU blocks written, the host blocks written, and the host blocks read by what is in flight."""
-        gpu_written = {int(block) for each in self.in_flight for block in each.swap_ins[:, 1]}
-        host_written = {int(block) for each in self.in_flight for block in each.swap_outs[:, 1]}
-        host_read = {int(block) for each in self.in_flight for block in each.swap_ins[:, 0]}
-        return gpu_written, host_written, host_read
-
     def gpu_ends(self) -> set[int]:
         """Return the GPU blocks that what is in flight reads or writes."""
-        return self.ends()[0] | {int(block) for each in self.in_flight for block in each.swap_outs[:, 0]}
+        return {block for each in self.in_flight for block in each.sources | each.gpu_written}
 
     def host_ends(self) -> set[int]:
         """Return the host blocks that what is in flight reads or writes."""
-        return self.ends()[1] | self.ends()[2]
+        return {block for each in self.in_flight for block in each.host}
 
     # ------------------------------------------------ what the manager says; to be replaced for another manager
 
@@ -153,6 +178,8 @@ class HostOracle:
         """Check everything on the host. Only between steps."""
         if not self.num_blocks:
             return
+        for each in self.in_flight:
+            each.check(self)
         oracle, stats = self.oracle, self.manager.stats().host
         tables: set[int] = set()
         for sequence, story in self.swapped.items():

@@ -88,9 +88,13 @@ class ShadowKV:
         size, slots = self.tokens_per_block, self._slots
         return [slots.get(table[p // size] * size + p % size, 0) for p in range(num_tokens)]
 
+    def slots(self, block: int) -> list[State]:
+        """Return what all slots of a block hold."""
+        return self.read([block], self.tokens_per_block)
+
     def block(self, block: int) -> State:
         """Return the history that a full block ends; 0 if its slots do not follow one from the other."""
-        found = self.read([block], self.tokens_per_block)
+        found = self.slots(block)
         for earlier, later in itertools.pairwise(found):
             if self._parents[later] != earlier:
                 return 0

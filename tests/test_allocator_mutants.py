@@ -490,6 +490,112 @@ MUTANTS = [
         "self.tokens_per_block if left",
         "WindowMachine",
     ),
+    Mutant(
+        "host_block_reused_while_it_is_filled",
+        "tiers.py",
+        "            self.queue.hold(extent, on_gpu=False)  # before the host has it: so it never was evictable there\n"
+        "            self._reanchor(extent, demote(self.index, extent, kept, host_ids))\n",
+        "            below = demote(self.index, extent, kept, host_ids)\n"
+        "            self._reanchor(extent, below)\n"
+        "            if not below.host_references:\n"
+        "                self.host.num_evictable += kept\n"
+        "                self.host.order[below] = None\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "host_block_unpinned_while_it_is_read",
+        "transfers.py",
+        "            self._host.pin(host_block)\n            self._pool.pin(block)\n"
+        "            self._pending.swap_ins.append((host_block, block))\n",
+        "            self._pool.pin(block)\n            self._pending.swap_ins.append((host_block, block))\n"
+        "            self._host._pins.setdefault(host_block, 0)\n            del self._host._pins[host_block]\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "onboarded_without_holding_it",
+        "tiers.py",
+        "        self.queue.hold(extents[-1], on_gpu=True)\n        self.host.drop_path(extents[-1])\n",
+        "        self.host.drop_path(extents[-1])\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "onboarding_displaced_by_what_it_evicts",
+        "tiers.py",
+        "        self.host.acquire_path(extents[-1])  # what is evicted now must not displace it\n",
+        "",
+        "TierMachine",
+    ),
+    Mutant(
+        "onboarded_without_a_transfer",
+        "tiers.py",
+        "        self.queue.back(extent.host, ids)\n\n    def recomputed",
+        "\n    def recomputed",
+        "TierMachine",
+    ),
+    Mutant(
+        "swap_in_loses_the_tail",
+        "tiers.py",
+        "        self.queue.back(private, blocks[at:])\n",
+        "",
+        "TierMachine",
+    ),
+    Mutant(
+        "swapped_out_tail_is_not_kept",
+        "tiers.py",
+        "        self.queue.out(sequence.table[sequence.anchor.end :], sequence.host)\n",
+        "",
+        "TierMachine",
+    ),
+    Mutant(
+        "swapped_out_blocks_free_before_they_are_read",
+        "swapping.py",
+        "        tier.save(sequence)\n        self.tables.free_private(sequence, 0)\n",
+        "        tier.save(sequence)\n        tier.pool._freed.extend(sequence.table[sequence.anchor.end :])\n"
+        "        sequence.twins.clear()\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "host_eviction_leaves_a_stale_entry",
+        "prefix.py",
+        "        del extent.host[keep:]\n        if keep == 0:\n            extent.host = None\n",
+        "",
+        "TierMachine",
+    ),
+    Mutant(
+        "host_content_out_of_reach_is_kept",
+        "tiers.py",
+        "            self._forget_below(extent)\n",
+        "            pass\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "recomputed_content_stays_on_the_host",
+        "tiers.py",
+        "        else:\n            self.host.discard(extent)\n",
+        "",
+        "TierMachine",
+    ),
+    Mutant(
+        "hits_on_the_host_take_no_room",
+        "admission.py",
+        "            needed += match.host_blocks\n",
+        "            pass\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "swapped_out_sequence_loses_what_is_cut_off_its_end",
+        "tiers.py",
+        "                if sequence.anchor is extent:\n                    sequence.anchor = below\n",
+        "                pass\n",
+        "TierMachine",
+    ),
+    Mutant(
+        "block_taken_back_from_a_swapped_out_sequence",
+        "tables.py",
+        " or anchor.live_children or anchor.host_references:",
+        " or anchor.live_children:",
+        "TierMachine",
+    ),
 ]
 
 

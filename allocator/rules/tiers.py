@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from allocator.oracle import MAX_LIVE
-from allocator.rules.base import CHUNKS, INDEX, ManagerMachine
+from allocator.rules.base import CHUNKS, INDEX, SALTS, TOKEN_BITS, ManagerMachine
 from allocator.sequence import KVSequence
+from allocator.shadow import PromptSpec
 
 
 class TierRules(ManagerMachine):
@@ -30,8 +32,13 @@ class TierRules(ManagerMachine):
     def swap_out(self, index: int) -> None:
         """Swap a sequence out, if the host has room."""
         sequence = self.live(index, lambda s: s not in self.batch)
-        if sequence is None or len(self.host.swapped) >= MAX_LIVE:
-            return
+        if sequence is not None and self.swap_sequence_out(sequence):
+            self.did("swap out")
+
+    def swap_sequence_out(self, sequence: KVSequence) -> bool:
+        """Swap a sequence out; return whether the host had room."""
+        if len(self.host.swapped) >= MAX_LIVE:
+            return False
         self.end_step_of(sequence)
         if not self.host.can_read(sequence):
             before = self.snapshot()
@@ -48,9 +55,37 @@ class TierRules(ManagerMachine):
         done = self.refusing(
             least, most, lambda: self.manager.swap_out(sequence) or True, self.host.available
         )
-        if done is not None:
-            self.host.swapped[sequence] = self.stories.pop(sequence)
-            self.did("swap out")
+        if done is None:
+            return False
+        self.host.swapped[sequence] = self.stories.pop(sequence)
+        return True
+
+    @precondition(
+        lambda self: (
+            self.host.num_blocks and len(self.stories) < MAX_LIVE and any(self.alone(s) for s in self.stories)
+        )
+    )
+    @rule(index=INDEX, keep=st.integers(0, 24), bits=TOKEN_BITS)
+    def part(self, index: int, keep: int, bits: int | None) -> None:
+        """Fork a sequence, swap the fork out, and let the other go on, perhaps from an earlier token."""
+        sequence = self.live(index, self.alone)
+        assert sequence is not None
+        self.end_step_of(sequence)
+        (child,) = self.refusing(0, 0, lambda: self.manager.fork(sequence, 1)) or (None,)
+        if child is None:
+            return
+        story = self.stories[sequence]
+        self.stories[child] = story.fork()
+        if not self.swap_sequence_out(child):
+            return
+        if keep and not self.hold:
+            self.flush()
+            length = 1 + keep % story.length
+            if length < story.length:
+                self.manager.truncate(sequence, length)
+                story.truncate(length)
+        self.append_to([sequence], 1, bits, 0)
+        self.did("part")
 
     @precondition(lambda self: self.host.swapped)
     @rule(index=INDEX)
@@ -84,17 +119,61 @@ class TierRules(ManagerMachine):
         self.host.finish(index)
         self.did("finish transfers")
 
-    @precondition(lambda self: self.host.num_blocks and len(self.prompts) > 1)
-    @rule(index=INDEX, chunk=CHUNKS)
-    def come_back(self, index: int, chunk: int) -> None:
-        """Admit an older prompt again, and end another sequence to make room: what was offloaded is onboarded."""
-        victim = self.live(index + 1)
-        if victim is not None and len(self.stories) > 2:
-            self.end_step_of(victim)
-            self.manager.release(victim)
-            del self.stories[victim]
-        if self.admit_prompt(self.prompts[index % len(self.prompts)], "", chunk):
+    @precondition(lambda self: self.host.num_blocks and self.prompts)
+    @rule(index=INDEX, salt=SALTS, chunk=CHUNKS, leaves=st.booleans())
+    def come_back(self, index: int, salt: str, chunk: int, leaves: bool) -> None:
+        """Admit a prompt whose beginning only the host holds, if there is one; end sequences that are in the way.
+
+        It may end again at once, and be pushed out.
+        """
+        order = self.prompts[index % len(self.prompts) :] + self.prompts[: index % len(self.prompts)]
+        for prompt in order:
+            match = self.manager.lookup(prompt.content, salt)
+            if match.host_blocks:
+                break
+        else:
+            return
+        while self.stories and (len(self.stories) >= MAX_LIVE or not self.manager.can_admit(match, 1)):
+            self.end(index)
+        before = set(self.stories)
+        if self.admit_prompt(prompt, salt, chunk):
             self.did("come back")
+            if leaves:
+                self.end_new(before)
+                self.push(PromptSpec("unique", [0] * max(self.manager.available_blocks, 1) * self.size))
+
+    @precondition(lambda self: self.host.num_blocks and len(self.stories) < MAX_LIVE)
+    @rule(blocks=st.integers(1, 6), symbol=st.integers(2, 6), ends=st.integers(0, 3))
+    def press(self, blocks: int, symbol: int, ends: int) -> None:
+        """Let the end of some, and something short-lived that may have been there before, push out what is cached."""
+        for _ in range(min(ends, len(self.stories))):
+            self.end(0)
+        if self.push(PromptSpec("runs", [symbol] * blocks)):
+            self.did("press")
+
+    def push(self, spec: PromptSpec) -> bool:
+        """Admit a prompt and end it."""
+        before = set(self.stories)
+        prompt = spec.make(self.size)
+        admitted = self.admit_prompt(prompt, "", prompt.num_tokens)
+        if admitted:
+            self.end_new(before)
+        return admitted
+
+    def end(self, index: int) -> None:
+        """End a sequence."""
+        sequence = self.live(index)
+        assert sequence is not None
+        self.end_step_of(sequence)
+        self.manager.release(sequence)
+        del self.stories[sequence]
+
+    def end_new(self, before: set[KVSequence]) -> None:
+        """Run the step, and end the one sequence that was not there before."""
+        self.flush()
+        (sequence,) = set(self.stories) - before
+        self.manager.release(sequence)
+        del self.stories[sequence]
 
     @precondition(lambda self: self.host.swapped or self.host.pending)
     @rule(index=INDEX)
