@@ -31,6 +31,11 @@ class PendingCopies:
     def __len__(self) -> int:
         return len(self._copies)
 
+    @property
+    def num_held(self) -> int:
+        """Return how many of the sources are cached."""
+        return len(self._held)
+
     def is_destination(self, block: int) -> bool:
         """Return whether a copy into `block` is pending, so that it cannot be a source yet."""
         return block in self._destinations

@@ -60,6 +60,8 @@ def check_invariants(manager: KVCacheManager) -> None:
         pool.partial.check()
     manager._prefilling.check()
 
+    _check_saved(manager)
+
     evictable = sum(1 for extent in cached.values() if not extent.references)
     assert pool.num_evictable == evictable, f"{evictable} blocks are evictable, not {pool.num_evictable}"
     transfers = [] if pool.tier is None else pool.tier.queue.gpu_held()
@@ -155,4 +157,22 @@ def _check_sequences(manager: KVCacheManager) -> Counter[int]:
             assert tenant.blocks == used, f"tenant {tenant.name!r} uses {used} blocks, not {tenant.blocks}"
     stats = manager.stats()
     assert (stats.logical_blocks, stats.logical_tokens) == (blocks, tokens), "logical counts are off"
+    assert set(manager.tables.twinned) == {s for s in manager.sequences if s.twins}
     return private
+
+
+def _check_saved(manager: KVCacheManager) -> None:
+    """Compare what sharing saves with a recount of the blocks in tables, and of the slots written in them."""
+    size = manager.tokens_per_block
+    cached = {block for extent in manager.index.extents() for block in extent.ids}
+    written: dict[int, int] = {}
+    for sequence in manager.sequences:
+        unwritten = -sequence.num_tokens % size  # slots of its last block
+        for position, block in enumerate(sequence.table, 1):
+            is_last = position == len(sequence.table)
+            slots = size - unwritten if is_last and block not in cached else size
+            written[block] = max(slots, written.get(block, 0))
+    stats = manager.stats()
+    saved = stats.logical_blocks - len(written), stats.logical_tokens - sum(written.values())
+    assert (stats.saved_blocks, stats.saved_tokens) == saved, f"{saved} blocks and tokens are saved"
+    assert manager.saved_blocks == stats.saved_blocks

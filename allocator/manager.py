@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.accounting import blocks_in_no_table
 from allocator.checks import as_int
 from allocator.config import CacheConfig
 from allocator.invariants import check_invariants
@@ -78,6 +79,11 @@ class KVCacheManager(Swapping):
         return self._logical_tokens
 
     @property
+    def saved_blocks(self) -> int:
+        """Return how many blocks sharing saves: those of all tables, less the blocks that are in any of them."""
+        return self._logical_blocks - self.pool.num_referenced + blocks_in_no_table(self.tables)
+
+    @property
     def now(self) -> int:
         """Return the caller's time, in the caller's unit."""
         return self.pool.now
@@ -104,6 +110,7 @@ class KVCacheManager(Swapping):
     def stats(self) -> CacheStats:
         """Return a snapshot of counters and block states. O(blocks shared by a fork)."""
         pool, counts = self.pool, self._lookups
+        kv_tokens, aside = self.kv_tokens, blocks_in_no_table(self.tables)
         return CacheStats(
             num_blocks=pool.num_blocks,
             tokens_per_block=self.tokens_per_block,
@@ -113,7 +120,9 @@ class KVCacheManager(Swapping):
             in_transfer_blocks=pool.num_in_transfer,
             logical_blocks=self._logical_blocks,
             logical_tokens=self._logical_tokens,
-            kv_tokens=self.kv_tokens,
+            saved_blocks=self._logical_blocks - pool.num_referenced + aside,
+            saved_tokens=self._logical_tokens - kv_tokens + aside * self.tokens_per_block,
+            kv_tokens=kv_tokens,
             query_tokens=counts.query_tokens,
             query_blocks=counts.query_blocks,
             hit_tokens=counts.hit_tokens,

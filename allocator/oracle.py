@@ -446,6 +446,8 @@ class Oracle:
         assert stats.logical_blocks == sum(map(len, tables.values()))
         tokens = {sequence: len(self.held_positions(sequence)) for sequence in self.stories}
         assert stats.logical_tokens == sum(tokens.values())
+        distinct = {block for table in tables.values() for block in table}
+        assert stats.saved_blocks == stats.logical_blocks - len(distinct)
         written = {
             block * self.size + i: None
             for sequence, table in tables.items()

@@ -55,6 +55,7 @@ class Sharing(Admission):
                 tokens,
             )
             child.twins = set(sequence.twins)
+            self.tables.note_twins(child)
             child.left = sequence.left
             if self.windowed is not None:
                 child.sink_blocks, child.root = sequence.sink_blocks, sequence.root
@@ -111,6 +112,7 @@ class Sharing(Admission):
         twin_kept = keep - 1 in sequence.twins and num_tokens % size != 0
         if twin_kept:  # it is about to be written: private again, and not the twin of anything
             sequence.twins.discard(keep - 1)
+            self.tables.note_twins(sequence)
         self.tables.move_anchor(sequence, min(sequence.anchor.end, keep - twin_kept))
         if sequence.retention is not None:
             for extent in sequence.anchor.path():  # it decodes in the midst of its wishes now
@@ -182,9 +184,10 @@ class Sharing(Admission):
             if sequence.batch is not None:
                 sequence.batch.unready[sequence] = None
 
-    @staticmethod
-    def _swap_state(one: KVSequence, other: KVSequence) -> None:
+    def _swap_state(self, one: KVSequence, other: KVSequence) -> None:
         for name in _STATE:
             mine, theirs = getattr(one, name), getattr(other, name)
             setattr(one, name, theirs)
             setattr(other, name, mine)
+        self.tables.note_twins(one)
+        self.tables.note_twins(other)

@@ -63,6 +63,12 @@ class HostStats:
 class CacheStats:
     """A snapshot of a manager.
 
+    logical_blocks, logical_tokens   of all tables, a shared block counted once for each table
+    saved_blocks, saved_tokens       by how much that exceeds what the tables' blocks hold, each counted once; a
+                                     cached block holds tokens_per_block even if a truncated sequence uses fewer
+    cow_copies, cow_tokens           copies made because a shared or cached block was to be written
+    partial_copies, …copied_tokens   copies of the part of a block that a prompt shares
+
     num_blocks = free + evictable + referenced + in_transfer; logical counts take a shared block once for each
     table that holds it, kv_tokens counts its written slots once.
     """
@@ -75,6 +81,8 @@ class CacheStats:
     in_transfer_blocks: int
     logical_blocks: int
     logical_tokens: int
+    saved_blocks: int
+    saved_tokens: int
     kv_tokens: int
     query_tokens: int
     query_blocks: int

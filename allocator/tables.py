@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from typing import ClassVar
 
 from allocator.copies import PendingCopies
 from allocator.event_log import (
@@ -39,8 +40,12 @@ def root_of(sequence: KVSequence) -> Extent:
 class Tables:
     """Operations on the tables of sequences, and counts of copies and steals.
 
-    `cow_copies` and `cow_tokens` count copy-on-write, the others what partial reuse does.
+    `holds_prefixes` says that a sequence references the whole prefix that it is anchored at, its twins' cached
+    blocks included, and a pending copy that of its source. `cow_copies` and `cow_tokens` count copy-on-write, the
+    others what partial reuse does.
     """
+
+    holds_prefixes: ClassVar[bool] = True
 
     def __init__(self, pool: BlockPool, index: PrefixIndex, tokens_per_block: int) -> None:
         self.pool = pool
@@ -49,6 +54,7 @@ class Tables:
         self.tokens_per_block = tokens_per_block
         self.cow_copies = 0
         self.cow_tokens = 0
+        self.twinned: dict[KVSequence, None] = {}  # those with twins
         self.partial_copies = 0
         self.partial_copied_tokens = 0
         self.stolen_blocks = 0
@@ -109,6 +115,7 @@ class Tables:
                 if extent.retention is not None:
                     extent.sealed = True
                 sequence.twins.update(range(extent.start, extent.end))
+                self.twinned[sequence] = None
             sequence.anchor = extent
             if self.events is not None:
                 self._log_indexed(self.events, sequence, extent, is_new)
@@ -288,6 +295,14 @@ class Tables:
         blocks = [table[sequence.index_of(position)] for position in positions]
         pool.give(array("i", [block for block in blocks if not pool.unshare(block)]))
         sequence.twins.difference_update(positions)
+        self.note_twins(sequence)
+
+    def note_twins(self, sequence: KVSequence) -> None:
+        """Keep `twinned` up to date with a sequence's twins."""
+        if sequence.twins and self.holds_prefixes:
+            self.twinned[sequence] = None
+        else:
+            self.twinned.pop(sequence, None)
 
     def release(self, sequence: KVSequence) -> None:
         """Give back all that a sequence holds, the last block first."""

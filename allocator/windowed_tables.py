@@ -21,6 +21,7 @@ from allocator.windows import AttentionWindow
 class WindowedTables(Tables):
     """Operations on the tables of sequences in a windowed cache."""
 
+    holds_prefixes = False
     index: WindowedIndex
 
     def __init__(
@@ -129,7 +130,7 @@ class WindowedTables(Tables):
 
     def _can_take_back(self, sequence: KVSequence) -> bool:
         node = sequence.anchor
-        return node.references == 1 and not node.children and self.index.anchors[node] == 1
+        return node.references == 1 and not node.live_children and self.index.anchors[node] == 1
 
     def _take_back(self, sequence: KVSequence) -> None:
         node = sequence.anchor

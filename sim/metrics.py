@@ -164,7 +164,7 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     idle = max(0, span_ps - exact_sum(clock.duration))
     blocks = int_column(rows, "referenced_blocks_first"), int_column(rows, "referenced_blocks")
     tokens = int_column(rows, "kv_tokens_first"), int_column(rows, "kv_tokens")
-    saved = int_column(rows, "logical_blocks") - blocks[1]
+    saved = int_column(rows, "saved_blocks")
 
     def over_time(first: Ints, last: Ints, scale: int) -> dict[str, float | None]:
         times = np.append(clock.duration, idle)
@@ -258,7 +258,7 @@ def summarise(
     internal_fragmentation         mean: of 1 − written slots / slots of referenced blocks, over the time any
                                    is referenced; final: 1 − Σ tokens / Σ slots over the block tables of
                                    finished requests (a table holds prompt + output − 1 tokens)
-    sharing_saved_blocks           Σ over tables of their blocks − referenced blocks, over time
+    sharing_saved_blocks           Σ over tables of their blocks − blocks that are in any table, over time
     recomputed_tokens              tokens computed again after a preemption, net of what was hit again
     out_of_block_steps             steps that could not take the blocks they wanted
     block_lifetime_s, block_idle_before_evict_s, block_reuse_gap_s

@@ -33,6 +33,7 @@ TIMELINE_COLUMNS = (
     "logical_blocks",
     "kv_tokens",
     "logical_tokens",
+    "saved_blocks",
     "referenced_blocks_first",
     "kv_tokens_first",
     "preemptions",
@@ -82,7 +83,8 @@ class RunResult:
         first_step_ps, step_increment_ps: step j of the stretch lasts first + j · increment;
         itl_tokens: tokens a step whose gap to their predecessor is that step's duration;
         free_blocks, evictable_blocks, referenced_blocks, logical_blocks (sum over tables), kv_tokens (written
-        slots of referenced blocks, shared ones counted once), logical_tokens: at the stretch's last step;
+        slots of referenced blocks, shared ones counted once), logical_tokens, saved_blocks (logical_blocks less
+        the blocks that are in any table): at the stretch's last step;
         referenced_blocks_first, kv_tokens_first: at its first step (they only grow in between);
         preemptions, out_of_block_steps, evicted_blocks: within the stretch.
 

@@ -224,6 +224,8 @@ class NaiveEngine:
             "referenced_blocks": len(written),
             "logical_blocks": sum(len(job.table) for job in self.running),
             "logical_tokens": sum(job.tokens for job in self.running),
+            "saved_blocks": sum(len(job.table) for job in self.running)
+            - len({block for job in self.running for block in job.table}),
             "kv_tokens": sum(written.values()),
         }
 

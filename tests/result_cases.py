@@ -109,6 +109,7 @@ def _timeline(draw: st.DrawFn, num_blocks: int, tokens_per_block: int) -> list[d
                 "logical_blocks": at_last + draw(st.integers(0, 5)),
                 "kv_tokens": tokens,
                 "logical_tokens": tokens,
+                "saved_blocks": draw(st.integers(0, 5)),
                 "referenced_blocks_first": at_first,
                 "kv_tokens_first": tokens
                 if steps == 1
@@ -333,6 +334,7 @@ class NaiveEngine:
                 "logical_blocks": sum(self.holders.values()),
                 "kv_tokens": tokens,
                 "logical_tokens": sum(request.prompt + request.done for request in self.running),
+                "saved_blocks": sum(self.holders.values()) - len(self.holders),
                 "referenced_blocks_first": len(self.holders),
                 "kv_tokens_first": tokens,
                 "preemptions": preempted,

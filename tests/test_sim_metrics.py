@@ -127,7 +127,7 @@ def oracle(result: RunResult, engine: EngineConfig) -> dict:
         position = [s for s in steps if s["row"] is row].index(step)
         share = Fraction(position, row["steps"] - 1) if row["steps"] > 1 else Fraction(1)
         ratios.append((step["ps"], ends[0] + (ends[1] - ends[0]) * share))
-    saved = [(s["ps"], s["row"]["logical_blocks"] - s["row"]["referenced_blocks"]) for s in steps]
+    saved = [(s["ps"], s["row"]["saved_blocks"]) for s in steps]
     tables = sum(row["blocks"] for row in done) * size
     held = sum((row["prompt_tokens"] + row["output_tokens"] - 1) * row["num_samples"] for row in done)
     fill = sum(ps * ratio for ps, ratio in ratios) / sum(ps for ps, _ in ratios) if ratios else None
