@@ -55,9 +55,27 @@ KINDS = (
     Kind("joined", "batch", "", "it gets a token whenever the batch does"),
     Kind("left", "batch", "", "it no longer does"),
     Kind("advanced", "batch", "tokens", "each member has slots for so many tokens more"),
-    Kind("evicted", "", "", "cached blocks lose their content, the last first, and are free"),
+    Kind("evicted", "", "", "cached blocks lose their content, the last first, and are about to be taken"),
     Kind("branched", "", "tokens", "a copy, [1], of a cached block's first tokens, [0], enters its table"),
     Kind("stolen", "", "tokens", "a block is cached no more, and enters its table for its first tokens"),
+    Kind("host", "", "num_blocks", "a host tier, all of it free"),
+    Kind("offloaded", "", "", "content goes to the host: blocks, then as many host blocks"),
+    Kind("onboarded", "", "", "content that the host holds comes back: host blocks, then as many blocks"),
+    Kind(
+        "recomputed", "parent", "position", "as stored, of what only the host held: blocks, then host blocks"
+    ),
+    Kind("forgotten", "", "", "host blocks lose their content, the last first"),
+    Kind("host_freed", "", "", "host blocks whose content nobody needs there any more are given back"),
+    Kind("let_go", "", "", "no transfer keeps the content up to this host block any more"),
+    Kind(
+        "swapped_out",
+        "",
+        "cached",
+        "a sequence goes to the host: blocks, then host blocks; cached ones first",
+    ),
+    Kind("swapped_in", "", "cached", "it comes back: host blocks, then as many blocks; cached ones first"),
+    Kind("sent", "", "list", "the pending transfers were handed out"),
+    Kind("arrived", "", "list", "they are done, and no longer keep their blocks"),
 )
 """The kinds of events; the column `kind` is an index into them."""
 
@@ -82,6 +100,17 @@ KINDS = (
     EVICTED,
     BRANCHED,
     STOLEN,
+    HOST,
+    OFFLOADED,
+    ONBOARDED,
+    RECOMPUTED,
+    FORGOTTEN,
+    HOST_FREED,
+    LET_GO,
+    SWAPPED_OUT,
+    SWAPPED_IN,
+    SENT,
+    ARRIVED,
 ) = range(len(KINDS))
 
 _ROW = Struct("<iiiiB")
@@ -247,7 +276,7 @@ class EventLog:
             ]
             if event.blocks:
                 words.append(f"blocks {event.blocks.tolist()}")
-            yield f"{row:>6} {now:>6}  {kind.name:<11}{', '.join(words)}".rstrip()
+            yield f"{row:>6} {now:>6}  {kind.name:<12}{', '.join(words)}".rstrip()
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

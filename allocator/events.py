@@ -13,14 +13,15 @@ Events of one call follow each other, and the state between two of them is the s
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
-from allocator import event_log as kinds
+from allocator.block_replay import NONE, BlockReplay, Column, Contradiction, Sequence
 from allocator.cache_state import (
     EVICTABLE,
     FREE,
+    HOST_PARENT,
     IN_TRANSFER,
     REFERENCED,
     STATES,
@@ -34,6 +35,7 @@ __all__ = [
     "COLUMNS",
     "EVICTABLE",
     "FREE",
+    "HOST_PARENT",
     "IN_TRANSFER",
     "KINDS",
     "NOBODY",
@@ -51,98 +53,43 @@ __all__ = [
 ]
 
 
-class _Sequence:
-    """A running sequence while events are applied; `num_tokens` lacks what its batch has advanced in all."""
+class _Transfers:
+    """The transfers of one list, and what they keep until they are done."""
 
-    __slots__ = ("batch", "num_tokens", "prefix", "table")
+    __slots__ = ("blocks", "host_blocks", "host_prefixes", "prefixes")
 
     def __init__(self) -> None:
-        self.table = array("i")
-        self.prefix = array("i")
-        self.num_tokens = 0
-        self.batch = NOBODY
+        self.blocks = array("i")
+        self.host_blocks = array("i")
+        self.prefixes: list[array[int]] = []
+        self.host_prefixes: list[array[int]] = []
 
 
-class _PerBlock:
-    """An integer a block: `one` for single blocks, several times faster, and `all` for many; the same memory."""
-
-    __slots__ = ("all", "one")
-
-    def __init__(self, num_blocks: int, value: int = 0) -> None:
-        self.one = array("i", (value,)) * num_blocks
-        self.all = np.asarray(self.one)
-
-    def add(self, blocks: array[int], number: int) -> None:
-        """Add to the number of each block, none of which comes twice."""
-        if len(blocks) == 1:
-            self.one[blocks[0]] += number
-        else:
-            self.all[blocks] += number
-
-    def set(self, blocks: array[int], number: int) -> None:
-        """Set the number of each block."""
-        if len(blocks) == 1:
-            self.one[blocks[0]] = number
-        else:
-            self.all[blocks] = number
-
-    def are(self, blocks: array[int], number: int) -> bool:
-        """Return whether each block's number is this."""
-        if len(blocks) == 1:
-            return self.one[blocks[0]] == number
-        return bool((self.all[blocks] == number).all())
-
-    def have(self, blocks: array[int], number: int) -> bool:
-        """Return whether any block's number is this."""
-        if len(blocks) == 1:
-            return self.one[blocks[0]] == number
-        return bool((self.all[blocks] == number).any())
-
-
-class Replayer:
+class Replayer(BlockReplay):
     """Applies events, some or all at a time, and says how everything stands after them.
 
-    A block in the prefix of a sequence or of a pending copy is held, one in a table is referenced by it, and
-    either end of a pending copy is pinned. Hence, of a cached block: held or else evictable; of any other: in a
-    table or else, while pinned, in transfer; or else free.
+    A position in the prefix of a sequence, a pending copy or a transfer is held, a block in a table is referenced,
+    and either end of a copy or transfer is pinned. Hence, of a cached block: evictable, unless held; if held by
+    transfers alone, in transfer. Of any other: in a table or else, while pinned, in transfer; or else free. Of the
+    host's blocks the same, with the swapped-out sequences' prefixes and tables.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.num_events = 0
-        self.tokens_per_block = 0
-        self._sequences: dict[int, _Sequence] = {}
-        self._ticks: Counter[int] = Counter()  # by batch
-        self._pinned: list[int] = []
-        self._held_for_copies: list[array[int]] = []
-        self._resize(0)
-        self._handlers = {
-            kinds.CREATED: self._created,
-            kinds.ADMITTED: self._admitted,
-            kinds.HIT: self._hit,
-            kinds.TAKEN: self._taken,
-            kinds.STORED: self._stored,
-            kinds.REPEATED: self._repeated,
-            kinds.UNSTORED: self._unstored,
-            kinds.DETACHED: self._detached,
-            kinds.COPIED: self._copied,
-            kinds.EXECUTED: self._executed,
-            kinds.FORKED: self._forked,
-            kinds.TRUNCATED: self._truncated,
-            kinds.EXCHANGED: self._exchanged,
-            kinds.FREED: self._freed,
-            kinds.JOINED: self._joined,
-            kinds.LEFT: self._left,
-            kinds.ADVANCED: self._advanced,
-            kinds.EVICTED: self._evicted,
-            kinds.BRANCHED: self._branched,
-            kinds.STOLEN: self._stolen,
-        }
+        self._swapped: dict[int, Sequence] = {}
+        self._pending = _Transfers()
+        self._in_flight: dict[int, _Transfers] = {}
+        self._handlers = [getattr(self, kind.name) for kind in KINDS]
 
-    def _resize(self, num_blocks: int) -> None:
-        self._references = _PerBlock(num_blocks)
-        self._holds = _PerBlock(num_blocks)
-        self._pins = _PerBlock(num_blocks)
-        self._parents = _PerBlock(num_blocks, UNCACHED)
+    def _resize(self, num_blocks: int, num_host_blocks: int) -> None:
+        super()._resize(num_blocks, num_host_blocks)
+        positions = num_blocks + num_host_blocks
+        self._transfer_holds = Column(positions)
+        self._host_holds = Column(positions)
+        self._host_transfer_holds = Column(positions)
+        self._host_at = Column(num_host_blocks, NONE)  # position
+        self._host_pins = Column(num_host_blocks)
 
     def apply(self, log: EventLog, upto: int | None = None) -> None:
         """Apply the log's events from where this stands to its first `upto`, or to its end.
@@ -158,209 +105,216 @@ class Replayer:
                     f"event {self.num_events} ({KINDS[event.kind].name}) cannot follow those before it: "
                     f"there is no {error}"
                 ) from None
-            except _Contradiction as error:
+            except Contradiction as error:
                 raise ValueError(f"event {self.num_events} ({KINDS[event.kind].name}): {error}") from None
             self.num_events += 1
 
+    # -------------------------------------------------------- the state
+
     def state(self) -> CacheState:
         """Return how everything stands, as a copy."""
-        cached = self._parents.all != UNCACHED
-        uncached = np.where(self._references.all, REFERENCED, np.where(self._pins.all, IN_TRANSFER, FREE))
-        states = np.where(cached, np.where(self._holds.all, REFERENCED, EVICTABLE), uncached)
-        sequences = {
-            number: SequenceState(self._length(each), tuple(each.table), tuple(each.prefix))
-            for number, each in self._sequences.items()
-        }
+        at = self._cached_at.all
+        holds, arriving = _of(self._holds, at), _of(self._transfer_holds, at)
+        host_at = self._host_at.all
+        host_holds, host_arriving = _of(self._host_holds, host_at), _of(self._host_transfer_holds, host_at)
         return CacheState(
-            states.astype(np.uint8),
-            self._references.all.copy(),
-            self._holds.all.copy(),
-            self._parents.all.copy(),
-            sequences,
+            states=_states(at, holds, arriving, self._references.all, self._pins.all),
+            references=self._references.all.copy(),
+            holds=holds,
+            parents=self._parents(at),
+            sequences={number: self._running(each) for number, each in self._sequences.items()},
+            host_states=_states(host_at, host_holds, host_arriving, self._private(), self._host_pins.all),
+            host_holds=host_holds,
+            host_parents=self._parents(host_at),
+            host_copies=_of(self._block, host_at, NONE),
+            swapped={number: self._swapped_out(each) for number, each in self._swapped.items()},
         )
 
-    def _length(self, sequence: _Sequence) -> int:
-        return sequence.num_tokens + self._ticks[sequence.batch]
+    def _running(self, sequence: Sequence) -> SequenceState:
+        prefix = self._block.of(sequence.prefix)
+        return SequenceState(self.length(sequence), tuple(sequence.table), tuple(prefix))
 
-    # -------------------------------------------------------- sequences come and go
+    def _parents(self, at: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return what comes before the content of blocks that hold these positions."""
+        if not len(at):
+            return at.copy()
+        parent = self._parent.all[at]
+        block, host = self._block.all[parent], HOST_PARENT - self._host_block.all[parent]
+        found = np.where(parent == ROOT, ROOT, np.where(block != NONE, block, host))
+        return np.where(at == NONE, UNCACHED, found).astype(np.int32)
 
-    def _created(self, event: Event) -> None:
-        self.tokens_per_block = event.other
-        self._resize(event.value)
+    def _swapped_out(self, sequence: Sequence) -> SequenceState:
+        prefix = tuple(self._host_block.of(sequence.prefix))
+        return SequenceState(sequence.num_tokens, prefix + tuple(sequence.table), prefix)
 
-    def _admitted(self, event: Event) -> None:
-        self._start(event.sequence, _Sequence())
+    def _private(self) -> NDArray[np.int32]:
+        """Return 1 for each uncached host block that a swapped-out sequence holds, else 0."""
+        private = np.zeros(len(self._host_at.all), dtype=np.int32)
+        for each in self._swapped.values():
+            private[each.table] = 1
+        return private
 
-    def _forked(self, event: Event) -> None:
-        parent, child = self._sequences[event.other], _Sequence()
-        self._start(event.sequence, child)
-        child.num_tokens = self._length(parent)
-        self._enter(child, parent.table)
-        self._hold(child, parent.prefix)
+    # -------------------------------------------------------- the host tier
 
-    def _start(self, number: int, sequence: _Sequence) -> None:
-        if number in self._sequences:
-            raise _Contradiction(f"sequence {number} must not run already")
-        self._sequences[number] = sequence
+    def host(self, event: Event) -> None:
+        self._resize(len(self._references.one), event.value)
 
-    def _freed(self, event: Event) -> None:
+    def offloaded(self, event: Event) -> None:
+        blocks, host_blocks = _halves(event.blocks)
+        positions = self._positions(blocks)
+        self._settle_on_host(positions, host_blocks)
+        self._move(blocks, host_blocks)
+        self._keep(positions[-1], on_gpu=False)
+
+    def onboarded(self, event: Event) -> None:
+        host_blocks, blocks = _halves(event.blocks)
+        positions = self._host_positions(host_blocks)
+        self._settle(positions, blocks)
+        self._move(blocks, host_blocks)
+        self._keep(positions[-1], on_gpu=True)
+
+    def recomputed(self, event: Event) -> None:
+        blocks, host_blocks = _halves(event.blocks)
+        sequence = self._sequences[event.sequence]
+        self._check_place(sequence, event)
+        positions = self._host_positions(host_blocks)
+        self._settle(positions, blocks)
+        self._hold(sequence, positions)
+
+    def forgotten(self, event: Event) -> None:
+        positions = self._host_positions(event.blocks)
+        if not self._host_holds.are(positions, 0):
+            raise Contradiction(f"{event.blocks.tolist()} must not be held on the host")
+        self._leave_host(positions, event.blocks)
+
+    def host_freed(self, event: Event) -> None:
+        self._leave_host(self._host_positions(event.blocks), event.blocks)
+
+    def let_go(self, event: Event) -> None:
+        (position,) = self._host_positions(event.blocks)
+        for transfers in (self._pending, *self._in_flight.values()):
+            for prefix in [one for one in transfers.host_prefixes if one[-1] == position]:
+                transfers.host_prefixes.remove(prefix)
+                self._drop_on_host(prefix)
+
+    def swapped_out(self, event: Event) -> None:
         sequence = self._sequences.pop(event.sequence)
-        self._references.add(sequence.table, -1)
-        self._holds.add(sequence.prefix, -1)
+        blocks, host_blocks = _halves(event.blocks)
+        cached = event.value
+        self._move(blocks, host_blocks)
+        if cached:
+            positions = self._positions(blocks[:cached])
+            self._settle_on_host(positions, host_blocks[:cached])
+            self._keep(positions[-1], on_gpu=True)
+        self._leave(sequence)
+        self._host_holds.add(sequence.prefix, 1)
+        sequence.table = host_blocks[cached:]
+        self._swapped[event.sequence] = sequence
 
-    def _exchanged(self, event: Event) -> None:
-        one, other = self._sequences[event.sequence], self._sequences[event.other]
-        one.table, other.table = other.table, one.table
-        one.prefix, other.prefix = other.prefix, one.prefix
+    def swapped_in(self, event: Event) -> None:
+        sequence = self._swapped.pop(event.sequence)
+        host_blocks, blocks = _halves(event.blocks)
+        cached = event.value
+        self._move(blocks, host_blocks)
+        if cached:
+            positions = self._host_positions(host_blocks[:cached])
+            self._settle(positions, blocks[:cached])
+            self._keep(positions[-1], on_gpu=True)
+        self._host_holds.add(sequence.prefix, -1)
+        self._holds.add(sequence.prefix, 1)
+        sequence.table = self._block.of(sequence.prefix) + blocks[cached:]
+        self._references.add(sequence.table, 1)
+        self._sequences[event.sequence] = sequence
 
-    # -------------------------------------------------------- tables grow and shrink
+    def freed(self, event: Event) -> None:
+        swapped = self._swapped.pop(event.sequence, None)
+        if swapped is None:
+            super().freed(event)
+        else:
+            self._host_holds.add(swapped.prefix, -1)
 
-    def _taken(self, event: Event) -> None:
-        self._require_free(event.blocks)
-        sequence = self._sequences[event.sequence]
-        self._enter(sequence, event.blocks)
-        sequence.num_tokens += event.value
+    def sent(self, event: Event) -> None:
+        self._in_flight[event.value] = self._pending
+        self._pending = _Transfers()
 
-    def _hit(self, event: Event) -> None:
-        self._repeated(event)
-        sequence = self._sequences[event.sequence]
-        self._enter(sequence, event.blocks)
-        sequence.num_tokens += event.value
-
-    def _truncated(self, event: Event) -> None:
-        sequence = self._sequences[event.sequence]
-        keep = -(-event.value // self.tokens_per_block)
-        self._references.add(sequence.table[keep:], -1)
-        del sequence.table[keep:]
-        sequence.num_tokens = event.value
-
-    def _joined(self, event: Event) -> None:
-        sequence = self._sequences[event.sequence]
-        sequence.num_tokens -= self._ticks[event.other]
-        sequence.batch = event.other
-
-    def _left(self, event: Event) -> None:
-        sequence = self._sequences[event.sequence]
-        sequence.num_tokens = self._length(sequence)
-        sequence.batch = NOBODY
-
-    def _advanced(self, event: Event) -> None:
-        self._ticks[event.other] += event.value
-
-    def _enter(self, sequence: _Sequence, blocks: array[int]) -> None:
-        self._references.add(blocks, 1)
-        sequence.table.extend(blocks)
-
-    def _require_free(self, blocks: array[int]) -> None:
-        if not (
-            self._parents.are(blocks, UNCACHED)
-            and self._references.are(blocks, 0)
-            and self._pins.are(blocks, 0)
-        ):
-            raise _Contradiction(f"{blocks.tolist()} must be free")
-
-    # -------------------------------------------------------- blocks are cached, and no longer
-
-    def _stored(self, event: Event) -> None:
-        sequence, blocks = self._sequences[event.sequence], event.blocks
-        prefix = sequence.prefix
-        above = prefix[-1] if prefix else ROOT
-        if event.other != above:
-            raise _Contradiction(f"{event.other} must be the last block of the sequence's prefix, {above}")
-        if event.value != len(prefix):
-            raise _Contradiction(f"{event.value} must be the length of its prefix, {len(prefix)}")
-        if not self._parents.are(blocks, UNCACHED):
-            raise _Contradiction(f"{blocks.tolist()} must not be cached already")
-        self._parents.one[blocks[0]] = above
-        if len(blocks) > 1:
-            self._parents.all[blocks[1:]] = blocks[:-1]
-        self._hold(sequence, blocks)
-
-    def _repeated(self, event: Event) -> None:
-        self._require_cached(event.blocks)
-        self._hold(self._sequences[event.sequence], event.blocks)
-
-    def _evicted(self, event: Event) -> None:
-        if not self._holds.are(event.blocks, 0):
-            raise _Contradiction(f"{event.blocks.tolist()} must not be held")
-        self._uncache(event.blocks)
-
-    def _unstored(self, event: Event) -> None:
-        if event.sequence != NOBODY:
-            sequence = self._sequences[event.sequence]
-            self._cut_prefix(sequence, len(sequence.prefix) - len(event.blocks))
-        self._uncache(event.blocks)
-
-    def _detached(self, event: Event) -> None:
-        self._cut_prefix(self._sequences[event.sequence], event.value)
-
-    def _hold(self, sequence: _Sequence, blocks: array[int]) -> None:
-        self._holds.add(blocks, 1)
-        sequence.prefix.extend(blocks)
-
-    def _cut_prefix(self, sequence: _Sequence, end: int) -> None:
-        self._holds.add(sequence.prefix[end:], -1)
-        del sequence.prefix[end:]
-
-    def _require_cached(self, blocks: array[int]) -> None:
-        if self._parents.have(blocks, UNCACHED):
-            raise _Contradiction(f"{blocks.tolist()} must be cached")
-
-    def _uncache(self, blocks: array[int]) -> None:
-        self._require_cached(blocks)
-        self._parents.set(blocks, UNCACHED)
-
-    # -------------------------------------------------------- copies
-
-    def _copied(self, event: Event) -> None:
-        sequence = self._sequences[event.sequence]
-        source, destination = event.blocks
-        if sequence.table[-1] != source:
-            raise _Contradiction(f"{source} must be the last block of its table")
-        self._require_free(event.blocks[1:])
-        sequence.table[-1] = destination
-        self._references.one[source] -= 1
-        self._references.one[destination] += 1
-        self._pin(destination)
-        if self._parents.one[source] == UNCACHED:
-            self._pin(source)
-        else:  # a cached source is kept by its whole prefix
-            self._holds.add(sequence.prefix, 1)
-            self._held_for_copies.append(sequence.prefix[:])
-
-    def _branched(self, event: Event) -> None:
-        sequence = self._sequences[event.sequence]
-        _, destination = event.blocks
-        self._require_cached(event.blocks[:1])
-        self._require_free(event.blocks[1:])
-        self._enter(sequence, event.blocks[1:])
-        self._pin(destination)
-        held = sequence.prefix + event.blocks[:1]
-        self._holds.add(held, 1)
-        self._held_for_copies.append(held)
-        sequence.num_tokens += event.value
-
-    def _stolen(self, event: Event) -> None:
-        self._evicted(event)
-        sequence = self._sequences[event.sequence]
-        self._enter(sequence, event.blocks)
-        sequence.num_tokens += event.value
-
-    def _executed(self, event: Event) -> None:
-        for block in self._pinned:
+    def arrived(self, event: Event) -> None:
+        transfers = self._in_flight.pop(event.value)
+        for block, host_block in zip(transfers.blocks, transfers.host_blocks, strict=True):
             self._pins.one[block] -= 1
-        for prefix in self._held_for_copies:
+            self._host_pins.one[host_block] -= 1
+        for prefix in transfers.prefixes:
             self._holds.add(prefix, -1)
-        self._pinned.clear()
-        self._held_for_copies.clear()
+            self._transfer_holds.add(prefix, -1)
+        for prefix in transfers.host_prefixes:
+            self._drop_on_host(prefix)
 
-    def _pin(self, block: int) -> None:
-        self._pins.one[block] += 1
-        self._pinned.append(block)
+    def _move(self, blocks: array[int], host_blocks: array[int]) -> None:
+        """Pin both ends of transfers, either way, until they are done."""
+        self._pending.blocks.extend(blocks)
+        self._pending.host_blocks.extend(host_blocks)
+        for block, host_block in zip(blocks, host_blocks, strict=True):
+            self._pins.one[block] += 1
+            self._host_pins.one[host_block] += 1
+
+    def _keep(self, position: int, *, on_gpu: bool) -> None:
+        """Hold the prefix that ends here until the pending transfers are done: on the host, and perhaps the GPU."""
+        prefix = array("i")
+        while position != ROOT:
+            prefix.append(position)
+            position = self._parent.one[position]
+        prefix.reverse()
+        self._pending.host_prefixes.append(prefix)
+        self._host_holds.add(prefix, 1)
+        self._host_transfer_holds.add(prefix, 1)
+        if on_gpu:
+            self._pending.prefixes.append(prefix)
+            self._holds.add(prefix, 1)
+            self._transfer_holds.add(prefix, 1)
+
+    def _drop_on_host(self, prefix: array[int]) -> None:
+        self._host_holds.add(prefix, -1)
+        self._host_transfer_holds.add(prefix, -1)
+
+    def _settle_on_host(self, positions: array[int], host_blocks: array[int]) -> None:
+        self._host_block.set(positions, host_blocks)
+        self._host_at.set(host_blocks, positions)
+
+    def _host_positions(self, host_blocks: array[int]) -> array[int]:
+        """Return the positions that host blocks hold; all must hold one."""
+        positions = self._host_at.of(host_blocks)
+        if NONE in positions:
+            raise Contradiction(f"host blocks {host_blocks.tolist()} must be cached")
+        return positions
+
+    def _leave_host(self, positions: array[int], host_blocks: array[int]) -> None:
+        self._host_at.set(host_blocks, NONE)
+        self._host_block.set(positions, NONE)
+        self._drop_empty(positions)
 
 
-class _Contradiction(Exception):
-    """An event that the events before it rule out."""
+def _halves(blocks: array[int]) -> tuple[array[int], array[int]]:
+    half = len(blocks) // 2
+    return blocks[:half], blocks[half:]
+
+
+def _of(column: Column, at: NDArray[np.int32], otherwise: int = 0) -> NDArray[np.int32]:
+    """Return the number of each position, `otherwise` where there is none."""
+    found = np.full(len(at), otherwise, dtype=np.int32)
+    found[at != NONE] = column.all[at[at != NONE]]
+    return found
+
+
+def _states(
+    at: NDArray[np.int32],
+    holds: NDArray[np.int32],
+    of_transfers: NDArray[np.int32],
+    references: NDArray[np.int32],
+    pins: NDArray[np.int32],
+) -> NDArray[np.uint8]:
+    """Return the state of each block, by the rules of `Replayer`."""
+    held = np.where(holds == of_transfers, IN_TRANSFER, REFERENCED)
+    uncached = np.where(references, REFERENCED, np.where(pins, IN_TRANSFER, FREE))
+    return np.where(at != NONE, np.where(holds, held, EVICTABLE), uncached).astype(np.uint8)
 
 
 def rebuild(log: EventLog, upto: int | None = None) -> CacheState:

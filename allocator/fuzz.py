@@ -56,6 +56,7 @@ __all__ = [
     "ReuseMachine",
     "SharingMachine",
     "Tally",
+    "TierEventsMachine",
     "TierMachine",
     "WindowMachine",
     "run_machine",
@@ -84,6 +85,12 @@ class TierMachine(TierRules):
 
 class EventsMachine(EventRules, SharingRules, BatchRules):
     """The event log, of every program."""
+
+    logging = (True,)
+
+
+class TierEventsMachine(EventRules, TierRules, SharingRules):
+    """The event log of a host tier, of every program."""
 
     logging = (True,)
 

@@ -14,6 +14,7 @@ from array import array
 from collections import OrderedDict
 
 from allocator.blocks import FreeBlocks
+from allocator.event_log import FORGOTTEN, HOST_FREED, NOBODY, EventLog
 from allocator.prefix import Extent, PrefixIndex
 
 _MERGED_EXTENT_BYTES = 4096
@@ -82,6 +83,7 @@ class HostPool(FreeBlocks):
         super().__init__(num_blocks)
         self.index = index
         self.keep_cached = keep_cached
+        self.events: EventLog | None = None
         self.order: OrderedDict[Extent, None] = OrderedDict()  # evictable, the next to be taken first
 
     def acquire_path(self, extent: Extent) -> None:
@@ -109,6 +111,11 @@ class HostPool(FreeBlocks):
         ids, extent.host = extent.host[::-1], None
         if not extent.ids:
             self.index.remove(extent)
+        self._free(ids)
+
+    def _free(self, ids: array[int]) -> None:
+        if self.events is not None:
+            self.events.add_blocks(HOST_FREED, NOBODY, -1, -1, ids)
         self.give(ids)
 
     def _list(self, extent: Extent) -> None:
@@ -126,7 +133,7 @@ class HostPool(FreeBlocks):
         self.num_evictable -= len(extent.host)
         self.order.pop(extent, None)
         ids, extent.host = extent.host[::-1], None
-        self.give(ids)
+        self._free(ids)
 
     def forget(self, extent: Extent, num_blocks: int) -> array[int]:
         """Take the last blocks of an evictable extent, leave ghosts, and return the ids tail first."""
@@ -135,7 +142,10 @@ class HostPool(FreeBlocks):
             del self.order[extent]
         self.num_evictable -= num_blocks
         self.evicted_blocks += num_blocks
-        return self.index.trim_host(extent, num_blocks)
+        ids = self.index.trim_host(extent, num_blocks)
+        if self.events is not None:
+            self.events.add_blocks(FORGOTTEN, NOBODY, -1, -1, ids)
+        return ids
 
     def _evict(self, wanted: int) -> array[int]:
         extent = next(iter(self.order))

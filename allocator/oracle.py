@@ -144,7 +144,7 @@ class Oracle:
         self.attended = Attended(self.window, self.num_sinks, tokens_per_block)
         self.partial = self.partials[partial % len(self.partials)] if window is None else ""
         self.host_blocks = host_blocks if self.serves_host and not self.partial and window is None else 0
-        self.keeps_log = self.logging[log % len(self.logging)] and not self.host_blocks and window is None
+        self.keeps_log = self.logging[log % len(self.logging)] and window is None
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)

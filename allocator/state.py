@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 
 from allocator.checks import as_int, require_power_of_two
 from allocator.config import CacheConfig
-from allocator.event_log import CREATED, NOBODY, EventLog
+from allocator.event_log import CREATED, HOST, NOBODY, EventLog
 from allocator.eviction import EvictionPolicy, make_policy
 from allocator.lifetimes import Lifetimes
 from allocator.partial import PartialReuse
@@ -87,8 +87,6 @@ class ManagerState:
         self._logical_tokens = 0
         self.events: EventLog | None = None
         if events:
-            if num_host_blocks:
-                raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 to log events")
             self._start_log()
         self._truncated = False  # a table may end in a cached block of which it uses only a part
 
@@ -96,6 +94,9 @@ class ManagerState:
         log = EventLog()
         log.add(CREATED, NOBODY, self.tokens_per_block, self.pool.num_blocks)
         self.events = self.pool.events = self.tables.events = self.tables.copies.events = log
+        if self.pool.tier is not None:
+            log.add(HOST, value=self.pool.tier.host.num_blocks)
+            self.pool.tier.log_to(log)
 
     def _pass_time(self, now: int) -> None:
         self.pool.pass_time(now)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.blocks import OutOfBlocks
+from allocator.event_log import FREED
 from allocator.sequence import KVSequence
 from allocator.sharing import Sharing
 from allocator.tables import root_of
@@ -101,6 +102,8 @@ class Swapping(Sharing):
             super().release(sequence)
             return
         root = root_of(sequence)
+        if self.events is not None:
+            self.events.add(FREED, sequence.number)
         self.pool.tier.forget(sequence)
         root.references -= 1
         self.index.discard_if_unused(root)

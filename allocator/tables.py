@@ -15,6 +15,7 @@ from allocator.event_log import (
     COPIED,
     DETACHED,
     NOBODY,
+    RECOMPUTED,
     REPEATED,
     ROOT,
     STOLEN,
@@ -105,6 +106,8 @@ class Tables:
                 self._log_indexed(self.events, sequence, extent, True)
             return
         for extent, is_new in self.index.insert(anchor, keys, ids, self.pool.split):
+            if self.events is not None:
+                self._log_indexed(self.events, sequence, extent, is_new)
             if is_new:
                 extent.references = 1
                 self.pool.cached(extent, len(extent.ids))
@@ -117,17 +120,18 @@ class Tables:
                 sequence.twins.update(range(extent.start, extent.end))
                 self.twinned[sequence] = None
             sequence.anchor = extent
-            if self.events is not None:
-                self._log_indexed(self.events, sequence, extent, is_new)
 
     @staticmethod
     def _log_indexed(events: EventLog, sequence: KVSequence, extent: Extent, is_new: bool) -> None:
-        if is_new:
-            above = extent.parent.ids if extent.parent is not None else None
-            parent = above[-1] if above else ROOT
+        if not is_new:
+            events.add_blocks(REPEATED, sequence.number, -1, extent.start, extent.ids)
+            return
+        above = extent.parent.ids if extent.parent is not None else None
+        parent = above[-1] if above else ROOT
+        if extent.host is None:
             events.add_blocks(STORED, sequence.number, parent, extent.start, extent.ids)
         else:
-            events.add_blocks(REPEATED, sequence.number, -1, extent.start, extent.ids)
+            events.add_blocks(RECOMPUTED, sequence.number, parent, extent.start, extent.ids + extent.host)
 
     def move_anchor(self, sequence: KVSequence, end: int) -> None:
         """Let a sequence hold only the first `end` blocks of its path."""

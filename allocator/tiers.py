@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from allocator.event_log import NOBODY, OFFLOADED, ONBOARDED, SWAPPED_IN, SWAPPED_OUT, EventLog
 from allocator.host import HostPool, demote
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
@@ -54,6 +55,11 @@ class HostTier:
         self.hit_blocks = 0
         self.swapped_out_blocks = 0
         self.swapped_in_blocks = 0
+        self.events: EventLog | None = None
+
+    def log_to(self, events: EventLog) -> None:
+        """Log what happens on the host, too."""
+        self.events = self.host.events = self.queue.events = events
 
     # -------------------------------------------------------- eviction from the GPU
 
@@ -72,6 +78,8 @@ class HostTier:
             self.index.trim(extent, count - kept)
         if kept:
             host_ids = self.host.take(kept)
+            if self.events is not None:
+                self.events.add_blocks(OFFLOADED, NOBODY, -1, -1, extent.ids[-kept:] + host_ids)
             self.queue.out(extent.ids[-kept:], host_ids)
             self.queue.hold(extent, on_gpu=False)  # before the host has it: so it never was evictable there
             self._reanchor(extent, demote(self.index, extent, kept, host_ids))
@@ -124,6 +132,9 @@ class HostTier:
         self.host.acquire_path(extents[-1])  # what is evicted now must not displace it
         wanted = sum(extent.num_blocks for extent in extents)
         taken = pool.take(wanted)
+        if self.events is not None:
+            host_ids = array("i", [block for extent in extents for block in extent.host or ()])
+            self.events.add_blocks(ONBOARDED, NOBODY, -1, -1, host_ids + taken)
         for extent in extents:
             ids = taken[len(blocks) : len(blocks) + extent.num_blocks]
             self._revive(extent, ids)
@@ -166,8 +177,10 @@ class HostTier:
         host_ids = self.host.take(needed)
         at = 0
         deepest = None
+        moved = array("i")
         for extent in reversed(list(sequence.anchor.path())):
             if extent.host is None:
+                moved.extend(extent.ids)
                 extent.host = host_ids[at : at + len(extent.ids)]
                 at += len(extent.ids)
                 extent.sealed = True
@@ -177,7 +190,10 @@ class HostTier:
         if deepest is not None:
             self.queue.hold(deepest, on_gpu=True)
         sequence.host = host_ids[at:]
-        self.queue.out(sequence.table[sequence.anchor.end :], sequence.host)
+        private = sequence.table[sequence.anchor.end :]
+        self.queue.out(private, sequence.host)
+        if self.events is not None:
+            self.events.add_blocks(SWAPPED_OUT, sequence.number, -1, at, moved + private + host_ids)
         self.swapped[sequence] = None
         self.swapped_out_blocks += needed
 
@@ -206,9 +222,11 @@ class HostTier:
         blocks = self.pool.take(taken)
         at = 0
         deepest = None
+        host_ids = array("i")
         for extent in path:
             if not extent.ids:
                 deepest = extent
+                host_ids.extend(extent.host or ())
                 self._revive(extent, blocks[at : at + extent.num_blocks])
                 at += extent.num_blocks
             table.extend(extent.ids)
@@ -216,6 +234,8 @@ class HostTier:
             self.queue.hold(deepest, on_gpu=True)
         self.queue.back(private, blocks[at:])
         table.extend(blocks[at:])
+        if self.events is not None:
+            self.events.add_blocks(SWAPPED_IN, sequence.number, -1, at, host_ids + private + blocks)
         self.forget(sequence)
         self.swapped_in_blocks += taken
 

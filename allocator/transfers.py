@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.event_log import ARRIVED, LET_GO, NOBODY, SENT, EventLog
 from allocator.host import HostPool
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
@@ -72,6 +73,7 @@ class TransferQueue:
         self._pending = _Group()
         self._in_flight: dict[int, _Group] = {}
         self._next = 0
+        self.events: EventLog | None = None
 
     def __len__(self) -> int:
         return len(self._pending.swap_outs) + len(self._pending.swap_ins)
@@ -101,6 +103,9 @@ class TransferQueue:
 
     def release_host(self, extent: Extent) -> None:
         """Stop holding an extent on the host, as its content is out of reach; its blocks stay pinned."""
+        if self.events is not None:
+            assert extent.host is not None
+            self.events.add_block(LET_GO, NOBODY, -1, -1, extent.host[-1])
         for group in self._groups():
             for _ in range(group.host_held.pop(extent, 0)):
                 self._host.drop_path(extent)
@@ -120,6 +125,8 @@ class TransferQueue:
         number = self._next
         self._next += 1
         self._in_flight[number] = group
+        if self.events is not None:
+            self.events.add(SENT, value=number)
         return Transfers(number, _pairs(group.swap_outs), _pairs(group.swap_ins))
 
     def done(self, transfers: Transfers) -> None:
@@ -129,6 +136,8 @@ class TransferQueue:
         group = self._in_flight.pop(transfers.number, None)
         if group is None:
             raise ValueError(f"transfers ({transfers.number}) must be in flight")
+        if self.events is not None:
+            self.events.add(ARRIVED, value=transfers.number)
         for block, host_block in group.swap_outs:
             self._pool.unpin(block)
             self._host.unpin(host_block)

@@ -22,10 +22,11 @@ from allocator.events import (
     SequenceState,
     rebuild,
 )
-from allocator.fuzz import EventsMachine
+from allocator.fuzz import EventsMachine, TierEventsMachine
 from allocator.manager import KVCacheManager
 
 TestEvents = EventsMachine.TestCase
+TestTierEvents = TierEventsMachine.TestCase
 
 
 def scenario() -> KVCacheManager:
@@ -55,45 +56,45 @@ def scenario() -> KVCacheManager:
 
 
 GOLDEN = """\
-     0      0  created    tokens_per_block 2, num_blocks 7
-     1      0  admitted   sequence 0, prompt_tokens 5
-     2      0  taken      sequence 0, tokens 5, blocks [0, 1, 2]
-     3      0  stored     sequence 0, parent -1, position 0, blocks [0, 1]
-     4     10  joined     sequence 0, batch 0
-     5     10  stored     sequence 0, parent 1, position 2, blocks [2]
-     6     10  advanced   batch 0, tokens 1
-     7     10  taken      sequence 0, tokens 0, blocks [3]
-     8     10  advanced   batch 0, tokens 1
-     9     10  forked     sequence 1, parent 0
-    10     10  joined     sequence 1, batch 0
-    11     20  copied     sequence 0, tokens 1, blocks [3, 4]
-    12     20  stored     sequence 0, parent 2, position 3, blocks [4]
-    13     20  stored     sequence 1, parent 2, position 3, blocks [3]
-    14     20  taken      sequence 0, tokens 0, blocks [5]
-    15     20  taken      sequence 1, tokens 0, blocks [6]
-    16     20  advanced   batch 0, tokens 2
-    17     20  executed   copies 1
-    18     20  left       sequence 0, batch 0
-    19     20  freed      sequence 0
-    20     30  admitted   sequence 2, prompt_tokens 5
-    21     30  hit        sequence 2, tokens 4, blocks [0, 1]
-    22     30  taken      sequence 2, tokens 1, blocks [5]
-    23     30  admitted   sequence 3, prompt_tokens 4
-    24     30  evicted    blocks [4]
-    25     30  taken      sequence 3, tokens 2, blocks [4]
-    26     30  stored     sequence 3, parent -1, position 0, blocks [4]
-    27     30  left       sequence 1, batch 0
-    28     30  freed      sequence 1
-    29     30  taken      sequence 3, tokens 2, blocks [6]
-    30     30  stored     sequence 3, parent 4, position 1, blocks [6]
-    31     30  truncated  sequence 3, tokens 1
-    32     30  detached   sequence 3, blocks 1
-    33     30  evicted    blocks [3]
-    34     30  copied     sequence 3, tokens 1, blocks [4, 3]
-    35     30  detached   sequence 3, blocks 0
-    36     30  taken      sequence 3, tokens 1
-    37     30  stored     sequence 3, parent -1, position 0, blocks [3]
-    38     30  forked     sequence 4, parent 2"""
+     0      0  created     tokens_per_block 2, num_blocks 7
+     1      0  admitted    sequence 0, prompt_tokens 5
+     2      0  taken       sequence 0, tokens 5, blocks [0, 1, 2]
+     3      0  stored      sequence 0, parent -1, position 0, blocks [0, 1]
+     4     10  joined      sequence 0, batch 0
+     5     10  stored      sequence 0, parent 1, position 2, blocks [2]
+     6     10  advanced    batch 0, tokens 1
+     7     10  taken       sequence 0, tokens 0, blocks [3]
+     8     10  advanced    batch 0, tokens 1
+     9     10  forked      sequence 1, parent 0
+    10     10  joined      sequence 1, batch 0
+    11     20  copied      sequence 0, tokens 1, blocks [3, 4]
+    12     20  stored      sequence 0, parent 2, position 3, blocks [4]
+    13     20  stored      sequence 1, parent 2, position 3, blocks [3]
+    14     20  taken       sequence 0, tokens 0, blocks [5]
+    15     20  taken       sequence 1, tokens 0, blocks [6]
+    16     20  advanced    batch 0, tokens 2
+    17     20  executed    copies 1
+    18     20  left        sequence 0, batch 0
+    19     20  freed       sequence 0
+    20     30  admitted    sequence 2, prompt_tokens 5
+    21     30  hit         sequence 2, tokens 4, blocks [0, 1]
+    22     30  taken       sequence 2, tokens 1, blocks [5]
+    23     30  admitted    sequence 3, prompt_tokens 4
+    24     30  evicted     blocks [4]
+    25     30  taken       sequence 3, tokens 2, blocks [4]
+    26     30  stored      sequence 3, parent -1, position 0, blocks [4]
+    27     30  left        sequence 1, batch 0
+    28     30  freed       sequence 1
+    29     30  taken       sequence 3, tokens 2, blocks [6]
+    30     30  stored      sequence 3, parent 4, position 1, blocks [6]
+    31     30  truncated   sequence 3, tokens 1
+    32     30  detached    sequence 3, blocks 1
+    33     30  evicted     blocks [3]
+    34     30  copied      sequence 3, tokens 1, blocks [4, 3]
+    35     30  detached    sequence 3, blocks 0
+    36     30  taken       sequence 3, tokens 1
+    37     30  stored      sequence 3, parent -1, position 0, blocks [3]
+    38     30  forked      sequence 4, parent 2"""
 
 
 def test_the_log_reads_as_what_was_done() -> None:
@@ -144,6 +145,73 @@ def test_a_block_freed_under_its_copy_is_in_transfer() -> None:
     assert rebuild(log).states.tolist() == [IN_TRANSFER, REFERENCED, FREE, FREE]
     manager.pending_copies()
     assert rebuild(log).states.tolist() == [FREE, REFERENCED, FREE, FREE]
+
+
+HOST_GOLDEN = """\
+     0      0  created     tokens_per_block 2, num_blocks 4
+     1      0  host        num_blocks 4
+     2      0  admitted    sequence 0, prompt_tokens 5
+     3      0  taken       sequence 0, tokens 5, blocks [0, 1, 2]
+     4      0  stored      sequence 0, parent -1, position 0, blocks [0, 1]
+     5      0  freed       sequence 0
+     6      0  admitted    sequence 1, prompt_tokens 3
+     7      0  taken       sequence 1, tokens 3, blocks [2, 3]
+     8      0  stored      sequence 1, parent -1, position 0, blocks [2]
+     9      0  admitted    sequence 2, prompt_tokens 1
+    10      0  offloaded   blocks [1, 0]
+    11      0  evicted     blocks [1]
+    12      0  taken       sequence 2, tokens 1, blocks [1]
+    13      0  swapped_out sequence 1, cached 1, blocks [2, 3, 1, 2]
+    14      0  sent        list 0
+    15      0  arrived     list 0
+    16      0  freed       sequence 2
+    17      0  onboarded   blocks [0, 1]
+    18      0  admitted    sequence 3, prompt_tokens 5
+    19      0  hit         sequence 3, tokens 4, blocks [0, 1]
+    20      0  taken       sequence 3, tokens 1, blocks [3]
+    21      0  sent        list 1
+    22      0  arrived     list 1
+    23      0  host_freed  blocks [0]
+    24      0  freed       sequence 3
+    25      0  swapped_in  sequence 1, cached 0, blocks [2, 3]
+    26      0  host_freed  blocks [1]
+    27      0  sent        list 2
+    28      0  arrived     list 2"""
+
+
+def test_what_goes_to_the_host_and_comes_back() -> None:
+    manager = KVCacheManager(4, 2, events=True, num_host_blocks=4)
+    manager.release(manager.admit(TokenContent([1, 2, 3, 4, 5]), 5))
+    second = manager.admit(TokenContent([6, 7, 8]), 3)
+    third = manager.admit(TokenContent([9]), 1)  # the first one's second block goes to the host
+    manager.swap_out(second)
+    manager.transfers_done(manager.pending_swaps())
+    manager.release(third)
+    fourth = manager.admit(TokenContent([1, 2, 3, 4, 5]), 1)  # and comes back
+    manager.transfers_done(manager.pending_swaps())
+    manager.release(fourth)
+    manager.swap_in(second)
+    manager.transfers_done(manager.pending_swaps())
+    log = manager.events
+    assert log is not None
+    assert str(log) == HOST_GOLDEN
+
+    x, e, r, t = FREE, EVICTABLE, REFERENCED, IN_TRANSFER
+    leaving = rebuild(log, 14)  # both transfers are still to be executed
+    assert leaving.states.tolist() == [e, r, t, t]
+    assert leaving.host_states.tolist() == [t, r, r, x]
+    assert leaving.host_parents.tolist() == [0, -1, UNCACHED, UNCACHED]
+    assert leaving.host_copies.tolist() == [-1, 2, -1, -1]
+    assert leaving.swapped == {1: SequenceState(3, (1, 2), (1,))}
+
+    arrived = rebuild(log, 17)
+    assert arrived.states.tolist() == [e, x, e, x]
+    assert arrived.host_states.tolist() == [e, r, r, x]
+    assert arrived.host_counts() == {"free": 1, "evictable": 1, "referenced": 2, "in transfer": 0}
+
+    assert rebuild(log).host_counts()["free"] == 4
+    assert rebuild(log).sequences == {1: SequenceState(3, (2, 3), (2,))}
+    assert rebuild(EventLog.from_columns(log.columns())) == CacheState.of(manager)
 
 
 def test_every_prefix_of_the_log_can_be_rebuilt_and_gone_on_from() -> None:

@@ -542,7 +542,7 @@ MUTANTS = [
     Mutant(
         "swapped_out_tail_is_not_kept",
         "tiers.py",
-        "        self.queue.out(sequence.table[sequence.anchor.end :], sequence.host)\n",
+        "        self.queue.out(private, sequence.host)\n",
         "",
         "TierMachine",
     ),
@@ -595,6 +595,34 @@ MUTANTS = [
         " or anchor.live_children or anchor.host_references:",
         " or anchor.live_children:",
         "TierMachine",
+    ),
+    Mutant(
+        "offloading_not_logged",
+        "tiers.py",
+        "                self.events.add_blocks(OFFLOADED, NOBODY, -1, -1, extent.ids[-kept:] + host_ids)\n",
+        "                pass\n",
+        "TierEventsMachine",
+    ),
+    Mutant(
+        "what_comes_back_cached_logged_as_private",
+        "tiers.py",
+        "self.events.add_blocks(SWAPPED_IN, sequence.number, -1, at,",
+        "self.events.add_blocks(SWAPPED_IN, sequence.number, -1, 0,",
+        "TierEventsMachine",
+    ),
+    Mutant(
+        "computed_anew_logged_as_if_the_host_had_nothing",
+        "tables.py",
+        "        if extent.host is None:\n            events.add_blocks(STORED",
+        "        if True:\n            events.add_blocks(STORED",
+        "TierEventsMachine",
+    ),
+    Mutant(
+        "transfers_let_go_unlogged",
+        "transfers.py",
+        "            self.events.add_block(LET_GO, NOBODY, -1, -1, extent.host[-1])\n",
+        "            pass\n",
+        "TierEventsMachine",
     ),
 ]
 

@@ -38,6 +38,12 @@ class EventRules(ManagerMachine):
         assert counted["evictable"] == stats.evictable_blocks
         assert counted["referenced"] == stats.referenced_blocks
         assert counted["in transfer"] == stats.in_transfer_blocks
+        if stats.host is not None:
+            counted = said.host_counts()
+            assert counted["free"] == stats.host.free_blocks
+            assert counted["evictable"] == stats.host.evictable_blocks
+            assert counted["referenced"] == stats.host.held_blocks
+            assert counted["in transfer"] == stats.host.in_transfer_blocks
         self.remembered.append((len(log), found))
 
     @precondition(lambda self: self.keeps_log and len(self.remembered) % 4 == 3)
