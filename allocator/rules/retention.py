@@ -179,7 +179,7 @@ class RetentionRules(ManagerMachine):
         """Check everything, and what is to be kept besides."""
         self.keeping.note(self.stories.values())
         super().check_all()
-        if not self.writes:
+        if self.settled:
             self.settle_retention()
 
     def settle_retention(self) -> None:
@@ -212,7 +212,7 @@ class RetentionRules(ManagerMachine):
             story.wish = wish_of(retention, made.num_tokens, self.size)
             self.did("admit retained")
 
-    @precondition(lambda self: (self.keeping.said or len(self.stories) == 1) and not self.writes)
+    @precondition(lambda self: (self.keeping.said or len(self.stories) == 1) and self.settled)
     @rule(by=st.integers(1, 3))
     def pass_time(self, by: int) -> None:
         """Let time pass, between steps."""
