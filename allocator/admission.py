@@ -154,7 +154,8 @@ class Admission(Coasting):
             self._pass_time(now)
 
         history = content.history(self.tokens_per_block)
-        # Without reuse, each sequence has a root of its own: nothing is ever found, and the rest is the same.
+        # Without reuse, each sequence has a root of its own, and nothing is ever found: only a fork has to know
+        # which full blocks are shared, and has them indexed before.
         family, label = (content.family(), salt) if self.reuse else (None, history)
         root = self.index.root(family, label, history.key_width)
         root.references += 1
@@ -206,7 +207,10 @@ class Admission(Coasting):
             sequence.tenant = account
             account.blocks += len(table)
         self._logical_tokens += tokens
-        self._after_prefill(sequence)
+        if self.reuse:
+            self._index_prompt(sequence)
+        if tokens < content.num_prompt_tokens:
+            self._note_prefilling(sequence, True)
         if not readmission:
             self._count(match)
         return sequence
@@ -240,23 +244,32 @@ class Admission(Coasting):
 
     def prefill(self, sequence: KVSequence, num_tokens: int) -> None:
         """Do what `extend` does without computing the slots."""
-        self._check_live(sequence)
-        left = sequence.num_prompt_tokens - sequence.num_tokens
-        num_tokens = as_int("num_tokens", num_tokens, 1)
+        # One block a call is what allocators are compared by, so this way is short: nothing is called in vain.
+        if sequence not in self.sequences:
+            self._check_live(sequence)
+        if type(num_tokens) is not int or num_tokens < 1:
+            num_tokens = as_int("num_tokens", num_tokens, 1)
+        first = sequence.base_tokens if sequence.batch is None else sequence.num_tokens
+        left = sequence.num_prompt_tokens - first
         if num_tokens > left:
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
-        self._write([sequence], num_tokens)
-        self._after_prefill(sequence)
+        if first % self.tokens_per_block or sequence.tenant is not None:
+            self._write([sequence], num_tokens)
+        else:  # no block to copy before it is written, and no quota: the pool says whether there is room
+            self._grow(sequence, num_tokens)
+        if self.reuse:
+            self._index_prompt(sequence)
+        if num_tokens == left:
+            self._note_prefilling(sequence, False)
 
     def prefill_slots(self, sequence: KVSequence) -> NDArray[np.int64]:
         """Return the slots of the first chunk, int64 [n]: what admission did not find in the cache."""
         return sequence.slots(sequence.hit_tokens, sequence.num_tokens)
 
-    def _after_prefill(self, sequence: KVSequence) -> None:
+    def _index_prompt(self, sequence: KVSequence) -> None:
         full = sequence.num_tokens // self.tokens_per_block
         if full > sequence.anchor.end:
             self.tables.index_full(sequence, full)
-        self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
 
     def _note_prefilling(self, sequence: KVSequence, is_prefilling: bool) -> None:
         was_prefilling = sequence in self._prefilling

@@ -69,29 +69,29 @@ class FreeBlocks:
 
     def take(self, count: int) -> array[int]:
         """Return `count` blocks, evicting as needed. Raises OutOfBlocks, with nothing changed."""
+        freed = self._freed
+        left = len(freed) - count
+        if left >= 0:
+            taken = freed[left:]
+            del freed[left:]
+            taken.reverse()
+            return taken
         if count > self.available:
             raise OutOfBlocks(count, self.available, self.name)
-        freed = self._freed
-        reused = min(count, len(freed))
-        if reused:
-            taken = freed[-reused:]
-            taken.reverse()
-            del freed[-reused:]
-        else:
-            taken = array("i")
-        count -= reused
-        if count:
-            fresh = min(count, self.num_blocks - self._fresh)
-            if fresh:
-                taken.frombytes(np.arange(self._fresh, self._fresh + fresh, dtype=np.int32).tobytes())
-                self._fresh += fresh
-                count -= fresh
-            while count:
-                evicted = self._evict(count)
-                count -= len(evicted)
-                if not count and not taken:
-                    return evicted
-                taken.extend(evicted)
+        taken = freed[::-1]
+        del freed[:]
+        count = -left
+        fresh = min(count, self.num_blocks - self._fresh)
+        if fresh:
+            taken.frombytes(np.arange(self._fresh, self._fresh + fresh, dtype=np.int32).tobytes())
+            self._fresh += fresh
+            count -= fresh
+        while count:
+            evicted = self._evict(count)
+            count -= len(evicted)
+            if not count and not taken:
+                return evicted
+            taken.extend(evicted)
         return taken
 
     def _evict(self, wanted: int) -> array[int]:

@@ -180,24 +180,29 @@ class Decoding(ManagerState):
         for sequence in sequences:
             self.tables.own_tail(sequence)
         for sequence in sequences:
-            tokens = sequence.num_tokens + num_tokens
-            growth = -(-tokens // size) - sequence.left - len(sequence.table)
-            if growth:
-                blocks = self.pool.take(growth)
-                sequence.table.extend(blocks)
-                self._logical_blocks += growth
-                if sequence.tenant is not None:
-                    sequence.tenant.blocks += growth
-                if self.events is not None:
-                    self.events.add_blocks(TAKEN, sequence.number, -1, num_tokens, blocks)
-            elif self.events is not None:
-                self.events.add(TAKEN, sequence.number, value=num_tokens)
-            sequence.num_tokens = tokens
-            self._logical_tokens += num_tokens
-        for sequence in sequences:
-            full = sequence.num_tokens // size
-            if full > sequence.anchor.end:
-                self.tables.index_full(sequence, full)
+            self._grow(sequence, num_tokens)
+        if self.reuse:
+            for sequence in sequences:
+                full = sequence.num_tokens // size
+                if full > sequence.anchor.end:
+                    self.tables.index_full(sequence, full)
+
+    def _grow(self, sequence: KVSequence, num_tokens: int) -> None:
+        """Let a sequence that is in no batch have `num_tokens` more tokens, and the blocks for them."""
+        tokens, table, events = sequence.base_tokens + num_tokens, sequence.table, self.events
+        growth = -(-tokens // self.tokens_per_block) - sequence.left - len(table)
+        if growth:
+            blocks = self.pool.take(growth)
+            table.extend(blocks)
+            self._logical_blocks += growth
+            if sequence.tenant is not None:
+                sequence.tenant.blocks += growth
+            if events is not None:
+                events.add_blocks(TAKEN, sequence.number, -1, num_tokens, blocks)
+        elif events is not None:
+            events.add(TAKEN, sequence.number, value=num_tokens)
+        sequence.base_tokens = tokens
+        self._logical_tokens += num_tokens
 
     def _record(self, sequences: Sequence[KVSequence], rows: list[Sequence[int]] | None) -> None:
         if rows is not None:
@@ -271,7 +276,9 @@ class Decoding(ManagerState):
         batch.step(ids)
         filled = batch.starting()
         if filled:
-            self.tables.index_filled(filled, batch.settle_blocks(filled))
+            keys = batch.settle_blocks(filled)
+            if self.reuse:
+                self.tables.index_filled(filled, keys)
 
     def _ticks(self, batch: Batch, num_tokens: int) -> None:
         """Let a batch go on by several ticks at once, in the order in which single ones would do it."""
@@ -290,7 +297,7 @@ class Decoding(ManagerState):
                     if events is not None:
                         events.add_block(TAKEN, sequence.number, -1, 0, block)
                 self._logical_blocks += len(bucket)
-            else:
+            elif self.reuse:
                 self.tables.index_filled(bucket, batch.settle_blocks(bucket))
         batch.tick += num_tokens
 

@@ -45,8 +45,8 @@ class KVSequence:
     """
 
     __slots__ = (
-        "_tokens",
         "anchor",
+        "base_tokens",
         "batch",
         "cow_copies",
         "held",
@@ -91,7 +91,7 @@ class KVSequence:
         self.tenant: Tenant | None = None
         self.number = NOBODY  # in the event log, if there is one
         self.retention: RetentionPlan | None = None
-        self._tokens = num_tokens
+        self.base_tokens = num_tokens  # what it has, or, in a batch, would have had at tick 0
         self.left = 0
         # Of a windowed cache alone: what is held of the index, a node (None for a twin) for each anchored block.
         self.sink_blocks = 0
@@ -114,11 +114,11 @@ class KVSequence:
     @property
     def num_tokens(self) -> int:
         """Return how many tokens have a slot: written, or to be written by the step being scheduled."""
-        return self._tokens if self.batch is None else self._tokens + self.batch.tick
+        return self.base_tokens if self.batch is None else self.base_tokens + self.batch.tick
 
     @num_tokens.setter
     def num_tokens(self, tokens: int) -> None:
-        self._tokens = tokens if self.batch is None else tokens - self.batch.tick
+        self.base_tokens = tokens if self.batch is None else tokens - self.batch.tick
 
     @property
     def num_blocks(self) -> int:

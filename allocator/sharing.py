@@ -43,6 +43,8 @@ class Sharing(Admission):
         if sequence.batch is not None and sequence.batch.past_ticks:
             self.catch_up(sequence)
         tokens = sequence.num_tokens
+        if not self.reuse and tokens // self.tokens_per_block > sequence.anchor.end:
+            self.tables.index_full(sequence, tokens // self.tokens_per_block)
         self.tables.share(sequence, n)
         children = []
         for _ in range(n):
