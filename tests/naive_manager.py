@@ -261,8 +261,13 @@ class NaiveManager:
             self.holders[block] = 1
             sequence.table.append(block)
 
-    def index(self, sequence: NaiveSequence) -> None:
-        """Cache the full blocks; where the content is cached already, hold that and keep the own block."""
+    def index(self, sequence: NaiveSequence, forking: bool = False) -> None:
+        """Cache the full blocks; where the content is cached already, hold that and keep the own block.
+
+        Without reuse, it is only for what a fork is about to share.
+        """
+        if not (self.reuse or forking):
+            return
         for one in self.identities(sequence.root, sequence.tokens)[len(sequence.path) :]:
             position = len(sequence.path)
             if one in self.cached:
@@ -390,6 +395,7 @@ class NaiveManager:
         return [p for p in sorted(sequence.own) if p >= first] + list(beyond)
 
     def fork(self, sequence: NaiveSequence) -> NaiveSequence:
+        self.index(sequence, forking=True)
         for one in sequence.path:
             self.hold(one)
         for position in self.own_positions(sequence, 0):
