@@ -103,7 +103,10 @@ def _check_swapped(manager: KVCacheManager, tier: HostTier) -> list[int]:
         table = tier.host_table(sequence)
         assert len(table) == -(-sequence.num_tokens // size), f"{sequence} has lost blocks on the host"
         assert len(set(table)) == len(table), f"{sequence} holds a host block twice"
-        full = sequence.num_tokens // size
+        full = min(sequence.num_tokens // size, sequence.anchor.end)
+        assert full == sequence.num_tokens // size or not manager.reuse, (
+            f"{sequence} has lost its place in the index"
+        )
         keys = b"".join(bytes(extent.keys) for extent in reversed(list(sequence.anchor.path())))
         assert sequence.history.keys(0, full) == keys[: full * sequence.history.key_width], (
             f"{sequence} is swapped out with other content"
