@@ -207,7 +207,7 @@ class Admission(Coasting):
             sequence.tenant = account
             account.blocks += len(table)
         self._logical_tokens += tokens
-        if self.reuse:
+        if self.indexes_full:
             self._index_prompt(sequence)
         if tokens < content.num_prompt_tokens:
             self._note_prefilling(sequence, True)
@@ -253,11 +253,11 @@ class Admission(Coasting):
         left = sequence.num_prompt_tokens - first
         if num_tokens > left:
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
-        if first % self.tokens_per_block or sequence.tenant is not None:
+        if first % self.tokens_per_block or sequence.tenant is not None or self.windowed is not None:
             self._write([sequence], num_tokens)
         else:  # no block to copy before it is written, and no quota: the pool says whether there is room
             self._grow(sequence, num_tokens)
-        if self.reuse:
+        if self.indexes_full:
             self._index_prompt(sequence)
         if num_tokens == left:
             self._note_prefilling(sequence, False)

@@ -83,7 +83,7 @@ class Coasting(Decoding):
         size = self.tokens_per_block
         full = sequence.num_tokens // size
         first = sequence.anchor.end
-        if full > first and self.reuse:
+        if full > first and self.indexes_full:
             self.tables.index_full(sequence, full)
             if self.pool.lifetimes is not None:
                 ticks, times = batch.past_ticks, batch.past_times

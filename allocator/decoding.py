@@ -181,7 +181,7 @@ class Decoding(ManagerState):
             self.tables.own_tail(sequence)
         for sequence in sequences:
             self._grow(sequence, num_tokens)
-        if self.reuse:
+        if self.indexes_full:
             for sequence in sequences:
                 full = sequence.num_tokens // size
                 if full > sequence.anchor.end:
@@ -277,7 +277,7 @@ class Decoding(ManagerState):
         filled = batch.starting()
         if filled:
             keys = batch.settle_blocks(filled)
-            if self.reuse:
+            if self.indexes_full:
                 self.tables.index_filled(filled, keys)
 
     def _ticks(self, batch: Batch, num_tokens: int) -> None:
@@ -297,7 +297,7 @@ class Decoding(ManagerState):
                     if events is not None:
                         events.add_block(TAKEN, sequence.number, -1, 0, block)
                 self._logical_blocks += len(bucket)
-            elif self.reuse:
+            elif self.indexes_full:
                 self.tables.index_filled(bucket, batch.settle_blocks(bucket))
         batch.tick += num_tokens
 

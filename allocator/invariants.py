@@ -131,7 +131,9 @@ def _check_sequences(manager: KVCacheManager) -> Counter[int]:
         assert len(table) == -(-sequence.num_tokens // size), f"{sequence} has the wrong number of blocks"
         assert anchored <= len(table)
         full = sequence.num_tokens // size
-        assert anchored >= full or not manager.reuse, f"{sequence} has full blocks that are not indexed"
+        assert anchored >= full or not manager.indexes_full, (
+            f"{sequence} has full blocks that are not indexed"
+        )
         assert len(set(table)) == len(table), f"{sequence} holds a block twice"
         ids: list[int] = []
         keys = b""

@@ -104,7 +104,7 @@ def _check_swapped(manager: KVCacheManager, tier: HostTier) -> list[int]:
         assert len(table) == -(-sequence.num_tokens // size), f"{sequence} has lost blocks on the host"
         assert len(set(table)) == len(table), f"{sequence} holds a host block twice"
         full = min(sequence.num_tokens // size, sequence.anchor.end)
-        assert full == sequence.num_tokens // size or not manager.reuse, (
+        assert full == sequence.num_tokens // size or not manager.indexes_full, (
             f"{sequence} has lost its place in the index"
         )
         keys = b"".join(bytes(extent.keys) for extent in reversed(list(sequence.anchor.path())))

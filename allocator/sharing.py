@@ -43,7 +43,7 @@ class Sharing(Admission):
         if sequence.batch is not None and sequence.batch.past_ticks:
             self.catch_up(sequence)
         tokens = sequence.num_tokens
-        if not self.reuse and tokens // self.tokens_per_block > sequence.anchor.end:
+        if not self.indexes_full and tokens // self.tokens_per_block > sequence.anchor.end:
             self.tables.index_full(sequence, tokens // self.tokens_per_block)
         self.tables.share(sequence, n)
         children = []

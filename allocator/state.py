@@ -80,6 +80,7 @@ class ManagerState:
         self.windowed: WindowedTables | None = None  # the same tables, where front blocks leave
         if self.window is not None and isinstance(self.index, WindowedIndex):
             self.tables = self.windowed = WindowedTables(self.pool, self.index, tokens_per_block, self.window)
+        self.indexes_full = self.reuse or self.windowed is not None  # if not, a fork indexes what it shares
         self._lookups = Lookups()
         self._prefilling = Prefilling()
         self.quotas = Quotas(quotas) if quotas is not None else None
