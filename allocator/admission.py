@@ -259,7 +259,8 @@ class Admission(Coasting):
             self._grow(sequence, num_tokens)
         if self.indexes_full:
             self._index_prompt(sequence)
-        if num_tokens == left:
+            self._note_prefilling(sequence, num_tokens < left)
+        elif num_tokens == left:
             self._note_prefilling(sequence, False)
 
     def prefill_slots(self, sequence: KVSequence) -> NDArray[np.int64]:

@@ -45,6 +45,8 @@ class Sharing(Admission):
         tokens = sequence.num_tokens
         if not self.indexes_full and tokens // self.tokens_per_block > sequence.anchor.end:
             self.tables.index_full(sequence, tokens // self.tokens_per_block)
+            if sequence in self._prefilling:
+                self._prefilling.put(sequence)  # its anchor has moved
         self.tables.share(sequence, n)
         children = []
         for _ in range(n):
