@@ -138,7 +138,7 @@ class CalibratedCost(RooflineCost):
         for new_tokens, context in batch.prefills:
             tokens += new_tokens
             total += self._prefill(new_tokens, context)
-        return total + self._linear_ps(tokens)
+        return total + self._linear_ps(tokens) + self._moves(batch)
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
         """Return the base and the slope per key of a decode-only step; None for models with windows."""

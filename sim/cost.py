@@ -40,6 +40,10 @@ class StepBatch:
     """Keys that those sequences attend to, summed over them, this step's included."""
     prefills: list[tuple[int, int]] = field(default_factory=list)
     """A pair a prefill chunk: its tokens, and the keys that the last of them attends to (itself included)."""
+    copied_tokens: int = 0
+    """Slots that are copied from block to block before the step's writes."""
+    swapped_tokens: int = 0
+    """Slots that move between GPU and host memory, either way, before anything is computed."""
     work: StepWork | None = None
     """The same step in full, for a cost that `needs_work`; models of time do without."""
 
@@ -86,6 +90,9 @@ class RooflineCost:
     known in sum only, so windows bound the sum by decode_sequences · window: exact where the sequences are on the
     same side of the window, else an upper bound.
 
+    Copies read and write each slot's bytes at memory bandwidth; blocks that move to or from host memory take the
+    link's time. Both come first, as the step's writes depend on them, so their times are added.
+
     With tensor parallelism every GPU holds an equal share of parameters, heads and intermediate width, and the
     shares run at the same time; the exchange between GPUs is not modelled.
 
@@ -93,7 +100,17 @@ class RooflineCost:
     sim.hardware for where the constants come from. A step without tokens costs nothing.
     """
 
-    __slots__ = ("_decode_slope", "_full_slope", "_kv_ps", "_linear", "_linear_memo", "_score_ps", "_windows")
+    __slots__ = (
+        "_copy_ps",
+        "_decode_slope",
+        "_full_slope",
+        "_kv_ps",
+        "_linear",
+        "_linear_memo",
+        "_score_ps",
+        "_swap_ps",
+        "_windows",
+    )
 
     def __init__(
         self,
@@ -121,6 +138,10 @@ class RooflineCost:
         """Compute time per layer of one query against one key, picoseconds."""
         self._kv_ps = kv_bytes_per_token / model.num_layers / gpu.bytes_per_s * PS_PER_S
         """Memory time per layer of one key and its value, picoseconds."""
+        self._copy_ps = 2 * kv_bytes_per_token / gpu.bytes_per_s * PS_PER_S
+        """Picoseconds that copying one slot takes, all layers: read and written."""
+        self._swap_ps = gpu.transfer_ps(kv_bytes_per_token)
+        """Picoseconds that moving one slot over the link takes, all layers."""
         per_layer = max(self._score_ps, self._kv_ps)
         self._decode_slope = [round(layers * per_layer) for _, layers in self._windows]
         """Picoseconds a key costs a decoding sequence in each group of layers."""
@@ -142,7 +163,11 @@ class RooflineCost:
             if window is not None:
                 keys = min(keys, window * batch.decode_sequences)
             total += slope * keys
-        return total + self._linear_ps(tokens)
+        return total + self._linear_ps(tokens) + self._moves(batch)
+
+    def _moves(self, batch: StepBatch) -> int:
+        """Return the time of copies and swaps."""
+        return round(batch.copied_tokens * self._copy_ps) + batch.swapped_tokens * self._swap_ps
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
         """Return the base and the slope per key of a decode-only step; None for models with windows."""

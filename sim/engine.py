@@ -34,6 +34,7 @@ def simulate(
     *,
     num_blocks: int,
     cost: StepCost,
+    num_host_blocks: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> RunResult:
     """Replay requests through one engine replica and return all that happened.
@@ -42,14 +43,16 @@ def simulate(
     num_blocks  blocks of the KV pool (see MemoryBudget); without paging, their tokens are cut into pieces of
                 max_seq_len
     cost        how long a step takes
+    num_host_blocks
+                blocks of host memory behind the pool
     progress    called now and then with the number of requests that are done with
 
     Raises ValueError if the configuration cannot work or the requests are not in order. A request that can never
     run is rejected, by cause, and the run goes on.
     """
-    manager = _make_manager(build, cache, num_blocks, engine.events)
+    manager = _make_manager(build, cache, num_blocks, num_host_blocks, engine.events)
     recorder = Recorder(requests, manager, engine.block_map_samples)
-    scheduler = Scheduler(manager, build, engine)
+    scheduler = Scheduler(manager, build, engine, cost)
     replica = _Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
     environment = simpy.Environment()
     environment.process(replica.run(environment))
@@ -64,9 +67,20 @@ def simulate(
     return recorder.result(perf_counter() - start)
 
 
-def _make_manager(build: BuildConfig, cache: CacheConfig, num_blocks: int, events: bool) -> KVCacheManager:
+def _make_manager(
+    build: BuildConfig, cache: CacheConfig, num_blocks: int, num_host_blocks: int, events: bool
+) -> KVCacheManager:
     if build.enable_paged_kv_cache:
-        return KVCacheManager(num_blocks, build.tokens_per_block, cache, lifetimes=True, events=events)
+        return KVCacheManager(
+            num_blocks,
+            build.tokens_per_block,
+            cache,
+            num_host_blocks=num_host_blocks,
+            lifetimes=True,
+            events=events,
+        )
+    if num_host_blocks:
+        raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 when paging is off")
     whole = num_blocks * build.tokens_per_block // build.max_seq_len
     if whole < 1:
         raise ValueError(
@@ -340,8 +354,12 @@ class _Stretch:
     def _duration(self) -> int:
         """Return how long the scheduled step takes; its tokens are in the lengths already."""
         scheduler, replica = self._scheduler, self._replica
+        manager = scheduler.manager
         batch = StepBatch(self._sequences, scheduler.context if self._sequences else 0)
-        copies = scheduler.manager.pending_copies()
+        copies = manager.pending_copies()
+        if len(copies):
+            batch.copied_tokens = int(copies[:, 2].sum())
+        batch.swapped_tokens = self._plan.moved * manager.tokens_per_block
         for job, tokens in self._plan.prefills:
             assert job.sequence is not None
             batch.prefills.append((tokens, job.sequence.num_tokens))

@@ -56,6 +56,7 @@ def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], Non
         spec.cache,
         spec.engine,
         num_blocks=budget.num_blocks,
+        num_host_blocks=budget.num_host_blocks,
         cost=cost,
         progress=progress,
     )

@@ -21,20 +21,22 @@ from sim.scheduler.config import EngineConfig
 
 @dataclass(frozen=True)
 class LinearCost:
-    """A step takes `base`, and so much for each decoding sequence, each key, each prefill token."""
+    """A step takes `base`, and so much for each decoding sequence, key, prefill token, and token swapped."""
 
     base: int = 10
     sequence: int = 0
     key: int = 0
     prefill: int = 0
+    swap: int = 0
     affine: bool = True
     """Whether it says so, so that steps can be skipped."""
 
     def step(self, batch: StepBatch) -> int:
+        moved = self.swap * batch.swapped_tokens
         if not batch.decode_sequences and not batch.prefills:
-            return 0
+            return moved
         decode = self.sequence * batch.decode_sequences + self.key * batch.decode_context
-        return self.base + decode + self.prefill * sum(tokens for tokens, _ in batch.prefills)
+        return moved + self.base + decode + self.prefill * sum(tokens for tokens, _ in batch.prefills)
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
         return (self.base + self.sequence * decode_sequences, self.key) if self.affine else None
@@ -88,6 +90,7 @@ class Scenario:
     cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cost: StepCost = LinearCost()
+    num_host_blocks: int = 0
 
     def run(self, skipping: bool = True) -> RunResult:
         """Run it on the real engine, and check what holds for every run."""
@@ -95,7 +98,13 @@ class Scenario:
         tokens = sum(r.prompt_tokens + r.output_tokens * r.num_samples for r in self.requests)
         cost = _Bounded(self.cost, 20 * (tokens + len(self.requests)))
         result = simulate(
-            self.requests, self.build, self.cache, engine, num_blocks=self.num_blocks, cost=cost
+            self.requests,
+            self.build,
+            self.cache,
+            engine,
+            num_blocks=self.num_blocks,
+            num_host_blocks=self.num_host_blocks,
+            cost=cost,
         )
         check_conservation(result, self)
         return result
@@ -219,11 +228,11 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     assert (end - start == steps * first_ps + increment_ps * (steps * (steps - 1) // 2)).all()
     # Every token is sampled by a decode step or at the end of a prefill: a request's first, one for all samples,
     # and one after each preemption of a job that had sampled some already; each of these leaves a gap.
-    # So does waiting while prompts are computed in steps of their own.
+    # So does waiting while prompts are computed in steps of their own, or in host memory.
     decoded = (rows["decode_sequences"] * steps).sum()
     late = decoded - (rows["itl_tokens"] * steps).sum()
     assert decoded - late + result.gaps_ps.size == (samples * (output - 1)).sum()
-    assert late == 0 or not scenario.engine.mixed_steps
+    assert late == 0 or not scenario.engine.mixed_steps or scenario.engine.preemption != "recompute"
     assert (result.gaps_ps >= 0).all()
     assert rows["preemptions"].sum() == requests["preemptions"].sum()
     assert rows["evicted_blocks"].sum() == result.cache.evicted_blocks

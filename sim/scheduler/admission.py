@@ -27,6 +27,13 @@ class AdmissionRule(ABC):
         """Return by how many blocks starting this job lessens what others can be promised."""
 
     @abstractmethod
+    def blocks_at_return(self, job: Job, held: int, needed: int) -> int:
+        """Return the same for a job that comes back from host memory.
+
+        held  blocks of its table;  needed  those that have to be taken for it now
+        """
+
+    @abstractmethod
     def blocks_promised(self, outstanding: int, prompts: int) -> int:
         """Return the blocks that are available now but promised to running jobs.
 
@@ -47,10 +54,13 @@ class GuaranteedNoEvict(AdmissionRule):
     def blocks_for(self, job: Job, match: PrefixMatch) -> int:
         needed = job.final_blocks
         if match.path or match.repeated is not None or match.partial is not None:
-            needed += match.evictable_blocks + match.repeated_blocks - match.hit_blocks
+            needed += match.evictable_blocks + match.repeated_blocks - match.hit_blocks + match.host_blocks
             if match.copied_blocks:  # for the time being, the source is kept as well
                 needed = max(needed, self._manager.blocks_needed(match, job.target - match.hit_tokens))
         return needed
+
+    def blocks_at_return(self, job: Job, held: int, needed: int) -> int:
+        return job.final_blocks - held + needed
 
     def blocks_promised(self, outstanding: int, prompts: int) -> int:
         return outstanding
@@ -64,6 +74,10 @@ class MaxUtilization(AdmissionRule):
 
     def blocks_for(self, job: Job, match: PrefixMatch) -> int:
         return self._manager.blocks_needed(match, job.target - match.hit_tokens)
+
+    def blocks_at_return(self, job: Job, held: int, needed: int) -> int:
+        target = job.request.prompt_tokens + job.generated
+        return -(-target // self._manager.tokens_per_block) - held + needed
 
     def blocks_promised(self, outstanding: int, prompts: int) -> int:
         return prompts

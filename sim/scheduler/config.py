@@ -9,6 +9,7 @@ from allocator.checks import require_choice, require_int
 
 Admission = Literal["guaranteed_no_evict", "max_utilization", "static_batch"]
 QueueOrder = Literal["fcfs", "priority", "shortest", "longest_prefix"]
+Preemption = Literal["recompute", "swap", "cheaper"]
 Victim = Literal["last_started", "last_arrived", "least_progress", "cheapest"]
 
 _MOST_SLO_S = 1e6
@@ -34,6 +35,9 @@ class EngineConfig:
     sampled, then the longest prompt; cheapest, the fewest tokens to compute again for each block that it frees."""
     enable_chunked_prefill: bool = True
     """Split a prompt over steps when it exceeds what is left of max_num_tokens."""
+    preemption: Preemption = "recompute"
+    """What becomes of who is preempted while it decodes: recompute, its blocks are given up; swap, they move to host
+    memory (--host-cache-bytes) while that has room; cheaper, whichever takes less time by the cost model."""
     watermark: float = 0.0
     """Share of the pool that admission leaves free while something is running."""
     slo_ttft_s: float = 2.0
@@ -55,6 +59,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require_choice("admission", self.admission, get_args(Admission))
         require_choice("queue_order", self.queue_order, get_args(QueueOrder))
+        require_choice("preemption", self.preemption, get_args(Preemption))
         require_choice("victim", self.victim, get_args(Victim))
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark ({self.watermark}) must be in [0, 1)")

@@ -20,6 +20,7 @@ class Job:
     generated     tokens sampled so far
     sample        which of the request's samples it is, from 0; the first one goes on where the prompt's job was
     samples       sequences this job still stands for: all samples before the fork, 1 after
+    swapped       its sequence waits in host memory
     written       tokens that had KV when the job was preempted: what it computes again is net of new hits
     last_ps       when its last token came, while it is preempted; else -1
 
@@ -56,6 +57,7 @@ class Job:
         "sample",
         "samples",
         "sequence",
+        "swapped",
         "target",
         "totals",
         "written",
@@ -74,6 +76,7 @@ class Job:
         self.totals: tuple[int, int, int, int] | None = None
         self.content: Content | None = None
         self.sequence: KVSequence | None = None
+        self.swapped = False
         self.match: PrefixMatch | None = None
 
     @property

@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 
 from allocator.config import BuildConfig
 from allocator.manager import KVCacheManager, PrefixMatch
+from sim.cost import StepBatch, StepCost
 from sim.scheduler.admission import make_admission
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
@@ -18,15 +19,25 @@ class Plan:
     """What one step computes, beside one token for every decoding job.
 
     prefills       job and tokens of each prefill chunk, in the order of scheduling
-    admitted       jobs that start
+    admitted       jobs that start, or come back from host memory
     preempted      jobs that had to go
     out_of_blocks  whether decoding or a prefill chunk found too few blocks
     copied         blocks that decoding jobs had to copy before they could write
+    moved          blocks that move between GPU and host memory before anything is computed
     decoding       sequences that decode; the others of the batch wait while prompts are computed
     resumes        whether they waited so before this step
     """
 
-    __slots__ = ("admitted", "copied", "decoding", "out_of_blocks", "preempted", "prefills", "resumes")
+    __slots__ = (
+        "admitted",
+        "copied",
+        "decoding",
+        "moved",
+        "out_of_blocks",
+        "preempted",
+        "prefills",
+        "resumes",
+    )
 
     def __init__(self) -> None:
         self.prefills: list[tuple[Job, int]] = []
@@ -34,13 +45,13 @@ class Plan:
         self.preempted: list[Job] = []
         self.out_of_blocks = False
         self.copied = 0
-        self.decoding = 0
+        self.decoding = self.moved = 0
         self.resumes = False
 
     @property
     def is_quiet(self) -> bool:
         """Return whether the step only decodes, so that the next may be like it."""
-        return not (self.prefills or self.preempted or self.copied or self.resumes)
+        return not (self.prefills or self.admitted or self.preempted or self.copied or self.moved or self.resumes)
 
 
 class Scheduler:
@@ -53,7 +64,14 @@ class Scheduler:
     them as one. `idle_steps` says it before anything is scheduled, where that is plain to see.
     """
 
-    def __init__(self, manager: KVCacheManager, build: BuildConfig, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        build: BuildConfig,
+        config: EngineConfig,
+        cost: StepCost | None = None,
+    ) -> None:
+        """Take the cost model for `preemption` "cheaper", which asks it. Raises ValueError for what cannot work."""
         if build.max_num_tokens < build.max_batch_size:
             raise ValueError(
                 f"max_num_tokens ({build.max_num_tokens}) must be at least max_batch_size "
@@ -73,7 +91,16 @@ class Scheduler:
         self._static = config.admission == "static_batch"
         self._closed = False  # a static batch: one of its prompts is computed, and not all its jobs are done
         self._mixed = config.mixed_steps
-        self._stalled = False  # prompts were computed while the batch waited
+        self._stalled = (
+            False  # of the batch, some have missed steps: they waited for prompts, or were swapped out
+        )
+        self._tiered = manager.pool.tier is not None
+        if config.preemption != "recompute" and not self._tiered:
+            raise ValueError(
+                f"preemption ({config.preemption}) needs host memory: host_cache_bytes for a block or more"
+            )
+        self._preemption = config.preemption
+        self._cost = cost
         self._choose_victim = VICTIMS[config.victim]
         self._watermark = int(config.watermark * manager.num_blocks)
         self._prefilling: dict[Job, None] = {}
@@ -105,16 +132,29 @@ class Scheduler:
         """
         plan = Plan()
         if self._mixed:
-            self._schedule_decodes(plan)
-            self._schedule_prefills(plan, self._max_num_tokens - plan.decoding)
-            return plan
-        self._schedule_prefills(plan, self._max_num_tokens)
-        if plan.prefills:
-            self._stalled = bool(self.batch)
-        else:
             plan.resumes, self._stalled = self._stalled, False
             self._schedule_decodes(plan)
+            self._schedule_prefills(plan, self._max_num_tokens - plan.decoding)
+        else:
+            self._schedule_prefills(plan, self._max_num_tokens)
+            if plan.prefills:
+                self._stalled = bool(self.batch)
+            else:
+                plan.resumes, self._stalled = self._stalled, False
+                self._schedule_decodes(plan)
+        if self._tiered:
+            self._move(plan)
         return plan
+
+    def _move(self, plan: Plan) -> None:
+        """Let what has to move between the tiers do so, ahead of all that the step computes."""
+        transfers = self.manager.pending_swaps()
+        plan.moved += len(transfers)
+        self.manager.transfers_done(transfers)
+
+    def _untouched_blocks(self) -> int:
+        """Return how many blocks steps may take and still be like the one before: evicting makes some move."""
+        return self.manager.pool.num_free if self._tiered else self.manager.pool.available
 
     def _schedule_decodes(self, plan: Plan) -> None:
         manager, batch = self.manager, self.batch
@@ -201,7 +241,7 @@ class Scheduler:
         steps = self.next_end() - batch.tick
         # a block started and one filled every tokens_per_block steps, and twice that for where they begin
         most = 2 * decoding * (steps // manager.tokens_per_block + 2)
-        if most > manager.pool.available or (batch.unready and not manager.writes_in_place(batch)):
+        if most > self._untouched_blocks() or (batch.unready and not manager.writes_in_place(batch)):
             return 0
         return steps
 
@@ -218,7 +258,7 @@ class Scheduler:
         finishes, the pool runs out, or something is cached or evicted that lets the first waiting job start.
         """
         steps = self.next_end() - self.batch.tick
-        blocks = self.manager.available_blocks
+        blocks = self._untouched_blocks()
         if self.waiting and self._may_start():
             if self.manager.config.enable_partial_reuse:
                 return 0  # what a step fills can be hit in part in the next
@@ -327,6 +367,10 @@ class Scheduler:
             job = waiting.first
             if self.sequences + job.samples > self.max_batch_size:
                 return
+            if job.swapped:
+                if not self._swap_in(job, plan):
+                    return
+                continue
             match = self._look_up(job)
             left = job.target - match.hit_tokens
             chunk = min(left, budget)
@@ -350,14 +394,17 @@ class Scheduler:
     def _fits(self, job: Job, match: PrefixMatch, chunk: int) -> bool:
         if not self.running:
             return self.manager.can_admit(match, chunk)
+        return self._rule.blocks_for(job, match) <= self._room_to_admit()
+
+    def _room_to_admit(self) -> int:
+        """Return how many blocks whoever starts beside the running jobs may count on."""
         # Of what the running jobs hold at their end, the blocks in their tables are all that they have, and the rest
         # is still to be taken. Whoever decodes in this step has a tail of its own already; who waits may share it.
         outstanding = self._final_blocks - self.manager.logical_blocks
         if not self._mixed:
             outstanding += self.manager.tables.copies_needed(self.batch.unready)
         promised = self._rule.blocks_promised(outstanding, self._unfinished_prompts())
-        room = self.manager.available_blocks - promised - self._watermark
-        return self._rule.blocks_for(job, match) <= room
+        return self.manager.available_blocks - promised - self._watermark
 
     def _unfinished_prompts(self) -> int:
         size = self.manager.tokens_per_block
@@ -418,11 +465,14 @@ class Scheduler:
         self.batch.remove(sequence)
 
     def _preempt(self, job: Job, plan: Plan) -> None:
-        """Take a running job's blocks away; it computes again what it had when it starts next."""
+        """Take a running job's blocks away; it computes again what it had when it starts next, or finds it swapped."""
         sequence = job.sequence
         assert sequence is not None
         if job in self._decoding:
             self._leave_batch(job)
+            if self._preemption != "recompute" and self._is_worth_swapping(job):
+                self._swap_out(job, plan)
+                return
             job.target = job.request.prompt_tokens + job.generated
             job.content = sequence.content(job.target)
         else:
@@ -434,6 +484,64 @@ class Scheduler:
         self.waiting.put_back(job)
         plan.preempted.append(job)
 
+    def _is_worth_swapping(self, job: Job) -> bool:
+        """Return whether the host has room for what a job holds, and moving it is wanted."""
+        sequence = job.sequence
+        assert sequence is not None
+        tier = self.manager.host_tier
+        blocks = self.manager.blocks_to_swap_out(sequence)
+        if (
+            blocks > tier.host.available or len(self.running) == 1
+        ):  # alone, it would come back to the same shortage
+            return False
+        if self._preemption == "swap":
+            return True
+        assert self._cost is not None, "a cost model says what is cheaper"
+        size, again = self.manager.tokens_per_block, job.request.prompt_tokens + job.generated
+        swapped = self._cost.step(StepBatch(0, 0, swapped_tokens=(blocks + sequence.num_blocks) * size))
+        return swapped < self._cost.step(StepBatch(0, 0, [(again, again)]))
+
+    def _swap_out(self, job: Job, plan: Plan) -> None:
+        assert job.sequence is not None
+        self.manager.swap_out(job.sequence)
+        self._move(plan)
+        job.swapped = True
+        job.preemptions += 1
+        job.match = None
+        self._forget(job)
+        self.waiting.put_back(job)
+        plan.preempted.append(job)
+
+    def _swap_in(self, job: Job, plan: Plan) -> bool:
+        """Let the first waiting job, which is swapped out, decode from the next step on, if there is room."""
+        manager, sequence = self.manager, job.sequence
+        assert sequence is not None
+        size = manager.tokens_per_block
+        held = -(-sequence.num_tokens // size)
+        needed = manager.blocks_to_swap_in(sequence)
+        if self.running:
+            if self._rule.blocks_at_return(job, held, needed) > self._room_to_admit():
+                return False
+        elif needed + sequence.num_tokens // size + 1 - held > manager.available_blocks:
+            # Alone, and still too large: it holds blocks of its own beside cached ones that say the same.
+            job.target = job.request.prompt_tokens + job.generated
+            job.content = sequence.content(job.target)
+            job.written = sequence.num_tokens
+            job.swapped = False
+            manager.release(sequence)
+            return True
+        self.waiting.pop_first()
+        manager.swap_in(sequence)
+        self._move(plan)
+        job.swapped = False
+        self._final_blocks += job.final_blocks
+        self.sequences += job.samples
+        self.running[job] = None
+        self._join_batch(job)
+        self._stalled = True
+        plan.admitted.append(job)
+        return True
+
     def _finish(self, job: Job) -> None:
         self._retire(job)
         job.content = job.match = None
@@ -443,6 +551,10 @@ class Scheduler:
         assert job.sequence is not None
         self.manager.release(job.sequence)
         job.cow_copies += job.sequence.cow_copies
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        """Count a job no longer among the running ones."""
         self._final_blocks -= job.final_blocks
         self.sequences -= job.samples
         del self.running[job]
