@@ -156,6 +156,8 @@ class RooflineCost:
         for new_tokens, context in batch.prefills:
             tokens += new_tokens
             total += self._prefill(new_tokens, context)
+        if batch.copied_tokens or batch.swapped_tokens:
+            total += self._moves(batch)
         if self._full_slope is not None:
             return total + self._full_slope * batch.decode_context + self._linear_ps(tokens)
         for (window, _), slope in zip(self._windows, self._decode_slope, strict=True):
@@ -163,7 +165,7 @@ class RooflineCost:
             if window is not None:
                 keys = min(keys, window * batch.decode_sequences)
             total += slope * keys
-        return total + self._linear_ps(tokens) + self._moves(batch)
+        return total + self._linear_ps(tokens)
 
     def _moves(self, batch: StepBatch) -> int:
         """Return the time of copies and swaps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Generator, Iterable
+from itertools import islice
 from math import isqrt
 from time import perf_counter
 from typing import Any
@@ -155,7 +156,7 @@ class _Replica:
                 while not self._skipping and plan.is_quiet and stretch.step():
                     yield timeout(stretch.end_ps - int(environment.now))
                 now = stretch.end_ps
-                stretch.record(self._end_stall(now) if plan.resumes else plan.decoding)
+                stretch.record(self._end_stall(now, plan.decoding) if plan.resumes else plan.decoding)
                 self._end_decodes(now)
                 if plan.prefills:
                     self._end_prefills(plan, now)
@@ -220,10 +221,13 @@ class _Replica:
             if job.last_ps < 0:
                 job.last_ps = now_ps
 
-    def _end_stall(self, now_ps: int) -> int:
-        """Note the gaps of those that had to wait; return how many of the batch had not."""
+    def _end_stall(self, now_ps: int, decoded: int) -> int:
+        """Note the gaps of those that had to wait; return how many of the `decoded` had not.
+
+        They are the first of the batch: who came back from host memory in this step decodes from the next one on.
+        """
         on_time = 0
-        for job in self.scheduler.decoding():
+        for job in islice(self.scheduler.decoding(), decoded):
             if job.last_ps < 0:
                 on_time += 1
             else:
@@ -364,7 +368,7 @@ class _Stretch:
             assert job.sequence is not None
             batch.prefills.append((tokens, job.sequence.num_tokens))
         if replica._needs_work:
-            decoding = scheduler.decoding() if self._sequences else ()
+            decoding = list(islice(scheduler.decoding(), self._sequences))
             batch.work = StepWork(decoding, [job for job, _ in self._plan.prefills], copies)
         return replica.cost.step(batch)
 

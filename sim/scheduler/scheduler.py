@@ -51,7 +51,9 @@ class Plan:
     @property
     def is_quiet(self) -> bool:
         """Return whether the step only decodes, so that the next may be like it."""
-        return not (self.prefills or self.admitted or self.preempted or self.copied or self.moved or self.resumes)
+        return not (
+            self.prefills or self.admitted or self.preempted or self.copied or self.moved or self.resumes
+        )
 
 
 class Scheduler:
