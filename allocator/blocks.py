@@ -111,7 +111,13 @@ class FreeBlocks:
 
     def pin(self, block: int) -> None:
         """Keep a block from being reused until `unpin`, whoever frees it."""
-        self._pins[block] = self._pins.get(block, 0) + 1
+        self.pin_all((block,))
+
+    def pin_all(self, blocks: Iterable[int]) -> None:
+        """Pin each of some blocks."""
+        pins = self._pins
+        for block in blocks:
+            pins[block] = pins.get(block, 0) + 1
 
     def pins(self, block: int) -> int:
         """Return how many copies and transfers keep a block from being reused."""
@@ -119,10 +125,15 @@ class FreeBlocks:
 
     def unpin(self, block: int) -> None:
         """Undo one `pin`; a block freed meanwhile becomes free."""
-        if self._pins[block] > 1:
-            self._pins[block] -= 1
-            return
-        del self._pins[block]
-        if block in self.limbo:
-            del self.limbo[block]
-            self._freed.append(block)
+        self.unpin_all((block,))
+
+    def unpin_all(self, blocks: Iterable[int]) -> None:
+        """Unpin each of some blocks, in order."""
+        pins, limbo = self._pins, self.limbo
+        for block in blocks:
+            left = pins.pop(block) - 1
+            if left:
+                pins[block] = left
+            elif block in limbo:
+                del limbo[block]
+                self._freed.append(block)

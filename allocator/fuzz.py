@@ -79,8 +79,8 @@ class QuotaMachine(QuotaRules, SharingRules, BatchRules):
     """Tenants with quotas."""
 
 
-class TierMachine(TierRules):
-    """A host tier: offloading, onboarding, swapping."""
+class TierMachine(TierRules, RetentionRules):
+    """A host tier: offloading of what is retained dearly enough, onboarding, swapping."""
 
 
 class EventsMachine(EventRules, SharingRules, BatchRules):

@@ -71,11 +71,6 @@ class HostOracle:
         """Return whether transfers wait for the step to be run."""
         return self.num_blocks > 0 and len(self.manager.host_tier.queue) > 0
 
-    def be_picky(self) -> None:
-        """Let every third block of a prefix have too low a priority to be offloaded."""
-        if self.num_blocks:
-            self.manager.host_tier.priority = lambda extent, position: 10 if position % 3 == 2 else 35
-
     # ------------------------------------------------ executing
 
     def run(self) -> bool:

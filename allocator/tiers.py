@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from allocator.event_log import NOBODY, OFFLOADED, ONBOARDED, SWAPPED_IN, SWAPPED_OUT, EventLog
 from allocator.host import HostPool, demote
@@ -22,33 +22,20 @@ from allocator.stats import HostStats
 from allocator.transfers import TransferQueue
 
 
-def retention_priority(extent: Extent, position: int) -> int:
-    """Return the priority of the block at a position (counted in blocks from the root) that an extent holds."""
-    return DEFAULT_PRIORITY if extent.retention is None else extent.retention.priority
-
-
 class HostTier:
     """Host memory behind a pool: `host` has its blocks, `queue` the transfers, `swapped` the sequences out there.
 
     pool          the GPU's blocks
     num_blocks    blocks of the host
-    min_priority  blocks of less are not offloaded
-    priority      (extent, position) → the priority of a block that is being evicted
+    min_priority  blocks retained by a priority of less are not offloaded
     """
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        num_blocks: int,
-        min_priority: int,
-        priority: Callable[[Extent, int], int] = retention_priority,
-    ) -> None:
+    def __init__(self, pool: BlockPool, num_blocks: int, min_priority: int) -> None:
         self.pool = pool
         self.index = pool.index
         self.host = HostPool(num_blocks, pool.index, keep_cached=pool.keep_cached)
         self.queue = TransferQueue(pool, self.host)
         self.min_priority = min_priority
-        self.priority = priority
         self.swapped: dict[KVSequence, None] = {}
         self.offloaded_blocks = 0
         self.onboarded_blocks = 0
@@ -66,13 +53,15 @@ class HostTier:
     def evict(self, extent: Extent, count: int) -> array[int]:
         """Take the last `count` blocks of an extent from the GPU and return their ids, tail first.
 
-        Content below what is not offloaded would be out of reach, so the host forgets it.
+        Content below what is not offloaded would be out of reach, so the host forgets it. What a request wanted
+        for the blocks ends here; on the host, the least recently offloaded goes first.
         """
         ids = extent.ids[: -count - 1 : -1]
         if extent.host is not None:  # somebody needs it there, and has it there
             self._reanchor(extent, demote(self.index, extent, count))
             return ids
-        kept = min(self._worth_keeping(extent, count), self.host.available)
+        priority = DEFAULT_PRIORITY if extent.retention is None else extent.retention.priority
+        kept = min(count, self.host.available) if priority >= self.min_priority else 0
         if kept < count:
             self._forget_below(extent)
             self.index.trim(extent, count - kept)
@@ -81,18 +70,10 @@ class HostTier:
             if self.events is not None:
                 self.events.add_blocks(OFFLOADED, NOBODY, -1, -1, extent.ids[-kept:] + host_ids)
             self.queue.out(extent.ids[-kept:], host_ids)
-            self.queue.hold(extent, on_gpu=False)  # before the host has it: so it never was evictable there
-            self._reanchor(extent, demote(self.index, extent, kept, host_ids))
+            self.host.acquire_path(extent)  # before the host has it: so it never was evictable there
+            self.queue.keep(demote(self.index, extent, kept, host_ids))
             self.offloaded_blocks += kept
         return ids
-
-    def _worth_keeping(self, extent: Extent, count: int) -> int:
-        """Return how many of the last `count` blocks, from the first of them on, are worth host memory."""
-        first = extent.end - count
-        for position in range(first, extent.end):
-            if self.priority(extent, position) < self.min_priority:
-                return position - first
-        return count
 
     def _reanchor(self, extent: Extent, below: Extent) -> None:
         """Let swapped-out sequences and transfers that held `extent` hold what was cut off it as well."""
@@ -142,7 +123,7 @@ class HostTier:
                 pool.lifetimes.reused(extent, pool.now)
             pool.policy.hit(extent)
             blocks.extend(ids)
-        self.queue.hold(extents[-1], on_gpu=True)
+        self.queue.hold(extents[-1])
         self.host.drop_path(extents[-1])
         self.onboarded_blocks += wanted
         self.hit_blocks += wanted if count else 0
@@ -188,7 +169,7 @@ class HostTier:
                 deepest = extent
         self.host.acquire_path(sequence.anchor)
         if deepest is not None:
-            self.queue.hold(deepest, on_gpu=True)
+            self.queue.hold(deepest)
         sequence.host = host_ids[at:]
         private = sequence.table[sequence.anchor.end :]
         self.queue.out(private, sequence.host)
@@ -231,7 +212,7 @@ class HostTier:
                 at += extent.num_blocks
             table.extend(extent.ids)
         if deepest is not None:
-            self.queue.hold(deepest, on_gpu=True)
+            self.queue.hold(deepest)
         self.queue.back(private, blocks[at:])
         table.extend(blocks[at:])
         if self.events is not None:

@@ -20,8 +20,8 @@ transfer. Whoever runs transfers beside the computation has to wait for them whe
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,28 +78,29 @@ class TransferQueue:
     def __len__(self) -> int:
         return len(self._pending.swap_outs) + len(self._pending.swap_ins)
 
-    def out(self, gpu_ids: Iterable[int], host_ids: Iterable[int]) -> None:
+    def out(self, gpu_ids: array[int], host_ids: array[int]) -> None:
         """Move blocks to the host."""
-        for block, host_block in zip(gpu_ids, host_ids, strict=True):
-            self._pool.pin(block)
-            self._host.pin(host_block)
-            self._pending.swap_outs.append((block, host_block))
+        self._pool.pin_all(gpu_ids)
+        self._host.pin_all(host_ids)
+        self._pending.swap_outs.extend(zip(gpu_ids, host_ids, strict=True))
 
-    def back(self, host_ids: Iterable[int], gpu_ids: Iterable[int]) -> None:
+    def back(self, host_ids: array[int], gpu_ids: array[int]) -> None:
         """Move blocks to the GPU."""
-        for host_block, block in zip(host_ids, gpu_ids, strict=True):
-            self._host.pin(host_block)
-            self._pool.pin(block)
-            self._pending.swap_ins.append((host_block, block))
+        self._host.pin_all(host_ids)
+        self._pool.pin_all(gpu_ids)
+        self._pending.swap_ins.extend(zip(host_ids, gpu_ids, strict=True))
 
-    def hold(self, extent: Extent, *, on_gpu: bool) -> None:
-        """Keep what both tiers (or only the host) hold of an extent and above until the pending list is done."""
+    def hold(self, extent: Extent) -> None:
+        """Keep what both tiers hold of an extent and above until the pending list is done."""
+        self._host.acquire_path(extent)
+        self.keep(extent)
+        self._pool.acquire_path(extent)
+        self._pending.gpu_held.append(extent)
+
+    def keep(self, extent: Extent) -> None:
+        """Keep what the host holds of an extent, acquired already, until the pending list is done."""
         held = self._pending.host_held
         held[extent] = held.get(extent, 0) + 1
-        self._host.acquire_path(extent)
-        if on_gpu:
-            self._pending.gpu_held.append(extent)
-            self._pool.acquire_path(extent)
 
     def release_host(self, extent: Extent) -> None:
         """Stop holding an extent on the host, as its content is out of reach; its blocks stay pinned."""
@@ -138,12 +139,12 @@ class TransferQueue:
             raise ValueError(f"transfers ({transfers.number}) must be in flight")
         if self.events is not None:
             self.events.add(ARRIVED, value=transfers.number)
-        for block, host_block in group.swap_outs:
-            self._pool.unpin(block)
-            self._host.unpin(host_block)
-        for host_block, block in group.swap_ins:
-            self._host.unpin(host_block)
-            self._pool.unpin(block)
+        for pairs, source, destination in (
+            (group.swap_outs, self._pool, self._host),
+            (group.swap_ins, self._host, self._pool),
+        ):
+            source.unpin_all([pair[0] for pair in pairs])
+            destination.unpin_all([pair[1] for pair in pairs])
         for extent in group.gpu_held:
             self._pool.drop_path(extent)
         for extent, times in group.host_held.items():

@@ -493,28 +493,25 @@ MUTANTS = [
     Mutant(
         "host_block_reused_while_it_is_filled",
         "tiers.py",
-        "            self.queue.hold(extent, on_gpu=False)  # before the host has it: so it never was evictable there\n"
-        "            self._reanchor(extent, demote(self.index, extent, kept, host_ids))\n",
+        "            self.host.acquire_path(extent)  # before the host has it: so it never was evictable there\n"
+        "            self.queue.keep(demote(self.index, extent, kept, host_ids))\n",
         "            below = demote(self.index, extent, kept, host_ids)\n"
-        "            self._reanchor(extent, below)\n"
         "            if not below.host_references:\n"
         "                self.host.num_evictable += kept\n"
         "                self.host.order[below] = None\n",
         "TierMachine",
     ),
     Mutant(
-        "host_block_unpinned_while_it_is_read",
-        "transfers.py",
-        "            self._host.pin(host_block)\n            self._pool.pin(block)\n"
-        "            self._pending.swap_ins.append((host_block, block))\n",
-        "            self._pool.pin(block)\n            self._pending.swap_ins.append((host_block, block))\n"
-        "            self._host._pins.setdefault(host_block, 0)\n            del self._host._pins[host_block]\n",
+        "block_freed_while_a_transfer_uses_it",
+        "blocks.py",
+        "            if block in self._pins:\n",
+        "            if block in ():\n",
         "TierMachine",
     ),
     Mutant(
         "onboarded_without_holding_it",
         "tiers.py",
-        "        self.queue.hold(extents[-1], on_gpu=True)\n        self.host.drop_path(extents[-1])\n",
+        "        self.queue.hold(extents[-1])\n        self.host.drop_path(extents[-1])\n",
         "        self.host.drop_path(extents[-1])\n",
         "TierMachine",
     ),

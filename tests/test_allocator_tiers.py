@@ -17,7 +17,7 @@ from allocator.host import HostPool
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
 from allocator.model import ModelSpec
 from allocator.prefix import PrefixIndex
-from allocator.retention import RetentionConfig
+from allocator.retention import RetentionConfig, TokenRange
 from allocator.transfers import Transfers
 
 
@@ -194,8 +194,8 @@ def test_only_blocks_of_enough_priority_are_offloaded() -> None:
 
 def test_what_is_below_a_block_that_is_lost_is_out_of_reach() -> None:
     manager = make()
-    manager.host_tier.priority = lambda extent, position: 10 if position == 1 else 35
-    manager.release(admit_all(manager, [1] * 8))
+    low = RetentionConfig((TokenRange(2, 4, priority=10),))
+    manager.release(admit_all(manager, [1] * 8, retention=low))
     for symbol in (2, 3, 4, 5):
         manager.release(admit_all(manager, [symbol] * 2))
         run(manager)

@@ -43,7 +43,6 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         partial=st.integers(0, 11),
         window=st.integers(0, 15),
         num_sinks=st.integers(0, 3),
-        picky=st.booleans(),
     )
     def start(
         self,
@@ -58,20 +57,13 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         partial: int = 0,
         window: int = 0,
         num_sinks: int = 0,
-        picky: bool = False,
     ) -> None:
-        """Make a pool; host blocks are for machines that serve them.
-
-        lag    transfers stay in flight for some time
-        picky  some blocks are not worth being offloaded
-        """
+        """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`."""
         chosen = self.choose_window(window)
         self.begin(
             num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks, partial, chosen, num_sinks
         )
         self.host.lag = lag
-        if picky:
-            self.host.be_picky()
 
     def choose_window(self, drawn: int) -> int | None:
         """Return the window for a number drawn from 0 to 15; a machine without `WindowRules` has none."""
