@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.batch import Batch
@@ -147,3 +148,82 @@ def test_bad_input_is_named() -> None:
     manager.release(sequence)
     with pytest.raises(ValueError, match="must not be released"):
         batch.add(sequence)
+
+
+def said(sequence: KVSequence) -> list[int]:
+    """Return a sequence's token ids, −1 where nobody named them."""
+    ids = np.frombuffer(sequence.content()._ids, np.int32)  # type: ignore[attr-defined]
+    return np.maximum(ids, -1).tolist()
+
+
+_STEPS = ["name"] * 6 + ["swap"] * 3 + ["read", "blank", "several", "fork"]
+
+
+@settings(max_examples=150)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    size=st.sampled_from([1, 2, 4, 8]),
+    steps=st.lists(st.tuples(st.sampled_from(_STEPS), st.integers(0, 5)), min_size=15, max_size=60),
+)
+def test_a_batch_says_what_its_members_would_say_alone(
+    lengths: list[int], size: int, steps: list[tuple[str, int]]
+) -> None:
+    """Token ids wait in the batch until a block is full or somebody asks: nobody can tell."""
+    together, alone = KVCacheManager(4000, size), KVCacheManager(4000, size)
+    members, loose = running(together, lengths), running(alone, lengths)
+    batch = batch_of(together, members)
+    token = 0
+    for step, index in steps:
+        index %= len(members)
+        pairs = {id(s): other for s, other in zip(members, loose, strict=True)}
+        if step == "read":
+            assert said(members[index]) == said(loose[index])
+        elif step == "swap":  # leaves if it is in, and joins if it is out
+            if members[index] in batch:
+                batch.remove(members[index])
+            else:
+                batch.add(members[index])
+        elif step == "fork":
+            members += together.fork(members[index])
+            loose += alone.fork(loose[index])
+        else:
+            count = 3 if step == "several" else 1
+            tokens = None
+            if step == "name":
+                tokens = list(range(token, token + len(batch)))
+                token += len(batch)
+            mine = together.append(batch, tokens, count)
+            theirs = alone.append([pairs[id(s)] for s in batch], tokens, count)
+            assert mine.shape == theirs.shape
+            for manager in (together, alone):
+                manager.pending_copies()
+    assert [said(s) for s in members] == [said(s) for s in loose]
+    for s, other in zip(members, loose, strict=True):
+        positions = np.arange(s.num_tokens)
+        assert s.slots(0, s.num_tokens).tolist() == [s.table[p // size] * size + p % size for p in positions]
+        assert s.num_tokens == other.num_tokens
+    together.check_invariants()
+
+
+def test_slots_follow_their_members_through_joining_and_leaving() -> None:
+    manager = KVCacheManager(8000, 4)
+    sequences = running(manager, [n % 9 + 1 for n in range(200)])
+    batch = manager.batch()
+    for i, sequence in enumerate(sequences):
+        batch.add(sequence)
+        if i % 3 == 2:
+            batch.remove(sequences[i - 1])
+        expected = manager.append(batch)
+        assert expected.tolist() == [s.table[-1] * 4 + (s.num_tokens - 1) % 4 for s in batch]
+
+
+@pytest.mark.parametrize("tokens", [[1, -1], [1, 2**31], [[1], [2**40]], [1], [1, 2, 3], [[1, 2], [3, 4]]])
+def test_token_ids_that_do_not_fit_change_nothing(tokens: list[int]) -> None:
+    manager = KVCacheManager(16, 4)
+    batch = batch_of(manager, running(manager, [6, 3]))
+    manager.append(batch, [7, 8])
+    before = manager.stats()
+    with pytest.raises(ValueError, match="tokens"):
+        manager.append(batch, tokens)
+    assert manager.stats() == before
+    assert [said(s)[-1] for s in batch] == [7, 8]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.content import TokenContent
+from allocator.config import CacheConfig
+from allocator.content import TokenContent, UniqueContent
 from allocator.manager import KVCacheManager, KVSequence
 from experiments.bench._serving import OUTPUT_TOKENS, TOKENS_PER_BLOCK, Run, Workload, schedule
 
@@ -17,8 +19,8 @@ class Ours:
 
     name = "allocator"
 
-    def __init__(self, workload: Workload) -> None:
-        self.manager = KVCacheManager(workload.num_blocks, TOKENS_PER_BLOCK)
+    def __init__(self, num_blocks: int) -> None:
+        self.manager = KVCacheManager(num_blocks, TOKENS_PER_BLOCK)
         self._batch = self.manager.batch()
 
     def admit(self, prompt: list[int]) -> tuple[KVSequence, int]:
@@ -85,12 +87,50 @@ def _slots_of(sequence: KVSequence) -> NDArray[np.int64]:
     return slots.ravel()[: sequence.num_tokens]
 
 
+_ALLOCATED_BLOCKS = 65_536
+
+
+def our_blocks_per_s(chunk: int) -> float:
+    """Return how many blocks a second are taken, `chunk` of them a call, and given back; nothing is reused."""
+    manager = KVCacheManager(_ALLOCATED_BLOCKS, TOKENS_PER_BLOCK, CacheConfig(enable_block_reuse=False))
+    prompt, tokens = UniqueContent(_ALLOCATED_BLOCKS * TOKENS_PER_BLOCK), chunk * TOKENS_PER_BLOCK
+    calls = _ALLOCATED_BLOCKS // chunk
+    taken = 0.0
+    for _ in range(
+        2
+    ):  # the second time, blocks come from the free ones, as in a server that has run for a while
+        sequence = manager.admit(prompt, tokens)
+        start = perf_counter()
+        for _ in range(calls - 1):
+            manager.prefill(sequence, tokens)
+        manager.release(sequence)
+        taken = perf_counter() - start
+    manager.check_invariants()
+    return (calls - 1) * chunk / taken
+
+
+def vllm_blocks_per_s(chunk: int) -> float:
+    """Return the same for vLLM's manager, its caching switched off."""
+    from vllm.v1.request import Request
+
+    server = VLLM(_ALLOCATED_BLOCKS, caching=False)
+    manager, tokens = server.manager, chunk * TOKENS_PER_BLOCK
+    calls = _ALLOCATED_BLOCKS // chunk
+    request = Request("0", [1] * (_ALLOCATED_BLOCKS * TOKENS_PER_BLOCK), server.sampling, None)
+    start = perf_counter()
+    for _ in range(calls - 1):
+        manager.allocate_slots(request, tokens)
+        request.num_computed_tokens += tokens
+    manager.free(request)
+    return (calls - 1) * chunk / (perf_counter() - start)
+
+
 class VLLM:
     """vLLM's KVCacheManager (0.33): CPU torch and the vllm wheel without its dependencies are enough."""
 
     name = "vllm"
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, num_blocks: int, *, caching: bool = True) -> None:
         import torch
         from vllm.sampling_params import SamplingParams
         from vllm.utils.hashing import sha256
@@ -104,28 +144,28 @@ class VLLM:
             block_size=TOKENS_PER_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float16
         )
         config = KVCacheConfig(  # block 0 is reserved
-            num_blocks=workload.num_blocks + 1,
+            num_blocks=num_blocks + 1,
             kv_cache_tensors=[],
             kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
         )
-        self._manager: Any = VLLMManager(
+        self.manager: Any = VLLMManager(
             config,
-            max_model_len=65_536,
+            max_model_len=_ALLOCATED_BLOCKS * TOKENS_PER_BLOCK,
             scheduler_block_size=TOKENS_PER_BLOCK,
             hash_block_size=TOKENS_PER_BLOCK,
-            enable_caching=True,
+            enable_caching=caching,
         )
         self._request = Request
-        self._sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
+        self.sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
         self._hasher = get_request_block_hasher(TOKENS_PER_BLOCK, sha256)
         self._requests = 0
         self._running: dict[Any, None] = {}
 
     def admit(self, prompt: list[int]) -> tuple[Any, int]:
         """Make the request (which hashes its blocks), look it up, allocate what is missing."""
-        manager = self._manager
+        manager = self.manager
         self._requests += 1
-        request = self._request(str(self._requests), prompt, self._sampling, None, block_hasher=self._hasher)
+        request = self._request(str(self._requests), prompt, self.sampling, None, block_hasher=self._hasher)
         blocks, hit = manager.get_computed_blocks(request)
         given = manager.allocate_slots(request, len(prompt) - hit, hit, blocks)
         assert given is not None, "out of blocks"
@@ -135,7 +175,7 @@ class VLLM:
 
     def append(self, tokens: list[int]) -> None:
         """Append to all, one by one, as its scheduler does; it computes no slots."""
-        manager = self._manager
+        manager = self.manager
         for request, token in zip(self._running, tokens, strict=True):
             request.append_output_token_ids(token)
             given = manager.allocate_slots(request, 1)
@@ -144,10 +184,10 @@ class VLLM:
 
     def free(self, request: Any) -> None:
         """Free a request."""
-        self._manager.free(request)
+        self.manager.free(request)
         del self._running[request]
 
     def verify(self, workload: Workload, run: Run) -> None:
         """Check that nothing leaked; what is in its tables, its own tests have to say."""
-        free = self._manager.block_pool.get_num_free_blocks()
+        free = self.manager.block_pool.get_num_free_blocks()
         assert free == workload.num_blocks, f"{workload.num_blocks - free} blocks leaked"

@@ -75,14 +75,22 @@ def make_workload(hard: bool = False, seed: int = 0, requests: int = 2000) -> Wo
             prompts.append(rng.integers(1, VOCABULARY, length).tolist())
         outputs.append(rng.integers(1, VOCABULARY, OUTPUT_TOKENS).tolist())
     blocks, running = (6_000, 32) if hard else (20_000, 64)
+    name = "hard" if hard else "standard"
+    return workload_of(name, blocks, running, prompts, outputs)
+
+
+def workload_of(
+    name: str, num_blocks: int, max_running: int, prompts: list[list[int]], outputs: list[list[int]]
+) -> Workload:
+    """Return a workload of some requests, with the ids laid out by step; each output has OUTPUT_TOKENS."""
     steps = []
-    position = dict.fromkeys(range(requests), 0)
-    for event, members in schedule(requests, running):
+    position = [0] * len(outputs)
+    for event, members in schedule(len(prompts), max_running):
         if event == "append":
             steps.append([outputs[request][position[request]] for request in members])
             for request in members:
                 position[request] += 1
-    return Workload("hard" if hard else "standard", blocks, running, prompts, outputs, steps)
+    return Workload(name, num_blocks, max_running, prompts, outputs, steps)
 
 
 def schedule(requests: int, max_running: int) -> Iterator[tuple[str, list[int]]]:

@@ -24,7 +24,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 
 from rich import box
 from rich.console import Console
@@ -32,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from allocator.config import BuildConfig, CacheConfig, MemoryBudget, load_model
+from experiments.bench._yardstick import median_yardstick
 from sim.command_line import parse_dataclass, require_writable, run_command
 from sim.cost import RooflineCost
 from sim.engine import simulate
@@ -40,8 +40,6 @@ from sim.request import Request
 from sim.scheduler.config import EngineConfig
 from sim.traces import read_trace
 from sim.workload import WorkloadConfig, generate
-
-_YARDSTICK_KEYS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,6 @@ def _requests(case: Case, count: int) -> Sequence[Request]:
     )
 
 
-def yardstick() -> float:
-    """Return the seconds that a million dictionary inserts and look-ups take."""
-    start = perf_counter()
-    table: dict[int, int] = {}
-    for key in range(_YARDSTICK_KEYS):
-        table[key * 7919] = key
-    total = 0
-    for key in range(_YARDSTICK_KEYS):
-        total += table[key * 7919]
-    return perf_counter() - start
-
-
 def time_case(case: Case, count: int, runs: int) -> Timing:
     """Run one case several times; call it in a fresh process for an honest peak."""
     requests = _requests(case, count)
@@ -164,7 +150,7 @@ def time_case(case: Case, count: int, runs: int) -> Timing:
         wall_s / steps * 1e6,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         case.skipping,
-        statistics.median(yardstick() for _ in range(3)),
+        median_yardstick(),
     )
 
 

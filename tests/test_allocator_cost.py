@@ -1,0 +1,200 @@
+"""What the allocator's operations cost, counted in lines of Python: neither the pool's size nor what is cached counts.
+
+Wall time says little on a busy machine; lines executed are exact, and the same everywhere. So that a search in C, by
+list.remove for example, counts as well, extents are made to be compared in Python here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from allocator.content import TokenContent
+from allocator.eviction import POLICIES, EvictionPolicy, make_policy
+from allocator.manager import KVCacheManager, KVSequence
+from allocator.prefix import Extent
+
+SIZE = 16
+POOLS = (10_000, 1_000_000, 10_000_000)
+
+
+@pytest.fixture(autouse=True)
+def comparisons_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def same(one: Extent, other: object) -> bool:
+        return one is other
+
+    monkeypatch.setattr(Extent, "__eq__", same)
+    monkeypatch.setattr(Extent, "__hash__", object.__hash__)
+
+
+def lines(call: Callable[[], object]) -> int:
+    """Return how many lines of Python a call executes, those of what it calls included."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def prompt(first: int, blocks: int = 8) -> TokenContent:
+    """Return a prompt that begins with a block of its own."""
+    return TokenContent([first] * SIZE + list(range(SIZE * (blocks - 1))) + [7])
+
+
+def cached(manager: KVCacheManager, prompts: int) -> None:
+    """Leave content of that many prompts, and ghosts of as many, in the cache."""
+    for first in range(prompts):
+        content = prompt(1000 + first)
+        manager.release(manager.admit(content, content.num_prompt_tokens))
+
+
+def fill(manager: KVCacheManager) -> None:
+    """Use up what is free, so that each further block has to be evicted."""
+    content = TokenContent([999_999] * (SIZE * manager.pool.num_free))
+    manager.release(manager.admit(content, content.num_prompt_tokens))
+    assert manager.pool.num_free == 0
+
+
+def life(manager: KVCacheManager) -> dict[str, int]:
+    """Return the lines of each operation of some requests, at the same moments of their lives."""
+    batch = manager.batch()
+    members = [manager.admit(prompt(i), 8 * SIZE + 1) for i in range(8)]
+    for member in members:
+        batch.add(member)
+    tokens = [3] * len(members)
+    for _ in range(4 * SIZE):
+        manager.append(batch, tokens)
+    counts = {"append": sum(lines(lambda: manager.append(batch, tokens)) for _ in range(2 * SIZE))}
+    new, repeated = prompt(50), prompt(0)
+    kept: list[KVSequence] = []
+    for name, content in (("new", new), ("repeated", repeated)):
+        match = manager.lookup(content)
+        counts[f"look up {name}"] = lines(lambda content=content: manager.lookup(content))  # type: ignore[misc]
+        left = content.num_prompt_tokens - match.hit_tokens
+        admit = lambda c=content, n=left: kept.append(manager.admit(c, n))  # noqa: E731
+        counts[f"admit {name}"] = lines(admit)
+    counts["join"] = lines(lambda: batch.add(kept[0]))
+    counts["leave"] = lines(lambda: batch.remove(kept[0]))
+    counts["release"] = sum(lines(lambda s=s: manager.release(s)) for s in [*members, *kept])  # type: ignore[misc]
+    return counts
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["free blocks", "evicting"])
+def test_no_operation_grows_with_the_pool(full: bool) -> None:
+    found = []
+    for num_blocks in POOLS[: 2 if full else 3]:
+        manager = KVCacheManager(num_blocks, SIZE)
+        if full:
+            fill(manager)
+        found.append(life(manager))
+    assert all(counts == found[0] for counts in found), found
+
+
+def test_no_operation_grows_with_what_is_cached() -> None:
+    found = []
+    for prompts in (10, 100, 2000):
+        manager = KVCacheManager(100_000, SIZE)
+        cached(manager, prompts)
+        found.append(life(manager))
+    assert all(counts == found[0] for counts in found), found
+
+
+def test_no_operation_grows_with_the_evictions_before() -> None:
+    """Ghosts, and the order of what can be evicted, are as cheap when there are many."""
+    found = []
+    for prompts in (200, 2000):
+        manager = KVCacheManager(500, SIZE, ghost_blocks=100_000)
+        cached(manager, prompts)
+        found.append(life(manager))
+    assert all(counts == found[0] for counts in found), found
+
+
+def test_a_token_costs_less_the_more_sequences_decode() -> None:
+    """A step has a cost of its own, and one for each block that starts and fills: no other for its members."""
+
+    def step(members: int) -> int:
+        manager = KVCacheManager(10_000, SIZE)
+        batch = manager.batch()
+        for i in range(members):
+            batch.add(manager.admit(prompt(i), 8 * SIZE + 1))  # all at the same place of their blocks
+        tokens = [3] * members
+        manager.append(batch, tokens)
+        return lines(lambda: manager.append(batch, tokens))
+
+    assert step(1) == step(8) == step(64)
+
+
+def test_an_admission_costs_by_the_extent_not_by_the_block() -> None:
+    def admission(blocks: int) -> tuple[int, int]:
+        manager = KVCacheManager(10_000, SIZE)
+        content = prompt(1, blocks)
+        first = lines(lambda: manager.admit(content, content.num_prompt_tokens))
+        match = manager.lookup(content)
+        left = content.num_prompt_tokens - match.hit_tokens
+        return first, lines(lambda: manager.admit(content, left, match))
+
+    assert admission(8) == admission(64) == admission(4096)
+
+
+class ListLRU(EvictionPolicy):
+    """LRU on a list, from which an extent is taken out by a search."""
+
+    def __init__(self) -> None:
+        self.order: list[Extent] = []
+
+    def released(self, extent: Extent) -> None:
+        self.order.append(extent)
+
+    def referenced(self, extent: Extent) -> None:
+        if extent in self.order:
+            self.order.remove(extent)
+
+    def evicted(self, extent: Extent, num_blocks: int) -> None:
+        if not extent.ids and extent in self.order:
+            self.order.remove(extent)
+
+    def victim(self, wanted: int) -> tuple[Extent, int]:
+        return self.order[0], min(wanted, len(self.order[0].ids))
+
+
+@pytest.mark.parametrize("policy", [ListLRU, *(type(make_policy(name)) for name in POLICIES)])
+def test_taking_out_of_the_middle_of_the_eviction_order_is_no_search(policy: type[EvictionPolicy]) -> None:
+    def hit_of_the_middle(prompts: int) -> int:
+        manager = KVCacheManager(20 * prompts, SIZE, policy=policy())
+        cached(manager, prompts)
+        content = prompt(1000 + prompts // 2)
+        match = manager.lookup(content)
+        assert match.hit_blocks
+        left = content.num_prompt_tokens - match.hit_tokens
+        return lines(lambda: manager.admit(content, left, match))
+
+    few, many = hit_of_the_middle(16), hit_of_the_middle(1600)
+    if policy is ListLRU:
+        assert many > few + 700, "a search through a list goes unnoticed"
+    else:
+        assert many == few
+
+
+def test_counting_sees_a_loop_over_the_pool() -> None:
+    """The measure itself: a manager that looks at each of its blocks is found out."""
+
+    class Slow(KVCacheManager):
+        def release(self, sequence: KVSequence) -> None:
+            for _ in range(self.num_blocks):
+                pass
+            super().release(sequence)
+
+    assert life(Slow(2000, SIZE))["release"] > life(Slow(1000, SIZE))["release"]
