@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -160,6 +161,19 @@ def test_an_interrupt_is_one_line(
     monkeypatch.setattr(sim.traces.commands, "read_trace", interrupted)
     assert main(["describe", str(write(tmp_path, MOONCAKE))]) == 130
     assert capsys.readouterr().err == "interrupted: the result is not complete\n"
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    options = ["--num-requests", "100000000", "--requests-per-s", "1000"]
+    with program("generate", str(tmp_path / "out"), *options) as running:
+        while running.poll() is None and not any(
+            file.stat().st_size for file in tmp_path.glob(".unfinished-*")
+        ):
+            sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        assert running.communicate() == (None, "interrupted: the result is not complete\n")
+    assert running.returncode == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_import_is_one_line() -> None:

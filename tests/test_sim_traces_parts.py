@@ -175,6 +175,7 @@ def test_large_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sim.traces.native.STREAMED_REQUESTS", 2)
     for path in (text, tmp_path / "native"):
         assert isinstance(read_trace(path).requests, RequestStream)
+        assert isinstance(read_trace(path, num_requests=2).requests, list)
 
 
 def test_row_groups_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ import io
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import Event
 from typing import IO, Any, cast
 
 import numpy as np
@@ -256,8 +258,13 @@ def write_trace(trace: Iterable[Request], path: str | os.PathLike[str]) -> int:
 
 
 def _write(trace: Iterable[Request], file: io.FileIO) -> int:
-    """Write requests batch by batch, a row group each; return how many."""
-    requests, count = iter(trace), 0
+    """Write requests batch by batch, a row group each; return how many.
+
+    polars runs in a thread of its own, as the main one does not see Ctrl-C while it waits inside polars.
+    """
+    stopped = Event()
+    requests = takewhile(lambda _: not stopped.is_set(), trace)
+    count = 0
     head = list(islice(requests, BATCH_ROWS))
     ids = sum(request.named_tokens // max(request.granularity, 1) for request in head)
     # Row groups of requests with many ids are smaller: the reader holds some of them.
@@ -272,10 +279,18 @@ def _write(trace: Iterable[Request], file: io.FileIO) -> int:
 
     sink = _Sink(file)
     source = register_io_source(frames, schema=SCHEMA, is_pure=False)
+
+    def write() -> None:
+        target = cast(IO[bytes], sink)
+        source.sink_parquet(target, row_group_size=rows, maintain_order=True, engine="streaming")
+
     try:
-        source.sink_parquet(
-            cast(IO[bytes], sink), row_group_size=rows, maintain_order=True, engine="streaming"
-        )
+        with ThreadPoolExecutor(1) as executor:
+            try:
+                executor.submit(write).result()
+            except KeyboardInterrupt:
+                stopped.set()  # and the thread is waited for
+                raise
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         if sink.failed is not None:
             raise sink.failed from None

@@ -33,6 +33,10 @@ FORMATS: dict[str, type[TraceFormat]] = {kind.name: kind for kind in _ALL}
 """Every format by its name."""
 
 
+KEPT_REQUESTS = 2**17
+"""So many requests are kept in memory, however large the file is that they are the first of."""
+
+
 def read_trace(
     path: str | os.PathLike[str],
     *,
@@ -55,7 +59,7 @@ def read_trace(
     num_requests, start_request, start_s, end_s, time_scale, rate, skip_bad
                 see ReadOptions; the malformed rows that were left out are counted in `Trace.skipped`
     stream      whether to read the requests anew from the file each time they are walked through, instead of
-                keeping them; default: if the file is large
+                keeping them; default: if the file is large, and not just some beginning of it is wanted
 
     Arrivals count from the first request's, except in native files read from their beginning, which are taken as
     written. They must not decrease. A row without prompt or output tokens is malformed: nothing could be replayed.
@@ -85,7 +89,9 @@ def read_trace(
     scale = exact(time_scale) if rate is None else _scale_to(rate, Walk(file, kind, options))
     walk = Walk(file, kind, options, scale)
     sha256 = _sha256(file)
-    if stream if stream is not None else kind.is_large(file):
+    if stream is None:
+        stream = kind.is_large(file) and (num_requests is None or num_requests > KEPT_REQUESTS)
+    if stream:
         requests: Collection[Request] = _stream(file, kind, options, scale, walk)
     else:
         requests = list(walk)

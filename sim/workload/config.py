@@ -73,7 +73,7 @@ class WorkloadShape:
     arrivals: ArrivalProcess = "gamma"
     """gamma: independent gaps between sessions; on_off: such gaps while the source is on, none while it is off;
     closed_loop: so many clients, each of which sends its next request when the last has finished and it has had
-    its time to think."""
+    its time to think; one whose request is rejected sends no more."""
     requests_per_s: float = 4.0
     """Mean rate of requests, all turns counted, once sessions have come to a steady number; not in a closed loop."""
     arrival_cv: float = 1.0
