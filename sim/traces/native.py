@@ -34,7 +34,8 @@ STREAMED_REQUESTS = 2**20
 BATCH_ROWS = 2**16
 """Rows that are held at once, when a file is written or read; fewer where they have many ids."""
 
-_BATCH_IDS = 2**22
+_BATCH_IDS = 2**21
+_SAMPLE = 1024
 
 SCHEMA: dict[str, pl.DataType] = {
     "arrival_ps": pl.Int64(),
@@ -121,10 +122,19 @@ def _scan(path: Path) -> pl.LazyFrame:
     return scan.select(columns)
 
 
+def _batch_rows(rows: int, ids: int) -> int:
+    """Return how many rows to hold at once where the first `rows` of them have `ids` ids."""
+    return max(1, min(BATCH_ROWS, _BATCH_IDS * rows // max(ids, 1)))
+
+
 def _batches(path: Path) -> Iterator[pl.DataFrame]:
     """Yield the file's rows in order, some thousands at a time."""
     with _parquet_errors(path):
-        batches = _scan(path).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
+        scan = _scan(path)
+        ids = pl.sum_horizontal(pl.col(name).list.len().sum() for name in _LISTS)
+        head = scan.head(_SAMPLE).select(pl.len().alias("rows"), ids.alias("ids")).collect()
+        rows = _batch_rows(head["rows"].item(), head["ids"].item())
+        batches = scan.collect_batches(chunk_size=rows, maintain_order=True)
         while True:
             batch = next(batches, None)
             if batch is None:
@@ -265,10 +275,10 @@ def _write(trace: Iterable[Request], file: io.FileIO) -> int:
     stopped = Event()
     requests = takewhile(lambda _: not stopped.is_set(), trace)
     count = 0
-    head = list(islice(requests, BATCH_ROWS))
-    ids = sum(request.named_tokens // max(request.granularity, 1) for request in head)
-    # Row groups of requests with many ids are smaller: the reader holds some of them.
-    rows = max(1, min(BATCH_ROWS, _BATCH_IDS * len(head) // max(ids, 1)))
+    head = list(islice(requests, _SAMPLE))
+    rows = _batch_rows(
+        len(head), sum(request.named_tokens // max(request.granularity, 1) for request in head)
+    )
 
     def frames(*_: object) -> Iterator[pl.DataFrame]:
         nonlocal count
