@@ -102,11 +102,7 @@ def _stream(
     file: Path, kind: TraceFormat, options: ReadOptions, scale: Fraction, survey: Walk
 ) -> RequestStream:
     """Return the requests as a stream, all of them having been checked on a first walk."""
-    count, span_ps, named = 0, 0, False
-    for request in survey:
-        count += 1
-        span_ps = request.arrival_ps
-        named = named or request.named_tokens > 0
+    count, span_ps, named = survey.survey()
     return RequestStream(lambda: iter(Walk(file, kind, options, scale)), count, span_ps, named)
 
 

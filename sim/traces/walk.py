@@ -39,21 +39,49 @@ class Walk:
         for _, row in islice(self._part(), self._options.num_requests):
             yield row.arrival_ps
 
+    def survey(self) -> tuple[int, int, bool]:
+        """Check all requests; return their number, the last one's arrival, and whether any has content ids."""
+        count, last_ps, named = 0, 0, False
+        for _, row, last_ps, _, _ in self._numbered():  # noqa: B007 - the last is what is wanted
+            count += 1
+            named = named or row.named_tokens > 0
+        return count, last_ps, named
+
     def __iter__(self) -> Iterator[Request]:
+        for request_id, row, arrival_ps, think_ps, parent in self._numbered():
+            yield Request(
+                request_id=request_id,
+                arrival_ps=arrival_ps,
+                prompt_tokens=row.prompt_tokens,
+                output_tokens=row.output_tokens,
+                chunk_ids=row.chunk_ids,
+                granularity=row.granularity,
+                token_ids=row.token_ids,
+                named_tokens=row.named_tokens,
+                num_samples=row.num_samples,
+                parent=parent,
+                think_ps=think_ps,
+                priority=row.priority,
+                salt=row.salt,
+            )
+
+    def _numbered(self) -> Iterator[tuple[int, Row, int, int, int]]:
+        """Yield (request id, row, arrival, time to think, parent) of each request, in the trace's own time."""
         ids, count, wanted = self._ids, 0, self._options.num_requests
         first_ps = None if self._kind.from_first_arrival or self._options.is_part else 0
         for line, row in self._part():
             start_ps = row.arrival_ps if first_ps is None else first_ps
             try:
-                request = self._request(count, row, row.arrival_ps - start_ps)
+                arrival_ps, think_ps = self._times(row, row.arrival_ps - start_ps)
             except FieldError as error:
                 self._bad(line, error)
                 continue
             first_ps = start_ps
+            parent = -1 if row.parent_key is None else ids.find(row.parent_key)
             if row.key is not None:
                 ids.add(row.key, count)
+            yield count, row, arrival_ps, think_ps, parent
             count += 1
-            yield request
             if count == wanted:
                 return
         if not count:
@@ -95,8 +123,8 @@ class Walk:
         self.skipped += 1
         self._ids.leave_out(line)
 
-    def _request(self, request_id: int, row: Row, arrival_ps: int) -> Request:
-        """Return a row's request. Raises FieldError where its times are off the clock."""
+    def _times(self, row: Row, arrival_ps: int) -> tuple[int, int]:
+        """Return a row's arrival and time to think, scaled. Raises FieldError where they are off the clock."""
         think_ps = row.think_ps
         if self._scale is not None:
             numerator, denominator = self._scale
@@ -107,21 +135,7 @@ class Walk:
             raise FieldError(self._kind.arrival_field, rule)
         if think_ps > MAX_TIME_PS:
             raise FieldError("think_ps", f"({_days(think_ps)}) must be within {_days(MAX_TIME_PS)}")
-        return Request(
-            request_id=request_id,
-            arrival_ps=arrival_ps,
-            prompt_tokens=row.prompt_tokens,
-            output_tokens=row.output_tokens,
-            chunk_ids=row.chunk_ids,
-            granularity=row.granularity,
-            token_ids=row.token_ids,
-            named_tokens=row.named_tokens,
-            num_samples=row.num_samples,
-            parent=-1 if row.parent_key is None else self._ids.find(row.parent_key),
-            think_ps=think_ps,
-            priority=row.priority,
-            salt=row.salt,
-        )
+        return arrival_ps, think_ps
 
 
 class _Keys:
