@@ -141,7 +141,9 @@ class Admission(Coasting):
         if now is not None:
             now = as_int("now", now, self.pool.now)
         new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
-        needed = new_blocks + match.evictable_blocks + match.copied_blocks
+        needed = new_blocks + match.evictable_blocks
+        if match.partial is not None:
+            needed += match.copied_blocks
         if self.pool.tier is not None:
             needed += match.host_blocks
         if needed > self.pool.available:
@@ -182,15 +184,16 @@ class Admission(Coasting):
                 events.add_blocks(HIT, number, -1, hit_blocks * self.tokens_per_block, table)
         if match.partial is not None:
             # The cut above has left the block as the first one of its extent.
-            extent, _, part_tokens = match.partial
-            table.append(self.tables.reuse_part(extent, part_tokens, number))
+            extent, _, partial_tokens = match.partial
+            table.append(self.tables.reuse_part(extent, partial_tokens, number))
             new_blocks -= 1
         fresh = self.pool.take(new_blocks)
         table.extend(fresh)
 
         sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table, tokens)
         sequence.hit_blocks = hit_blocks
-        sequence.partial_tokens = match.partial_tokens
+        if match.partial is not None:
+            sequence.partial_tokens = match.partial.num_tokens
         if self.windowed is not None:
             self.windowed.begin(sequence, root, (extent for extent, _ in match.path), hit_tokens)
             self._logical_tokens -= sequence.left * self.tokens_per_block
@@ -287,7 +290,8 @@ class Admission(Coasting):
         counts.query_blocks += match.query_blocks
         counts.hit_tokens += match.hit_tokens
         counts.hit_blocks += match.hit_blocks
-        counts.partial_hits += match.partial is not None
+        if match.partial is not None:
+            counts.partial_hits += 1
         totals = counts.miss_blocks
         for cause, blocks in match.miss_blocks.items():
             totals[cause] += blocks

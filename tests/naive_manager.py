@@ -156,15 +156,7 @@ class NaiveManager:
         causes = rest | ({"last_token": live - hits} if live > hits else {})
         salts = {s for one in self.cached for s in [self.salt_of(one)] if s != salt}
         elsewhere = [self.cached_length(self.identities(("root", s), prompt)) for s in salts]
-        ahead = [
-            sum(
-                1
-                for mine, theirs in zip(wanted, self.identities(s.root, s.prompt), strict=False)
-                if mine == theirs
-            )
-            for s in self.sequences
-            if len(s.tokens) < len(s.prompt)
-        ]
+        ahead = self.ahead(wanted).values()
         known = self.cached_length(wanted, ghosts=True)
         reached = live
         ends = [
@@ -177,6 +169,25 @@ class NaiveManager:
                 causes[cause] = end - reached
                 reached = end
         return hits, causes
+
+    def ahead(self, wanted: list[Identity]) -> dict[NaiveSequence, int]:
+        """Return how many of these blocks each sequence has computed or is still going to."""
+        return {
+            s: sum(
+                1
+                for mine, theirs in zip(wanted, self.identities(s.root, s.prompt), strict=False)
+                if mine == theirs
+            )
+            for s in self.sequences
+            if len(s.tokens) < len(s.prompt)
+        }
+
+    def computing(self, prompt: Sequence[Hashable], salt: Hashable) -> list[NaiveSequence]:
+        """Return which sequences are going to compute the block that a prompt misses first, and as many as any."""
+        wanted = self.identities(("root", salt), prompt) if self.reuse else []
+        ahead = self.ahead(wanted)
+        most = max(ahead.values(), default=0)
+        return [s for s, blocks in ahead.items() if blocks == most > self.cached_length(wanted)]
 
     def find_part(
         self, prompt: Sequence[Hashable], salt: Hashable, hits: int, unit: int

@@ -71,6 +71,10 @@ class Pair:
         hits, causes = self.naive.lookup(prompt.tokens[: prompt.num_tokens], salt)
         assert match.hit_blocks == hits
         assert match.miss_blocks == causes
+        computing = self.naive.computing(prompt.tokens[: prompt.num_tokens], salt)
+        assert (match.computed_by is None) == (not computing)
+        assert match.computed_by is None or self.twins[match.computed_by] in computing
+        assert self.real.in_flight(match) is match.computed_by
         unit = unit_tokens(prompt, self.real.tokens_per_block)
         tokens, parts = self.naive.find_part(prompt.tokens[: prompt.num_tokens], salt, hits, unit)
         assert match.partial_tokens == tokens
