@@ -184,7 +184,7 @@ class Admission(Coasting):
                 events.add_blocks(HIT, number, -1, hit_blocks * self.tokens_per_block, table)
         if match.partial is not None:
             # The cut above has left the block as the first one of its extent.
-            extent, _, partial_tokens = match.partial
+            extent, partial_tokens = match.partial.extent, match.partial.num_tokens
             table.append(self.tables.reuse_part(extent, partial_tokens, number))
             new_blocks -= 1
         fresh = self.pool.take(new_blocks)

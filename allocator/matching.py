@@ -123,7 +123,7 @@ def find_match(
             tokens = tokens_per_block * unit // root.width  # of a unit
             units = min(units, (prompt - 1 - hit_blocks * tokens_per_block) // tokens)
             if units:
-                partial = PartialHit(extent, at, units * tokens)
+                partial = PartialHit(extent, at, units * tokens, partial_reuse.has_host)
 
     misses: dict[str, int] = {}
     computed_by = None

@@ -143,7 +143,9 @@ class Oracle:
         self.num_sinks = num_sinks if window is not None else 0
         self.attended = Attended(self.window, self.num_sinks, tokens_per_block)
         self.partial = self.partials[partial % len(self.partials)] if window is None else ""
-        self.host_blocks = host_blocks if self.serves_host and not self.partial and window is None else 0
+        self.host_blocks = (
+            host_blocks if self.serves_host and self.partial != "steal" and window is None else 0
+        )
         self.keeps_log = self.logging[log % len(self.logging)] and window is None
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts

@@ -47,18 +47,23 @@ def expected_part(oracle: Oracle, prompt: Prompt, salt: Hashable, hit_blocks: in
     cached = oracle.cached_blocks()
     tables = {block for sequence in oracle.stories for block in oracle.table(sequence)}
     states = {state for story in oracle.stories.values() for state in story.full_states()}
-    parents = {oracle.shadow.block_before(oracle.shadow.block(block)) for block in cached}
+    on_host = oracle.host.states().keys()
+    here = {oracle.shadow.block(block) for block in cached}
+    parents = {oracle.shadow.block_before(state) for state in here | on_host}
 
     common: dict[int, int] = {}
     kinds: dict[str, set[int]] = {"free": set(), "idle": set(), "held": set()}
     for block in cached:
         state = oracle.shadow.block(block)
         if block in tables or state in states:
-            kind = "held"
+            possible = ["held"]
+        elif oracle.host.in_flight:
+            possible = ["held", "idle", "free"]  # transfers hold what lies on the way to what they move
         else:
-            kind = "idle" if state in parents else "free"
-        if kind == "free" or oracle.partial == "copy":
-            kinds[kind].add(block)
+            possible = ["idle" if state in parents or state in on_host else "free"]
+        if "free" in possible or oracle.partial == "copy":
+            for kind in possible:
+                kinds[kind].add(block)
             found = oracle.shadow.read([block], size)
             agreed = next((i for i, state in enumerate(wanted) if found[i] != state), len(wanted))
             common[block] = agreed // unit * unit

@@ -28,17 +28,23 @@ class PartialHit(NamedTuple):
     extent: Extent
     at: int
     num_tokens: int
+    has_host: bool = False
+    """Whether there is a host tier, which might hold what builds on the block."""
 
     @property
     def can_be_stolen(self) -> bool:
         """Return whether nobody holds the block and no cached block builds on it."""
         extent = self.extent
-        return is_free_leaf(extent) and self.at == len(extent.ids) - 1
+        return self.at == len(extent.ids) - 1 and is_free_leaf(extent, has_host=self.has_host)
 
 
-def is_free_leaf(extent: Extent) -> bool:
-    """Return whether an extent has blocks, but neither references nor cached children."""
-    return bool(extent.ids) and not extent.references and not extent.live_children
+def is_free_leaf(extent: Extent, *, has_host: bool = False) -> bool:
+    """Return whether an extent has blocks, but neither references nor cached children, here or on the host."""
+    if not extent.ids or extent.references or extent.live_children:
+        return False
+    if not has_host:
+        return True
+    return extent.host is None and all(child.host is None for child in (extent.children or {}).values())
 
 
 class PartialReuse:
@@ -48,8 +54,9 @@ class PartialReuse:
     overlaps, the block that has been a candidate for longest is found.
     """
 
-    def __init__(self, index: PrefixIndex, num_blocks: int, *, copy: bool) -> None:
+    def __init__(self, index: PrefixIndex, num_blocks: int, *, copy: bool, has_host: bool = False) -> None:
         self.copy = copy
+        self.has_host = has_host
         self._index = index
         self._num_blocks = num_blocks
         self._fans: dict[Extent, Fan] = {}  # by parent; of extents, the first block is the candidate

@@ -64,14 +64,18 @@ class ManagerState:
                 f"host_cache_bytes ({config.host_cache_bytes}) needs num_host_blocks: a manager counts blocks"
             )
         num_host_blocks = as_int("num_host_blocks", num_host_blocks or 0, 0)
-        if num_host_blocks and config.enable_partial_reuse:
-            raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 with enable_partial_reuse")
+        if num_host_blocks and config.enable_partial_reuse and not config.copy_on_partial_reuse:
+            raise ValueError(
+                f"num_host_blocks ({num_host_blocks}) needs copy_on_partial_reuse, if any partial reuse"
+            )
         if self.window is not None:
             _refuse_with_a_window(config, num_host_blocks, events)
         if num_host_blocks:
             self.pool.tier = HostTier(self.pool, num_host_blocks, config.offload_min_priority)
         if config.enable_partial_reuse:
-            self.pool.partial = PartialReuse(self.index, num_blocks, copy=config.copy_on_partial_reuse)
+            self.pool.partial = PartialReuse(
+                self.index, num_blocks, copy=config.copy_on_partial_reuse, has_host=num_host_blocks > 0
+            )
             self.pool.drains = False  # candidates have to know at once what is gone
         if lifetimes:
             self.pool.lifetimes = Lifetimes()

@@ -251,7 +251,7 @@ class Tables:
         That is the block itself, taken out of the index, if it is an unreferenced leaf; else a copy. `number` is
         that of the sequence in the event log.
         """
-        if len(extent.ids) == 1 and is_free_leaf(extent):
+        if len(extent.ids) == 1 and is_free_leaf(extent, has_host=self.pool.tier is not None):
             self.stolen_blocks += 1
             block = self.pool.steal(extent)
             if self.events is not None:

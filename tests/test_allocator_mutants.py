@@ -367,14 +367,14 @@ MUTANTS = [
     Mutant(
         "referenced_block_stolen",
         "tables.py",
-        "if len(extent.ids) == 1 and is_free_leaf(extent):",
+        "if len(extent.ids) == 1 and is_free_leaf(extent, has_host=self.pool.tier is not None):",
         "if len(extent.ids) == 1 and not extent.live_children:",
         "PartialMachine",
     ),
     Mutant(
         "interior_block_stolen",
         "tables.py",
-        "if len(extent.ids) == 1 and is_free_leaf(extent):",
+        "if len(extent.ids) == 1 and is_free_leaf(extent, has_host=self.pool.tier is not None):",
         "if len(extent.ids) == 1 and not extent.references:",
         "PartialMachine",
     ),
