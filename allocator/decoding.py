@@ -301,6 +301,14 @@ class Decoding(ManagerState):
                 self.tables.index_filled(bucket, batch.settle_blocks(bucket))
         batch.tick += num_tokens
 
+    def end_step(self) -> None:
+        """Note that what has been scheduled is computed before anything that will be; `pending_copies` does it too.
+
+        Only partial reuse has to know: for whoever takes several steps without copies as one.
+        """
+        if self.pool.partial is not None:
+            self.pool.partial.end_step()
+
     def pending_copies(self) -> NDArray[np.int32]:
         """Return and forget the copies to execute before this step's writes, int32 [n, 3].
 
@@ -308,8 +316,7 @@ class Decoding(ManagerState):
         With partial reuse, ask once a step, when all of it is scheduled and even if nothing was written: what
         the step fills can then be copied in the next.
         """
-        if self.pool.partial is not None:
-            self.pool.partial.end_step()
+        self.end_step()
         return self.tables.copies.take()
 
 

@@ -259,7 +259,7 @@ class _Replica:
             steps = _steps_until(arrivals.next_ps - start, first, increment)
             end = start + steps * first + increment * (steps * (steps - 1) // 2)
         later = scheduler.coast(steps)
-        manager.pending_copies()  # there are none: it tells that the steps have ended
+        manager.end_step()
         last_start = end - first - increment * (steps - 1)
         if arrivals.next_ps <= last_start:
             self.take_arrivals(last_start)
@@ -402,7 +402,7 @@ class _Stretch:
             steps = _steps_until(stop_ps - self.start_ps, self.first_ps, self.increment_ps)
         if steps > 1:
             self._go_on(steps - 1)
-            self._scheduler.manager.pending_copies()  # there are none: it tells that the steps have ended
+            self._scheduler.manager.end_step()
             self.steps = steps
             self.end_ps = self._end_after(steps)
             self._replica.take_arrivals(self._end_after(steps - 1))

@@ -297,6 +297,25 @@ def test_refused_in_whole() -> None:
     manager.check_invariants()
 
 
+def test_what_the_host_builds_on_is_copied() -> None:
+    """The second block of the first prompt is on the host: the first is interior, though the GPU has no more."""
+    manager = KVCacheManager(3, 4, COPY, num_host_blocks=4)
+    for ids in ([1] * 8, [2] * 8):
+        manager.release(manager.admit(TokenContent(ids), 8))
+        manager.transfers_done(manager.pending_swaps())
+        manager.pending_copies()
+    assert manager.lookup(TokenContent([1] * 9)).host_blocks == 1
+    sequence = manager.admit(TokenContent([1, 1, 3]), 1)
+    assert sequence.hit_tokens == 2
+    manager.transfers_done(manager.pending_swaps())
+    assert manager.pending_copies().tolist() == [[0, sequence.table[0], 2]]
+    assert (manager.stats().partial_copies, manager.stats().stolen_blocks) == (1, 0)
+    assert manager.lookup(TokenContent([1] * 9)).hit_blocks == 2
+    manager.check_invariants()
+    with pytest.raises(ValueError, match=r"num_host_blocks \(4\) needs copy_on_partial_reuse"):
+        KVCacheManager(3, 4, STEAL, num_host_blocks=4)
+
+
 def test_off_by_default() -> None:
     manager = KVCacheManager(8, 4)
     cache(manager, [1] * 4)
