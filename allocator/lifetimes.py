@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,13 +80,17 @@ class Lifetimes:
             del kept[:]
         lived = np.repeat(evictions[:, 0], evictions[:, 1]) - born
         return {
-            "lifetime": _joined(lived, np.ones_like(lived)),
-            "idle_before_evict": _joined(evictions[:, 0] - evictions[:, 2], evictions[:, 1]),
-            "reuse_gap": _joined(hits[:, 0] - hits[:, 2], hits[:, 1]),
+            "lifetime": joined([(lived, np.ones_like(lived))]),
+            "idle_before_evict": joined([(evictions[:, 0] - evictions[:, 2], evictions[:, 1])]),
+            "reuse_gap": joined([(hits[:, 0] - hits[:, 2], hits[:, 1])]),
         }
 
 
-def _joined(values: NDArray[np.int64], weights: NDArray[np.int64]) -> Durations:
+def joined(parts: Sequence[Durations]) -> Durations:
+    """Return one after the other as one; equal values that follow each other become one with their weights' sum."""
+    nothing = np.empty(0, dtype=np.int64)
+    values = np.concatenate([nothing, *(part[0] for part in parts)])
+    weights = np.concatenate([nothing, *(part[1] for part in parts)])
     if not values.size:
         return values, weights
     starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))

@@ -38,6 +38,25 @@ def exact_dot(left: Ints, right: Ints) -> int:
     return total
 
 
+def summary_of_values(
+    values: Ints, scale: float, percents: Sequence[int] = (50, 90, 99)
+) -> dict[str, float | None]:
+    """Return what `Progressions.plain(values).summary(scale, percents)` does, in less memory; reorders `values`."""
+    count = values.size
+    if not count:
+        return dict.fromkeys(["mean", *(f"p{percent}" for percent in percents), "max"])
+    if int(values.min()) < 0:
+        raise ValueError(f"values ({int(values.min())}) must not be negative")
+    found: dict[str, float | None] = {"mean": exact_sum(values) / count / scale}
+    ranks = [-(-percent * count // 100) - 1 for percent in percents]
+    values.partition(ranks)
+    found.update(
+        {f"p{percent}": int(values[rank]) / scale for percent, rank in zip(percents, ranks, strict=True)}
+    )
+    found["max"] = int(values.max()) / scale
+    return found
+
+
 @dataclass(frozen=True)
 class Progressions:
     """A multiset of non-negative integers, written as weighted arithmetic progressions.

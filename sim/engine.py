@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Collection, Generator, Iterable
 from itertools import islice
 from math import isqrt
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +38,7 @@ def simulate(
     cost: StepCost,
     num_host_blocks: int = 0,
     progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
 ) -> RunResult:
     """Replay requests through one engine replica and return all that happened.
 
@@ -47,12 +49,15 @@ def simulate(
     num_host_blocks
                 blocks of host memory behind the pool
     progress    called now and then with the number of requests that are done with
+    folder      where to keep the records of requests and steps, should they not fit in memory; the result reads
+                from there. Requests that are made as they are walked through (a RequestStream) are held only
+                while they wait or run.
 
     Raises ValueError if the configuration cannot work or the requests are not in order. A request that can never
     run is rejected, by cause, and the run goes on.
     """
     manager = _make_manager(build, cache, num_blocks, num_host_blocks, engine.events)
-    recorder = Recorder(requests, manager, engine.block_map_samples)
+    recorder = Recorder(requests, manager, engine.block_map_samples, folder)
     scheduler = Scheduler(manager, build, engine, cost)
     replica = _Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
     environment = simpy.Environment()

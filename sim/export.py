@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ import polars as pl
 
 from sim.event_table import event_frame
 from sim.records import Columns, RunResult
+from sim.stored import StoredColumns
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 REQUESTS, TIMELINE, EVENTS = "requests.parquet", "timeline.parquet", "events.parquet"
@@ -50,7 +52,29 @@ def write_columns(columns: Columns, path: Path) -> None:
     The bytes depend on nothing but the columns and the version of polars: no time, no name, one thread's order.
     Raises OSError where the file cannot be written.
     """
-    write_frame(pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()}), path)
+    if isinstance(columns, StoredColumns) and columns.num_rows > _ROW_GROUP:
+        _write_stored(columns, path)
+    else:
+        write_frame(_frame(columns), path)
+
+
+def _frame(columns: Columns) -> pl.DataFrame:
+    return pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()})
+
+
+def _write_stored(columns: StoredColumns, path: Path) -> None:
+    """Write columns that are too long for memory: in parts, which are then joined."""
+    with tempfile.TemporaryDirectory(prefix=_STAGING_PREFIX, dir=path.parent) as folder:
+        parts = []
+        for number, part in enumerate(columns.parts()):
+            parts.append(Path(folder) / f"{number:08}.parquet")
+            write_frame(_frame(part), parts[-1])
+        try:
+            pl.scan_parquet(parts, glob=False).sink_parquet(
+                path, compression="zstd", compression_level=3, row_group_size=_ROW_GROUP, maintain_order=True
+            )
+        except pl.exceptions.ComputeError as error:
+            raise OSError(errno.EIO, str(error).rpartition("IO error: ")[2], str(path)) from None
 
 
 def write_frame(frame: pl.DataFrame, path: Path) -> None:
@@ -136,6 +160,12 @@ class ResultFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give a folder for what is needed only while the run lasts; it is not published."""
+        with tempfile.TemporaryDirectory(prefix="scratch-", dir=self.staging) as folder:
+            yield Path(folder)
 
     def write_tables(self, result: RunResult) -> None:
         """Stage requests.parquet and timeline.parquet, and events.parquet if the run kept its events."""

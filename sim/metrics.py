@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.bounds import CacheBound
-from sim.distributions import Ints, Progressions, exact_dot, exact_sum
-from sim.records import Columns, RunResult
+from sim.distributions import Ints, Progressions, exact_dot, exact_sum, summary_of_values
+from sim.records import FINISHED, REJECTED, Columns, RunResult
 from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
+from sim.stored import StoredColumns, StoredTimes
 from sim.window import Window
 
-REJECTED, FINISHED = "rejected", "finished"
+_PIECE = 1 << 16
 
 
 def int_column(columns: Columns, name: str) -> Ints:
@@ -31,6 +33,8 @@ def int_column(columns: Columns, name: str) -> Ints:
 
 def finished_mask(result: RunResult) -> NDArray[np.bool_]:
     """Return which requests finished, bool [requests]."""
+    if isinstance(result.requests, StoredColumns):
+        return result.requests.equals("status", FINISHED)
     return np.asarray(result.requests["status"] == FINISHED, dtype=np.bool_)
 
 
@@ -91,13 +95,20 @@ def inter_token_gaps(result: RunResult) -> Progressions:
 
 def latency_figures(result: RunResult) -> dict[str, dict[str, float | None]]:
     """Return mean, percentiles and maximum of TTFT, TPOT, ITL, end-to-end and queueing time, in seconds."""
-    times = Latencies.of(result)
+    done = finished_mask(result)
+
+    def between(first: str, last: str) -> dict[str, float | None]:
+        """Summarise the time from one moment of each request to another; few columns are in memory at once."""
+        times = int_column(result.requests, last)
+        times -= int_column(result.requests, first)
+        return summary_of_values(times[done], PS_PER_S)
+
     return {
-        "ttft_s": Progressions.plain(times.ttft).summary(PS_PER_S),
-        "tpot_s": _float_summary(times.tpot_s()),
+        "ttft_s": between("arrival_ps", "first_token_ps"),
+        "tpot_s": _float_summary(Latencies.of(result).tpot_s()),
         "itl_s": inter_token_gaps(result).summary(PS_PER_S),
-        "e2e_s": Progressions.plain(times.e2e).summary(PS_PER_S),
-        "queue_s": Progressions.plain(times.queue).summary(PS_PER_S),
+        "e2e_s": between("arrival_ps", "finish_ps"),
+        "queue_s": between("arrival_ps", "admit_ps"),
     }
 
 
@@ -106,11 +117,16 @@ def _float_summary(ascending: NDArray[np.float64]) -> dict[str, float | None]:
     count = ascending.size
     if not count:
         return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
-    found = {"mean": math.fsum(ascending.tolist()) / count}
+    found = {"mean": math.fsum(chain.from_iterable(map(np.ndarray.tolist, _pieces(ascending)))) / count}
     for percent in (50, 90, 99):
         found[f"p{percent}"] = float(ascending[-(-percent * count // 100) - 1])
     found["max"] = float(ascending[-1])
     return found  # type: ignore[return-value]
+
+
+def _pieces(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Cut an array into pieces that are small as lists."""
+    return np.split(values, range(_PIECE, values.size, _PIECE))
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,10 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
 
 def _rejections(result: RunResult) -> dict[str, int]:
     """Return how many requests were rejected, by cause, causes in alphabetical order."""
+    if isinstance(result.requests, StoredColumns):
+        return {
+            cause: n for cause, n in sorted(result.requests.counts("reject_cause").items()) if cause and n
+        }
     rejected = np.asarray(result.requests["status"] == REJECTED, dtype=np.bool_)
     causes, counts = np.unique(result.requests["reject_cause"][rejected], return_counts=True)
     return {str(cause): int(count) for cause, count in zip(causes, counts, strict=True)}
@@ -282,6 +302,8 @@ def summarise(
         recorded = result.lifetimes.get(name)
         if recorded is None:
             return Progressions.plain(np.empty(0, np.int64)).summary(PS_PER_S)
+        if isinstance(recorded, StoredTimes):
+            return recorded.summary(PS_PER_S)
         return Progressions.weighted(
             recorded.values_ps.astype(np.int64), recorded.weights.astype(np.int64)
         ).summary(PS_PER_S)

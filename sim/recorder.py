@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.lifetimes import Durations, Lifetimes, joined
 from allocator.manager import KVCacheManager
 from sim.records import (
     CACHED,
+    FINISHED,
     FREE,
+    REJECTED,
     SHARED,
     TIMELINE_COLUMNS,
     BlockMap,
@@ -23,6 +27,7 @@ from sim.request import Request
 from sim.rows import IntRows
 from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
+from sim.stored import ColumnFiles, StoredColumns, StoredTimes
 from sim.stream import RequestStream
 
 _FIELDS = (
@@ -43,6 +48,7 @@ _FIELDS = (
     "cow_copies",
 )
 """What is noted of a request when it is done with, in this order; then its place in the list of causes."""
+_CODE = "cause"
 _ORDER = (
     "request_id",
     "prompt_tokens",
@@ -64,6 +70,9 @@ _ORDER = (
 )
 """Columns of requests, in the order of a RunResult."""
 _MAX_MAP_ROWS = 512
+_MOST_LIFETIMES = 1 << 20
+"""Numbers that the allocator may keep before their durations are computed."""
+_LIFETIMES = ("lifetime", "idle_before_evict", "reuse_gap")
 
 
 class Recorder:
@@ -73,10 +82,23 @@ class Recorder:
     gap      notes an inter-token gap that a preemption caused, or prompts that went first
     """
 
-    def __init__(self, requests: Collection[Request], manager: KVCacheManager, map_samples: int) -> None:
+    def __init__(
+        self,
+        requests: Collection[Request],
+        manager: KVCacheManager,
+        map_samples: int,
+        folder: Path | None = None,
+    ) -> None:
+        """Keep the records in memory, or in files of a `folder`."""
         self._manager = manager
-        self._requests = IntRows(len(_FIELDS) + 1)
-        self._timeline = IntRows(len(TIMELINE_COLUMNS))
+        names = {"requests": (*_FIELDS, _CODE), "timeline": TIMELINE_COLUMNS}
+        names |= dict.fromkeys(_LIFETIMES, ("values_ps", "weights"))
+        self._files: dict[str, ColumnFiles] = {}
+        if folder is not None:
+            self._files = {kind: ColumnFiles(folder / kind, columns) for kind, columns in names.items()}
+        self._requests = IntRows(names["requests"], self._files.get("requests"))
+        self._timeline = IntRows(names["timeline"], self._files.get("timeline"))
+        self._lifetimes: dict[str, list[Durations]] = {kind: [] for kind in _LIFETIMES}
         self._gaps = array("q")
         self._causes = [""]
         self._sequences: dict[int, int] = {}
@@ -143,6 +165,16 @@ class Recorder:
         """Keep the rows in less memory; to be called now and then."""
         self._requests.pack()
         self._timeline.pack()
+        lifetimes = self._manager.pool.lifetimes
+        if lifetimes is not None and len(lifetimes) > _MOST_LIFETIMES:
+            self._take_lifetimes(lifetimes)
+
+    def _take_lifetimes(self, lifetimes: Lifetimes) -> None:
+        for kind, durations in lifetimes.take().items():
+            if self._files:
+                self._files[kind].write(np.stack(durations, axis=1))
+            else:
+                self._lifetimes[kind].append(durations)
 
     @property
     def map_due_ps(self) -> int | None:
@@ -156,29 +188,49 @@ class Recorder:
 
     def result(self, wall_s: float) -> RunResult:
         """Return everything."""
-        rows = self._timeline.table()
         lifetimes = self._manager.pool.lifetimes
+        if lifetimes is not None:
+            self._take_lifetimes(lifetimes)
+        requests, timeline = self._stored_columns() if self._files else self._columns()
         return RunResult(
-            requests=self._request_columns(),
-            timeline={name: rows[:, column].copy() for column, name in enumerate(TIMELINE_COLUMNS)},
+            requests=requests,
+            timeline=timeline,
             gaps_ps=np.array(self._gaps, dtype=np.int64),
             cache=self._manager.stats(),
-            lifetimes={}
-            if lifetimes is None
-            else {name: WeightedTimes(*durations) for name, durations in lifetimes.take().items()},
+            lifetimes={} if lifetimes is None else self._times(),
             block_map=self._map.result() if self._map is not None else None,
             events=self._manager.events,
             sequences=self._sequences,
             wall_s=wall_s,
         )
 
-    def _request_columns(self) -> Columns:
-        rows = self._requests.table()
-        rows = rows[np.argsort(rows[:, 0])]
-        columns: Columns = {name: rows[:, column].copy() for column, name in enumerate(_FIELDS)}
-        columns["status"] = np.where(rows[:, -1] == 0, "finished", "rejected")
-        columns["reject_cause"] = np.array(self._causes, dtype=np.str_)[rows[:, -1]]
-        return {name: columns[name] for name in _ORDER}
+    def _times(self) -> dict[str, WeightedTimes | StoredTimes]:
+        if self._files:
+            return {kind: StoredTimes(self._files[kind]) for kind in _LIFETIMES}
+        return {kind: WeightedTimes(*joined(parts)) for kind, parts in self._lifetimes.items()}
+
+    def _columns(self) -> tuple[Columns, Columns]:
+        found: dict[str, NDArray[np.generic]] = dict(self._requests.columns())
+        order = np.argsort(found["request_id"])
+        for name in found:
+            found[name] = found[name][order]
+        codes = found.pop(_CODE).astype(np.int64)
+        found["status"] = np.where(codes == 0, FINISHED, REJECTED)
+        found["reject_cause"] = np.array(self._causes, dtype=np.str_)[codes]
+        return {name: found[name] for name in _ORDER}, self._timeline.columns()
+
+    def _stored_columns(self) -> tuple[Columns, Columns]:
+        for rows in (self._requests, self._timeline):
+            rows.pack(1)
+        for files in self._files.values():
+            files.close()
+        self._files["requests"].sort_by("request_id")
+        statuses = [FINISHED] + [REJECTED] * (len(self._causes) - 1)
+        labels = {"status": (_CODE, statuses), "reject_cause": (_CODE, self._causes)}
+        return (
+            StoredColumns(self._files["requests"], _ORDER, labels),
+            StoredColumns(self._files["timeline"], TIMELINE_COLUMNS),
+        )
 
 
 class _MapSampler:

@@ -5,6 +5,7 @@ Times are integer picoseconds since the start of the simulation; -1 stands for "
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from allocator.event_log import EventLog
 from allocator.manager import CacheStats
+from sim.stored import StoredTimes
 
-Columns = dict[str, NDArray[np.generic]]
+Columns = Mapping[str, NDArray[np.generic]]
+"""Columns of equal length: a dict, or a StoredColumns where they do not fit in memory."""
 
 TIMELINE_COLUMNS = (
     "start_ps",
@@ -41,6 +44,9 @@ TIMELINE_COLUMNS = (
     "evicted_blocks",
 )
 """Columns of the timeline, in the order of `RunResult`'s docstring."""
+
+FINISHED, REJECTED = "finished", "rejected"
+"""What the status of a request can be."""
 
 FREE = -1
 CACHED = -2
@@ -97,7 +103,7 @@ class RunResult:
     timeline: Columns
     gaps_ps: NDArray[np.int64]
     cache: CacheStats
-    lifetimes: dict[str, WeightedTimes] = field(default_factory=dict)
+    lifetimes: Mapping[str, WeightedTimes | StoredTimes] = field(default_factory=dict)
     block_map: BlockMap | None = None
     events: EventLog | None = None
     sequences: dict[int, int] = field(default_factory=dict)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sim.command_line import run_command
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sim.export import ResultFolder
     from sim.manifest import RunSpec
     from sim.runner import Run
@@ -43,8 +45,9 @@ def replay(arguments: list[str]) -> None:
             raise ValueError(
                 f"warm_up_requests ({spec.engine.warm_up_requests}) must leave some of {len(trace)} requests"
             )
-        finished = _simulate(spec, trace)
-        summary = write_run(finished, folder, draw=options.figures, began=began)
+        with folder.scratch() as scratch:
+            finished = _simulate(spec, trace, scratch)
+            summary = write_run(finished, folder, draw=options.figures, began=began)
         paths = folder.publish()
 
     from sim.report import print_report
@@ -52,12 +55,12 @@ def replay(arguments: list[str]) -> None:
     print_report(finished, summary, paths)
 
 
-def _simulate(spec: RunSpec, trace: Trace) -> Run:
+def _simulate(spec: RunSpec, trace: Trace, scratch: Path) -> Run:
     from sim.report import progress_bar
     from sim.runner import run
 
     with progress_bar(len(trace)) as progress:
-        return run(spec, trace, progress)
+        return run(spec, trace, progress, scratch)
 
 
 def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) -> dict[str, Any]:

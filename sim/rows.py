@@ -1,41 +1,49 @@
-"""IntRows: a growing table of integers, a row at a time."""
+"""IntRows: a growing table of integers, a row at a time, in memory or in files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.stored import ColumnFiles
+
 _ROWS = 8192
 
 
 class IntRows:
-    """Rows of `width` 64-bit integers each.
+    """Rows of 64-bit integers, one for each of `names`.
 
     `append` takes a row as a tuple and costs what appending to a list costs; `pack`, to be called now and then,
-    turns what has come together into arrays of 8 bytes a number.
+    turns what has come together into arrays of 8 bytes a number, or writes it to `files`, if there are any.
     """
 
-    def __init__(self, width: int) -> None:
-        self._width = width
+    def __init__(self, names: Sequence[str], files: ColumnFiles | None = None) -> None:
+        self.names = names
+        self._files = files
         self._rows: list[tuple[int, ...]] = []
         self._packed: list[NDArray[np.int64]] = []
         self.append = self._rows.append
 
     def pack(self, at_least: int = _ROWS) -> None:
         """Pack the rows appended since, if there are that many."""
-        rows = self._rows
+        rows, width = self._rows, len(self.names)
         if len(rows) >= at_least:
-            count = len(rows) * self._width
-            flat = np.fromiter(chain.from_iterable(rows), np.int64, count)
-            self._packed.append(flat.reshape(-1, self._width))
+            table = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * width).reshape(-1, width)
             rows.clear()
+            if self._files is None:
+                self._packed.append(table)
+            else:
+                self._files.write(table)
 
-    def table(self) -> NDArray[np.int64]:
-        """Return all rows, int64 [rows, width]."""
+    def columns(self) -> dict[str, NDArray[np.int64]]:
+        """Return all rows kept in memory, a column int64 [rows] for each name, and keep them no longer."""
         self.pack(1)
-        if len(self._packed) != 1:
-            empty = np.empty((0, self._width), dtype=np.int64)
-            self._packed = [np.concatenate([empty, *self._packed])]
-        return self._packed[0]
+        packed, self._packed = self._packed, []
+        empty = np.empty((0, len(self.names)), dtype=np.int64)
+        return {
+            name: np.concatenate([part[:, column] for part in (empty, *packed)])
+            for column, name in enumerate(self.names)
+        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from allocator.config import MemoryBudget
 from sim.bounds import CacheBound, infinite_cache
@@ -16,6 +17,9 @@ from sim.timing import Setting
 from sim.traces import Trace, read_trace
 from sim.window import Window
 from sim.workload import generate
+
+MOST_IN_MEMORY = 2_000_000
+"""Requests whose records are kept in memory: they take about half a kilobyte each."""
 
 
 def load_trace(source: TraceSource) -> Trace:
@@ -40,10 +44,16 @@ class Run:
     result: RunResult
 
 
-def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], None] | None = None) -> Run:
+def run(
+    spec: RunSpec,
+    trace: Trace | None = None,
+    progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
+) -> Run:
     """Simulate `spec` on its trace, or on `trace` where it is loaded already.
 
-    `progress` is called now and then with the number of requests that are done.
+    `progress` is called now and then with the number of requests that are done. Of more than MOST_IN_MEMORY
+    requests, the records are kept in files of `folder`, if given.
     """
     budget = memory_budget(spec)
     loaded = load_trace(spec.trace) if trace is None else trace
@@ -59,6 +69,7 @@ def run(spec: RunSpec, trace: Trace | None = None, progress: Callable[[int], Non
         num_host_blocks=budget.num_host_blocks,
         cost=cost,
         progress=progress,
+        folder=folder if len(loaded) > MOST_IN_MEMORY else None,
     )
     return Run(spec, loaded, budget, result)
 
