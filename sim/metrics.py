@@ -72,9 +72,15 @@ class Latencies:
 
     def tpot_s(self) -> NDArray[np.float64]:
         """Seconds per output token after the first, ascending, float64 [requests with two or more]."""
-        several = self.decode_tokens > 0
-        found: NDArray[np.float64] = np.sort(self.decode[several] / self.decode_tokens[several] / PS_PER_S)
-        return found
+        return _tpot_s(self.decode, self.decode_tokens)
+
+
+def _tpot_s(decode_ps: Ints, decode_tokens: Ints) -> NDArray[np.float64]:
+    several = decode_tokens > 0
+    found = decode_ps[several] / decode_tokens[several]
+    found /= PS_PER_S
+    found.sort()
+    return found
 
 
 def inter_token_gaps(result: RunResult) -> Progressions:
@@ -93,22 +99,30 @@ def inter_token_gaps(result: RunResult) -> Progressions:
     return within + Progressions.plain(result.gaps_ps.astype(np.int64))
 
 
+def _between(result: RunResult, first: str, last: str, done: NDArray[np.bool_]) -> Ints:
+    """Return the time from one moment of each request that is done to another, picoseconds."""
+    times = int_column(result.requests, last)
+    times -= int_column(result.requests, first)
+    return times[done]
+
+
 def latency_figures(result: RunResult) -> dict[str, dict[str, float | None]]:
     """Return mean, percentiles and maximum of TTFT, TPOT, ITL, end-to-end and queueing time, in seconds."""
     done = finished_mask(result)
 
-    def between(first: str, last: str) -> dict[str, float | None]:
-        """Summarise the time from one moment of each request to another; few columns are in memory at once."""
-        times = int_column(result.requests, last)
-        times -= int_column(result.requests, first)
-        return summary_of_values(times[done], PS_PER_S)
+    def between(first: str, last: str) -> Ints:
+        return _between(result, first, last, done)
 
+    def tokens() -> Ints:
+        return int_column(result.requests, "output_tokens")[done] - 1
+
+    # One after the other, so that few columns are in memory at once.
     return {
-        "ttft_s": between("arrival_ps", "first_token_ps"),
-        "tpot_s": _float_summary(Latencies.of(result).tpot_s()),
+        "ttft_s": summary_of_values(between("arrival_ps", "first_token_ps"), PS_PER_S),
+        "tpot_s": _float_summary(_tpot_s(between("first_token_ps", "finish_ps"), tokens())),
         "itl_s": inter_token_gaps(result).summary(PS_PER_S),
-        "e2e_s": between("arrival_ps", "finish_ps"),
-        "queue_s": between("arrival_ps", "admit_ps"),
+        "e2e_s": summary_of_values(between("arrival_ps", "finish_ps"), PS_PER_S),
+        "queue_s": summary_of_values(between("arrival_ps", "admit_ps"), PS_PER_S),
     }
 
 
@@ -117,16 +131,17 @@ def _float_summary(ascending: NDArray[np.float64]) -> dict[str, float | None]:
     count = ascending.size
     if not count:
         return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
-    found = {"mean": math.fsum(chain.from_iterable(map(np.ndarray.tolist, _pieces(ascending)))) / count}
+    found = {"mean": _fsum(ascending) / count}
     for percent in (50, 90, 99):
         found[f"p{percent}"] = float(ascending[-(-percent * count // 100) - 1])
     found["max"] = float(ascending[-1])
     return found  # type: ignore[return-value]
 
 
-def _pieces(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Cut an array into pieces that are small as lists."""
-    return np.split(values, range(_PIECE, values.size, _PIECE))
+def _fsum(values: NDArray[np.float64]) -> float:
+    """Return the exactly rounded sum of floats, a piece of which at a time becomes a list."""
+    pieces = np.split(values, range(_PIECE, values.size, _PIECE))
+    return math.fsum(chain.from_iterable(map(np.ndarray.tolist, pieces)))
 
 
 @dataclass(frozen=True)
@@ -169,7 +184,7 @@ class _Stretches:
             return None
         at_first = np.divide(top[0][busy], np.maximum(bottom[0][busy], 1))
         at_last = np.divide(top[1][busy], bottom[1][busy])
-        return math.fsum((w0 * at_first + w1 * at_last).tolist()) / time
+        return _fsum(w0 * at_first + w1 * at_last) / time
 
 
 def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
@@ -178,13 +193,12 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     num_blocks, tokens_per_block = cache.num_blocks, cache.tokens_per_block
     clock = _Stretches.of(rows)
     idle = max(0, span_ps - exact_sum(clock.duration))
-    blocks = int_column(rows, "referenced_blocks_first"), int_column(rows, "referenced_blocks")
-    tokens = int_column(rows, "kv_tokens_first"), int_column(rows, "kv_tokens")
-    saved = int_column(rows, "saved_blocks")
+
+    def ends(name: str) -> tuple[Ints, Ints]:
+        return int_column(rows, f"{name}_first"), int_column(rows, name)
 
     def over_time(first: Ints, last: Ints, scale: int) -> dict[str, float | None]:
-        times = np.append(clock.duration, idle)
-        peak = Progressions.weighted(np.append(last, 0), times)
+        peak = Progressions.weighted(np.append(last, 0), np.append(clock.duration, idle))
         p99, largest = peak.percentile(99), peak.max()
         return {
             "mean": clock.integral(first, last) / span_ps / scale if span_ps else None,
@@ -192,7 +206,11 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
             "max": None if largest is None else largest / scale,
         }
 
-    filled = clock.mean_ratio(tokens, blocks)
+    # Columns come and go, so that few of them are in memory at once.
+    filled = clock.mean_ratio(ends("kv_tokens"), ends("referenced_blocks"))
+    by_block = over_time(*ends("referenced_blocks"), num_blocks)
+    by_token = over_time(*ends("kv_tokens"), num_blocks * tokens_per_block)
+    saved = int_column(rows, "saved_blocks")
     done = finished_mask(result)
     samples = int_column(result.requests, "num_samples")[done]
     held = samples * (
@@ -203,8 +221,8 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     slots = exact_sum(int_column(result.requests, "blocks")[done]) * tokens_per_block
     return {
         "kv_utilization": {
-            "block": over_time(*blocks, num_blocks),
-            "token": over_time(*tokens, num_blocks * tokens_per_block),
+            "block": by_block,
+            "token": by_token,
         },
         "internal_fragmentation": {
             "mean": None if filled is None else 1 - filled / tokens_per_block,
@@ -228,12 +246,12 @@ def _rejections(result: RunResult) -> dict[str, int]:
     return {str(cause): int(count) for cause, count in zip(causes, counts, strict=True)}
 
 
-def _goodput(
-    latencies: Latencies, requests: int, span_ps: int, engine: EngineConfig
-) -> dict[str, float | None]:
-    on_time = latencies.ttft <= round(engine.slo_ttft_s * PS_PER_S)
-    on_pace = latencies.decode <= round(engine.slo_tpot_s * PS_PER_S) * np.maximum(latencies.decode_tokens, 0)
-    good = int((on_time & on_pace).sum())
+def _goodput(result: RunResult, span_ps: int, engine: EngineConfig) -> dict[str, float | None]:
+    done = finished_mask(result)
+    requests = int(done.size)
+    on_time = _between(result, "arrival_ps", "first_token_ps", done) <= round(engine.slo_ttft_s * PS_PER_S)
+    most_ps = (int_column(result.requests, "output_tokens")[done] - 1) * round(engine.slo_tpot_s * PS_PER_S)
+    good = int((on_time & (_between(result, "first_token_ps", "finish_ps", done) <= most_ps)).sum())
     return {
         "share": good / requests if requests else None,
         "rate": good / (span_ps / PS_PER_S) if span_ps else None,
@@ -327,7 +345,7 @@ def summarise(
         "throughput_tokens_per_s": output_tokens / (span_ps / PS_PER_S) if span_ps else None,
         **latency_figures(result),
         "slo": {"ttft_s": engine.slo_ttft_s, "tpot_s": engine.slo_tpot_s},
-        "goodput": _goodput(Latencies.of(result), int(done.size), span_ps, engine),
+        "goodput": _goodput(result, span_ps, engine),
         "hit_tokens": int(cache.hit_tokens),
         "hit_rate_tokens": cache.hit_tokens / cache.query_tokens if cache.query_tokens else None,
         "hit_rate_blocks": cache.hit_blocks / cache.query_blocks if cache.query_blocks else None,
