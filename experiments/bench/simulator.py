@@ -1,9 +1,16 @@
-"""How fast is the simulator? Wall time per request and per step, on synthetic and on public traces.
+"""How fast is the simulator? Wall time per request and per step, and peak memory.
 
-The clock covers the engine's loop: scheduling, allocation, the cost model, SimPy and the records kept in memory. It
-does not cover making or reading the trace, the pool's sizing, metrics, figures and files. Every workload runs in a
-process of its own, several times over; the median counts, the extremes are shown. Peak memory is that process's
-largest resident set, interpreter and imports included.
+Synthetic workloads have prompts of 512 tokens that share nothing, Poisson arrivals, and run on Llama-2-7B on an
+A100-80GB with 27,000 blocks of 16 tokens, 256 sequences and 8,192 tokens a step; traces on one worker of Llama-3-8B on
+an H100-80GB with a pool of 3 million tokens, at the trace's rate and at a quarter of it.
+
+In the clock: the engine's loop, with scheduling, allocation, the cost model, SimPy, and all records of requests, steps
+and blocks. Not in the clock: making or reading the trace (but see below), sizing the pool, turning the records into
+columns when the run has ended, metrics, figures and files. Above 100,000 requests the requests are made, or read from
+a native file, while they are replayed, and that is in the clock; so is writing the records, where they go to disk.
+
+Every workload runs in a process of its own, several times over (once above 100,000 requests); the median counts, the
+extremes are shown. Peak memory is that process's largest resident set, interpreter and imports included.
 
 Because machines differ, a yardstick is timed in the same process: a plain loop of dictionary inserts and look-ups.
 """
@@ -21,25 +28,35 @@ import resource
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from allocator.config import BuildConfig, CacheConfig, MemoryBudget, load_model
+from allocator.config import BuildConfig, CacheConfig, load_model
 from experiments.bench._yardstick import median_yardstick
 from sim.command_line import parse_dataclass, require_writable, run_command
 from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.hardware import GPUSpec
-from sim.request import Request
+from sim.metrics import summarise
+from sim.records import RunResult
+from sim.request import PS_PER_S, Request
 from sim.scheduler.config import EngineConfig
-from sim.traces import read_trace
-from sim.workload import WorkloadConfig, generate
+from sim.stream import RequestStream
+from sim.traces import read_trace, write_trace
+
+_PROMPT_TOKENS = 512
+_TRACE_POOL_TOKENS = 3_000_000
+_KEPT = 100_000
+"""Requests that are made before the clock starts, and runs of which are repeated."""
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -52,20 +69,33 @@ class Config:
     """Runs of each workload."""
     trace: Path | None = None
     """A trace to time as well, served by llama-3-8b on h100-80gb."""
+    scaling: bool = False
+    """Scale as well: 1,000 to 1,000,000 requests; batches of 16 to 1024; 1 to 512 tokens a block. A few minutes."""
+    streamed: int = 0
+    """Requests to replay from a native file with the records on disk, as well; 0 for none. Ten million take about
+    ten minutes, and 4 GB in the temporary folder."""
     json: Path | None = None
     """File for the figures, as a list of objects."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time."""
+    """One thing to time.
+
+    time_scale  factor on the times of a trace
+    streamed    whether the requests come from a native file and the records go to disk
+    """
 
     workload: str
+    requests: int = 0
     requests_per_s: float = 0.0
     output_tokens: int = 128
     tokens_per_block: int = 16
+    max_batch_size: int = 256
     skipping: bool = True
     trace: Path | None = None
+    time_scale: float = 1.0
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,59 +116,100 @@ class Timing:
 
 
 def cases(config: Config) -> list[Case]:
-    """Return the workloads: 512 prompt tokens, Poisson arrivals, and the trace if there is one."""
-    synthetic = [Case(f"{rate} requests/s, 128 output tokens", requests_per_s=rate) for rate in (5, 12, 20)]
-    slow = [
-        Case("1 request/s, 1024 output tokens", 1, output_tokens=1024, skipping=skipping)
+    """Return the workloads that the configuration asks for."""
+    found = [Case(f"{rate} requests/s, 128 output tokens", config.num_requests, rate) for rate in (5, 12, 20)]
+    found += [
+        Case("1 request/s, 1024 output tokens", config.num_requests, 1, output_tokens=1024, skipping=skipping)
         for skipping in (True, False)
     ]
-    traced = [
-        Case(f"{config.trace.name}, blocks of {size}", tokens_per_block=size, trace=config.trace)
-        for size in (512, 16)
-        if config.trace is not None
-    ]
-    return synthetic + slow + traced
+    if config.trace is not None:
+        name = config.trace.name
+        for scale, rate in ((1.0, ""), (4.0, ", a quarter of the rate")):
+            for size in (512, 16):
+                text = f"{name}{rate}, blocks of {size}"
+                found.append(Case(text, tokens_per_block=size, trace=config.trace, time_scale=scale))
+    if config.scaling:
+        found += _scaling(config)
+    if config.streamed:
+        text = "20 requests/s, 128 output tokens, from a file, records on disk"
+        found.append(Case(text, config.streamed, 20, streamed=True))
+    return found
 
 
-def _requests(case: Case, count: int) -> Sequence[Request]:
-    if case.trace is not None:
-        return list(read_trace(case.trace))
-    fixed = {"user_tokens_sigma": 0.0, "output_tokens_sigma": 0.0}
-    return list(
-        generate(
-            WorkloadConfig(
-                num_requests=count,
-                requests_per_s=case.requests_per_s,
-                user_tokens_mean=512,
-                output_tokens_mean=case.output_tokens,
-                **fixed,
-            )
+def _scaling(config: Config) -> list[Case]:
+    counts = (1_000, 10_000, 100_000, 1_000_000)
+    found = [Case(f"20 requests/s, {count:,} requests", count, 20) for count in counts]
+    for batch in (16, 64, 256, 1024):
+        found.append(
+            Case(f"20 requests/s, batches of {batch}", config.num_requests, 20, max_batch_size=batch)
         )
-    )
+    for size in (1, 4, 16, 64, 256, 512):
+        found.append(Case(f"12 requests/s, blocks of {size}", config.num_requests, 12, tokens_per_block=size))
+    return found
 
 
-def time_case(case: Case, count: int, runs: int) -> Timing:
-    """Run one case several times; call it in a fresh process for an honest peak."""
-    requests = _requests(case, count)
+def _poisson(case: Case) -> Iterator[Request]:
+    """Yield the requests of a synthetic workload; the same ones whenever they are asked for."""
+    random = np.random.default_rng(_SEED)
+    arrival_ps = 0
+    for first in range(0, case.requests, 4096):
+        gaps = random.exponential(PS_PER_S / case.requests_per_s, 4096).astype(np.int64).tolist()
+        for row in range(first, min(first + 4096, case.requests)):
+            arrival_ps += gaps[row - first]
+            yield Request(row, arrival_ps, _PROMPT_TOKENS, case.output_tokens)
+
+
+def _requests(case: Case, folder: Path) -> Collection[Request]:
+    if case.trace is not None:
+        return list(read_trace(case.trace, time_scale=case.time_scale))
+    if case.streamed:
+        path = folder / "trace.parquet"
+        write_trace(_poisson(case), path)
+        return read_trace(path).requests
+    if case.requests > _KEPT:
+        span_ps = round(case.requests / case.requests_per_s * PS_PER_S)
+        return RequestStream(lambda: _poisson(case), case.requests, span_ps, named=False)
+    return list(_poisson(case))
+
+
+def _simulate(case: Case, requests: Collection[Request], folder: Path) -> RunResult:
+    size = case.tokens_per_block
     if case.trace is None:
         model, gpu = load_model("llama-2-7b"), GPUSpec.preset("a100-80gb")
-        build = BuildConfig(tokens_per_block=case.tokens_per_block)
-        num_blocks = 27_000
+        tokens = max(8192, case.max_batch_size)
+        build = BuildConfig(case.max_batch_size, tokens, tokens_per_block=size)
+        num_blocks = 27_000 * 16 // size
     else:
         model, gpu = load_model("llama-3-8b"), GPUSpec.preset("h100-80gb")
         longest = max(request.prompt_tokens + request.output_tokens for request in requests)
-        build = BuildConfig(max_seq_len=longest, tokens_per_block=case.tokens_per_block)
-        num_blocks = MemoryBudget.compute(
-            model, build, CacheConfig(), gpu_memory_bytes=gpu.memory_bytes
-        ).num_blocks
-    engine = EngineConfig(event_skipping=case.skipping, block_map_samples=0)
-    walls = []
-    for _ in range(runs):
-        result = simulate(
-            requests, build, CacheConfig(), engine, num_blocks=num_blocks, cost=RooflineCost(model, gpu)
-        )
-        walls.append(result.wall_s)
-    wall_s, steps = statistics.median(walls), int(result.timeline["steps"].sum())
+        build = BuildConfig(max_seq_len=longest, tokens_per_block=size)
+        num_blocks = _TRACE_POOL_TOKENS // size
+    return simulate(
+        requests,
+        build,
+        CacheConfig(),
+        EngineConfig(event_skipping=case.skipping, block_map_samples=0),
+        num_blocks=num_blocks,
+        cost=RooflineCost(model, gpu),
+        folder=folder / "records" if case.streamed else None,
+    )
+
+
+def time_case(case: Case, runs: int) -> Timing:
+    """Run one case several times; call it in a fresh process for an honest peak."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        requests = _requests(case, folder)
+        if len(requests) > _KEPT:
+            runs = 1
+        walls = []
+        for _ in range(runs):
+            result = _simulate(case, requests, folder)
+            walls.append(result.wall_s)
+        if case.streamed:
+            summarise(result, EngineConfig())  # its memory counts
+        steps = int(np.sum(result.timeline["steps"]))
+    wall_s = statistics.median(walls)
     return Timing(
         case.workload,
         len(requests),
@@ -156,9 +227,11 @@ def time_case(case: Case, count: int, runs: int) -> Timing:
 
 def run(config: Config, console: Console) -> list[Timing]:
     """Time every case in a process of its own, print the table, and write the figures if asked to."""
-    for name in ("requests", "runs"):
+    for name in ("num_requests", "runs"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} ({getattr(config, name)}) must be at least 1")
+    if config.streamed < 0:
+        raise ValueError(f"streamed ({config.streamed}) must be at least 0")
     if config.json is not None:
         require_writable("json", config.json)
     timings = []
@@ -170,7 +243,7 @@ def run(config: Config, console: Console) -> list[Timing]:
         finally:
             signal.signal(signal.SIGINT, answer)
         with pool:
-            timings.append(pool.apply(time_case, (case, config.num_requests, config.runs)))
+            timings.append(pool.apply(time_case, (case, config.runs)))
     if config.json is not None:
         text = json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
         try:
@@ -193,9 +266,15 @@ def run(config: Config, console: Console) -> list[Timing]:
     console.print(table)
     spread = [timing.yardstick_s for timing in timings]
     console.print(
-        f"Median of {config.runs} runs (extremes); engine loop only, records in memory. Yardstick, a million dict "
-        f"inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s."
+        f"Median of {config.runs} runs (extremes); one run above {_KEPT:,} requests.\n"
+        "In the clock: scheduling, allocation, the cost model, SimPy, and all records; above "
+        f"{_KEPT:,} requests, making or reading them.\n"
+        "Not in the clock: making or reading fewer requests, sizing the pool, columns, metrics, figures, files."
     )
+    if spread:
+        console.print(
+            f"Yardstick, a million dict inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s."
+        )
     return timings
 
 
