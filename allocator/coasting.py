@@ -7,6 +7,7 @@ from bisect import bisect_left
 
 from allocator.batch import Batch
 from allocator.decoding import Decoding
+from allocator.prefix import Extent
 from allocator.sequence import KVSequence
 
 _LONGEST_PAST = 4096
@@ -80,20 +81,37 @@ class Coasting(Decoding):
         """Put the blocks that filled while a member of a batch coasted into the index."""
         batch = sequence.batch
         assert batch is not None
-        size = self.tokens_per_block
-        full = sequence.num_tokens // size
-        first = sequence.anchor.end
-        if full > first and self.indexes_full:
+        size, tokens = self.tokens_per_block, sequence.num_tokens
+        full, first = tokens // size, sequence.anchor.end
+        if full <= first or not self.indexes_full:
+            return
+        if self.pool.lifetimes is None:
             self.tables.index_full(sequence, full)
-            if self.pool.lifetimes is not None:
-                ticks, times = batch.past_ticks, batch.past_times
-                # the tick after which the first of the blocks was full
-                filled = batch.tick - sequence.num_tokens + (first + 1) * size
-                dates = array("q")
-                at = 0
-                for tick in range(filled, filled + (full - first) * size, size):
-                    at = bisect_left(ticks, tick, at)
-                    dates.append(times[at])
-                born = sequence.anchor.born
-                assert born is not None
-                born[first - full :] = dates
+            return
+        filled = (
+            batch.tick - tokens + (first + 1) * size
+        )  # the tick after which the first of the blocks was full
+        dates = _dates(batch, range(filled, filled + (full - first) * size, size))
+        if sequence.retention is None:
+            self.tables.index_full(sequence, full)
+            _date(sequence.anchor, dates)
+        else:  # blocks of one extent are retained alike
+            for block in range(first, full):
+                self.tables.index_full(sequence, block + 1)
+                _date(sequence.anchor, dates[block - first : block - first + 1])
+
+
+def _dates(batch: Batch, ticks: range) -> array[int]:
+    """Return at what times ticks passed in which a batch coasted."""
+    dates = array("q")
+    at = 0
+    for tick in ticks:
+        at = bisect_left(batch.past_ticks, tick, at)
+        dates.append(batch.past_times[at])
+    return dates
+
+
+def _date(extent: Extent, dates: array[int]) -> None:
+    """Say when the last blocks of an extent were filled."""
+    assert extent.born is not None
+    extent.born[-len(dates) :] = dates
