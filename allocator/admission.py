@@ -75,18 +75,21 @@ class Admission(Coasting):
         """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them."""
         if tenant is not None and self.quotas is not None:
             quota, used = self.quotas[tenant].quota, self.quotas[tenant].blocks
-            if (
-                quota is not None
-                and used - (-(match.hit_tokens + num_tokens) // self.tokens_per_block) > quota
-            ):
+            if quota is not None and used + self._entries(match, num_tokens) > quota:
                 return False
         return self.blocks_needed(match, num_tokens) <= self.pool.available
+
+    def _entries(self, match: PrefixMatch, num_tokens: int) -> int:
+        """Return the length of the table with which a sequence starts."""
+        entries = -(-(match.hit_tokens + num_tokens) // self.tokens_per_block)
+        return entries if self.windowed is None else entries - match.hit_blocks + len(match.path)
 
     def remaining_blocks(self, sequence: KVSequence, final_tokens: int, beam_width: int = 1) -> int:
         """Return how many blocks a sequence still takes until it holds `final_tokens`. O(1).
 
         With `beam_width` above 1, the sequence stands for so many that will be forked from it once its prompt is
-        computed, and go on each by itself. The copy of a last block that it shares now is counted. Raises
+        computed, and go on each by itself. The copy of a last block that it shares now is counted. In a windowed
+        cache, where blocks also leave, it is by how many its table may grow, if it decodes token by token. Raises
         ValueError if the sequence is not the manager's, or is longer than that already.
         """
         self._check_live(sequence)
@@ -95,7 +98,12 @@ class Admission(Coasting):
         end = -(-final_tokens // size)
         fork_at = max(sequence.num_prompt_tokens, sequence.num_tokens)
         shared = end if beam_width == 1 or final_tokens <= fork_at else fork_at // size
+        if self.windowed is not None and self.windowed.window.left(final_tokens):
+            end = self.windowed.window.blocks_held(final_tokens)
+            shared = min(shared, self.windowed.window.sink_blocks)
         blocks = shared + as_int("beam_width", beam_width, 1) * (end - shared) - len(sequence.table)
+        if self.windowed is not None:
+            blocks = max(blocks, 0)
         if final_tokens > sequence.num_tokens:
             blocks += self.tables.copies_needed([sequence])
         return blocks
@@ -151,7 +159,7 @@ class Admission(Coasting):
         account = None
         if tenant is not None:
             account = self._account(tenant)
-            account.require((hit_blocks if self.windowed is None else len(match.path)) + new_blocks)
+            account.require(self._entries(match, num_tokens))
         if now is not None:
             self._pass_time(now)
 

@@ -14,7 +14,7 @@ from allocator.event_log import ADVANCED, NOBODY, TAKEN
 from allocator.pool import OutOfBlocks
 from allocator.sequence import KVSequence
 from allocator.state import ManagerState
-from allocator.windowed_tables import Gain, WindowedTables
+from allocator.windowed_tables import NEVER, Gain, WindowedTables
 
 
 class Decoding(ManagerState):
@@ -86,20 +86,30 @@ class Decoding(ManagerState):
                 f"num_tokens ({num_tokens}) must be 1 in a windowed cache, or the sequences a batch"
             )
         rows = _rows(tokens, len(sequences), num_tokens)
-        possible = self.steps_within(sequences, num_tokens, self.pool.available)
-        if possible < num_tokens:
+        if self.steps_within(sequences, num_tokens) < num_tokens:
             raise OutOfBlocks(self.pool.available + 1, self.pool.available)
+        if tables.ticks_until_leave(sequences) >= num_tokens:
+            self._step(sequences, num_tokens, tokens)
+            return
         for step in range(num_tokens):
             self._step(sequences, 1, None if rows is None else [row[step] for row in rows])
 
-    def steps_within(self, batch: Batch, steps: int, blocks: int, ceiling: int | None = None) -> int:
-        """Return how many of a batch's next `steps` steps, of a token each, find their blocks. Windowed caches only.
-
-        `blocks` are available now. With a `ceiling`, the steps end before one after which more are.
-        """
+    def steps_within(self, batch: Batch, steps: int) -> int:
+        """Return how many of a batch's next `steps` steps, of a token each, find their blocks in a windowed cache."""
         if self.windowed is None:
-            raise ValueError("steps_within needs a cache with a window")
-        return Gain(self.windowed).steps_within(batch, steps, blocks, ceiling)
+            raise ValueError("steps_within (of a batch) needs a cache with a window")
+        return Gain(self.windowed).steps_within(batch, steps, self.pool.available)
+
+    def ticks_until_leave(self, batch: Batch) -> int:
+        """Return at which of a batch's next ticks, from 0 on, a block leaves; a huge number if none ever does."""
+        return NEVER if self.windowed is None else self.windowed.ticks_until_leave(batch)
+
+    def room(self, sequence: KVSequence) -> int:
+        """Return for how many more tokens there are blocks, if no other sequence takes any."""
+        blocks = sequence.left + len(sequence.table) + self.pool.available
+        if self.windowed is not None:
+            blocks += self.windowed.gain([sequence])
+        return blocks * self.tokens_per_block - sequence.num_tokens
 
     def _step(
         self,
@@ -257,8 +267,9 @@ class Decoding(ManagerState):
             batch.forget_slots()
             self._record(batch, rows)
             self._ticks(batch, num_tokens)
-            if self.windowed is not None:  # who had its turn to let go of blocks was passed over
-                batch.unready.update(dict.fromkeys(batch))
+            if self.windowed is not None:  # whose turn to let go of blocks has come or was passed over
+                leaving = self.windowed.leaving
+                batch.unready.update((member, None) for member in batch if leaving(member) > 0)
         self._logical_tokens += num_tokens * len(batch)
         if self.events is not None:
             self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)

@@ -17,6 +17,9 @@ from allocator.tables import Tables
 from allocator.windowed_index import WindowedIndex
 from allocator.windows import AttentionWindow
 
+NEVER = 2**62
+"""A number of ticks that no batch takes."""
+
 
 class WindowedTables(Tables):
     """Operations on the tables of sequences in a windowed cache."""
@@ -50,6 +53,14 @@ class WindowedTables(Tables):
             return sequences
         turn = sequences.starting_in(-self.window.reach)
         return [*turn, *(sequence for sequence in sequences.unready if sequence not in turn)]
+
+    def ticks_until_leave(self, batch: Batch) -> int:
+        """Return at which of a batch's next ticks, from 0 on, a block leaves; NEVER without members."""
+        size, window = self.tokens_per_block, self.window
+        first = (window.sink_blocks + 1) * size + window.reach
+        return max(
+            min((first + member.left * size - member.num_tokens for member in batch), default=NEVER), 0
+        )
 
     def leave(self, sequence: KVSequence) -> int:
         """Let go of the blocks that the next query does not need, front first; return how many."""
@@ -202,11 +213,8 @@ class Gain:
                 gained += dropped == pool.shared.get(block, 1) and not pool.pins(block)
         return gained
 
-    def steps_within(self, batch: Batch, steps: int, blocks: int, ceiling: int | None = None) -> int:
-        """Return how many of the next `steps` ticks of a batch find their blocks, `blocks` being available now.
-
-        With a `ceiling`, the last of them is the one before more than that would be available after a tick.
-        """
+    def steps_within(self, batch: Batch, steps: int, blocks: int) -> int:
+        """Return how many of the next `steps` ticks of a batch find their blocks, `blocks` being available now."""
         tables, reach = self._tables, self._tables.window.reach
         for ahead in range(steps):
             leaving = batch.starting_in(ahead - reach) if ahead else tables.leavers(batch)
@@ -215,6 +223,6 @@ class Gain:
             blocks -= len(batch.starting_in(ahead))
             if not ahead:
                 blocks -= tables.copies_needed(batch.unready)
-            if blocks < 0 or (ceiling is not None and blocks > ceiling):
+            if blocks < 0:
                 return ahead
         return steps

@@ -211,7 +211,10 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     missed = sum(result.cache.miss_blocks.values())
     assert result.cache.query_blocks == hit_blocks.sum() + missed
     tables = np.where(output == 1, 1, samples)
-    assert (requests["blocks"][finished] == tables * -(-(prompt + output - 1) // size)).all()
+    at_end = tables * -(-(prompt + output - 1) // size)
+    windowed = scenario.cache.window is not None and scenario.build.enable_paged_kv_cache
+    assert (requests["blocks"][finished] <= at_end).all()
+    assert windowed or (requests["blocks"][finished] == at_end).all()
 
     free, evictable, referenced = (rows[f"{s}_blocks"] for s in ("free", "evictable", "referenced"))
     assert (free + evictable + referenced == num_blocks).all()

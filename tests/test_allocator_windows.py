@@ -284,7 +284,7 @@ def test_steps_taken_as_one_equal_single_ones(
             for branch in (sequence, *(manager.fork(sequence) if prompt % 2 else ())):
                 batch.add(branch)
     for count in ticks:
-        assert one.steps_within(batches[0], count, one.available_blocks) == count
+        assert one.steps_within(batches[0], count) == count
         one.advance(batches[0], count)
         for _ in range(count):
             other.append(batches[1])
@@ -311,7 +311,7 @@ def test_steps_within_says_exactly_how_far_the_blocks_go(
         sequence = manager.admit(UniqueContent(prompt), prompt)
         for branch in (sequence, *(manager.fork(sequence) if forked else ())):
             batch.add(branch)
-    possible = manager.steps_within(batch, 30, manager.available_blocks)
+    possible = manager.steps_within(batch, 30)
     for _ in range(possible):
         manager.append(batch)
         manager.pending_copies()

@@ -24,15 +24,15 @@ class Greedy(LRU):
 def test_a_clean_run_counts_the_same_whatever_the_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fuzz, "RUN_STEPS", 150)
+    monkeypatch.setattr(fuzz, "RUN_STEPS", 500)
     counts = []
     for jobs in ("1", "2"):
         file = tmp_path / f"{jobs}.json"
-        flags = ["--steps", "400", "--coverage-steps", "0", "--jobs", jobs, "--json", str(file)]
+        flags = ["--steps", "1000", "--coverage-steps", "0", "--jobs", jobs, "--json", str(file)]
         assert fuzz.main(flags) == 0
         counts.append(json.loads(file.read_text()))
     assert counts[0] == counts[1]
-    assert counts[0]["steps"] >= 400
+    assert counts[0]["steps"] >= 1000
     assert counts[0]["operations"]["admit"] > 0
     out = capsys.readouterr().out
     assert "all clean" in out

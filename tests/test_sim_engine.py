@@ -102,6 +102,36 @@ def test_corners_that_random_scenarios_seldom_reach(name: str) -> None:
     _check(CORNERS[name])
 
 
+@settings(max_examples=2 * settings().max_examples)
+@given(scenarios(), st.integers(1, 16), st.sampled_from([0, 0, 1, 5]), st.sampled_from([0.3, 0.6, 1.0]))
+def test_windowed_skipping_equals_stepping(
+    scenario: Scenario, window: int, num_sinks: int, share: float
+) -> None:
+    """Blocks leave windows all the time, and make room: the two still see the same."""
+    cache = dataclasses.replace(scenario.cache, window=window, num_sinks=num_sinks)
+    num_blocks = max(1, round(share * scenario.num_blocks))
+    build = dataclasses.replace(scenario.build, enable_paged_kv_cache=True)
+    windowed = dataclasses.replace(scenario, cache=cache, build=build, num_blocks=num_blocks)
+    result = windowed.run()
+    assert_identical(result, windowed.run(skipping=False))
+    if scenario.engine.admission != "max_utilization":
+        assert not result.timeline["preemptions"].any(), "a promise was broken"
+
+
+def test_a_window_serves_what_the_pool_cannot_hold() -> None:
+    """Requests far longer than the pool, computed in chunks; each holds the window and little more."""
+    requests = unlike((0, 700, 300), (0, 900, 50), (10, 400, 600))
+    scenario = Scenario(
+        requests, _build(4, 64, tokens_per_block=4, max_seq_len=1024), 60, CacheConfig(window=64, num_sinks=4)
+    )
+    result = scenario.run()
+    assert (result.requests["status"] == "finished").all()
+    assert result.timeline["referenced_blocks"].max() <= 60
+    assert_identical(result, scenario.run(skipping=False))
+    everything = dataclasses.replace(scenario, cache=CacheConfig()).run()
+    assert set(everything.requests["reject_cause"]) == {"exceeds_pool"}
+
+
 @st.composite
 def _workloads(draw: st.DrawFn) -> Scenario:
     """Some hundred requests on a real model's costs, in a pool that they fill."""

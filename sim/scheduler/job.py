@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from allocator.content import Content
 from allocator.manager import KVSequence, PrefixMatch
+from allocator.windows import AttentionWindow
 from sim.request import Request
 
 
@@ -84,15 +85,21 @@ class Job:
         """Return how many tokens are still to be sampled."""
         return self.request.output_tokens - self.generated
 
-    def blocks_at_end(self, tokens_per_block: int) -> int:
+    def blocks_at_end(self, tokens_per_block: int, window: AttentionWindow | None = None) -> int:
         """Return how many blocks all its samples hold at the end, full blocks of the prompt shared.
 
-        Samples of one token are drawn when the prompt is computed, and share all of it.
+        Samples of one token are drawn when the prompt is computed, and share all of it. Where a window lets go of
+        blocks, it is the most that they hold while they decode, and they share no more than the sinks' blocks.
         """
         end = -(-self.final_tokens // tokens_per_block)
+        leaves = window is not None and window.left(self.final_tokens)
+        if window is not None and leaves:
+            end = window.blocks_held(self.final_tokens)
         if self.samples == 1 or self.request.output_tokens == 1:
             return end
         shared = self.request.prompt_tokens // tokens_per_block
+        if window is not None and leaves:
+            shared = min(shared, window.sink_blocks)
         return shared + self.samples * (end - shared)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.victims import VICTIMS
 from sim.scheduler.waiting import make_waiting
+from sim.scheduler.windowed import WindowedRoom
 
 
 class Plan:
@@ -90,6 +91,8 @@ class Scheduler:
         self._max_seq_len = build.max_seq_len
         self._chunked = config.enable_chunked_prefill
         self._rule = make_admission(config, manager)
+        window = manager.window
+        self._windowed = None if window is None else WindowedRoom(manager, window, config)
         self._static = config.admission == "static_batch"
         self._closed = False  # a static batch: one of its prompts is computed, and not all its jobs are done
         self._mixed = config.mixed_steps
@@ -116,14 +119,15 @@ class Scheduler:
 
     def reject_cause(self, job: Job) -> str:
         """Return why a job can never run, or "". Sets its `final_blocks`."""
-        job.final_blocks = job.blocks_at_end(self.manager.tokens_per_block)
+        job.final_blocks = job.blocks_at_end(self.manager.tokens_per_block, self.manager.window)
         if job.final_tokens >= self._max_seq_len:
             return "exceeds_max_seq_len"
         if job.samples > self.max_batch_size:
             return "exceeds_max_batch_size"
         if job.target > self._max_num_tokens and not self._chunked:
             return "exceeds_max_num_tokens"
-        return "exceeds_pool" if self._rule.least_blocks(job) > self.manager.num_blocks else ""
+        least = (self._windowed or self._rule).least_blocks(job)
+        return "exceeds_pool" if least > self.manager.num_blocks else ""
 
     # ---------------------------------------------------------------- one step
 
@@ -241,6 +245,8 @@ class Scheduler:
             return 0
         manager, batch = self.manager, self.batch
         steps = self.next_end() - batch.tick
+        if self._windowed is not None:
+            steps = min(steps, manager.ticks_until_leave(batch))
         # a block started and one filled every tokens_per_block steps, and twice that for where they begin
         most = 2 * decoding * (steps // manager.tokens_per_block + 2)
         if most > self._untouched_blocks() or (batch.unready and not manager.writes_in_place(batch)):
@@ -261,11 +267,17 @@ class Scheduler:
         """
         steps = self.next_end() - self.batch.tick
         blocks = self._untouched_blocks()
+        if self._windowed is not None:  # what leaves a window makes room
+            steps = min(steps, self.manager.ticks_until_leave(self.batch))
         if self.waiting and self._may_start():
             if self.manager.config.enable_partial_reuse:
                 return 0  # what a step fills can be hit in part in the next
             match = self.waiting.first.match
-            eviction_tells = self.waiting.order_follows_cache or (match is not None and match.repeated_blocks)
+            eviction_tells = (
+                self.waiting.order_follows_cache
+                or self._windowed is not None  # the next shorter hit may be on blocks that others hold
+                or (match is not None and match.repeated_blocks)
+            )
             if not self._mixed and (self._named or eviction_tells):
                 return 0  # what this very step has cached or evicted, only the next one's admission sees
             if self._named:
@@ -346,9 +358,12 @@ class Scheduler:
         manager, sequence = self.manager, job.sequence
         assert sequence is not None
         while True:
-            capacity = (sequence.num_blocks + manager.available_blocks) * manager.tokens_per_block
-            if capacity > sequence.num_tokens:
-                return capacity - sequence.num_tokens
+            if self._windowed is not None:
+                room = self._windowed.next_chunk(job, self.running)
+            else:
+                room = manager.room(sequence)
+            if room > 0:
+                return room
             plan.out_of_blocks = True
             last = next(reversed(self.running))
             if last in self._decoding:
@@ -378,7 +393,11 @@ class Scheduler:
             chunk = min(left, budget)
             if chunk < left and not self._chunked and not job.preemptions:
                 return
-            if not self._fits(job, match, chunk):
+            if self._windowed is not None:
+                chunk = self._windowed.first_chunk(job, match, chunk, self.running)
+                if not chunk:
+                    return
+            elif not self._fits(job, match, chunk):
                 return
             waiting.pop_first()
             self._start(job, match, chunk)
@@ -441,7 +460,7 @@ class Scheduler:
         job.samples = 1
         self._final_blocks -= job.final_blocks
         for branch in branches:
-            branch.final_blocks = branch.blocks_at_end(self.manager.tokens_per_block)
+            branch.final_blocks = branch.blocks_at_end(self.manager.tokens_per_block, self.manager.window)
             self._final_blocks += branch.final_blocks
             self._join_batch(branch)
 
