@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from allocator.checks import require_int, require_optional_int
 from allocator.model import ModelSpec
+from allocator.windows import AttentionWindow
 
 if TYPE_CHECKING:
     from allocator.config import BuildConfig, CacheConfig
@@ -40,6 +41,9 @@ class MemoryBudget:
     """Whole blocks that host_cache_bytes hold."""
     headroom_bytes: int | None
     """Memory left when the pool is allocated, negative where num_blocks overcommits; None without a GPU."""
+    window: int | None = None
+    """Most recent tokens that a sequence keeps, None for all; and `num_sinks` first ones."""
+    num_sinks: int = 0
 
     @classmethod
     def compute(
@@ -103,6 +107,8 @@ class MemoryBudget:
             headroom_bytes=None
             if gpu_memory_bytes is None
             else gpu_memory_bytes - weights - reserve_bytes - used,
+            window=cache.window,
+            num_sinks=cache.num_sinks,
         )
         budget._require_one_sequence()
         return budget
@@ -121,9 +127,11 @@ class MemoryBudget:
         )
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return the blocks that a sequence of `num_tokens` tokens occupies."""
+        """Return the blocks that a sequence of `num_tokens` tokens occupies, or, with a window, decodes with at most."""
         require_int("num_tokens", num_tokens, 0)
-        return -(-num_tokens // self.tokens_per_block)
+        if self.window is None or not self.paged:
+            return -(-num_tokens // self.tokens_per_block)
+        return AttentionWindow(self.window, self.num_sinks, self.tokens_per_block).blocks_held(num_tokens)
 
     @property
     def sequences_at_max_seq_len(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,10 +162,19 @@ class ModelSpec:
         return self.layer_windows or (None,) * self.num_layers
 
     @property
-    def uniform_window(self) -> int | None:
-        """The window that all layers share, or None when some layer attends to all keys or they differ."""
-        distinct = set(self.windows)
-        return distinct.pop() if len(distinct) == 1 else None
+    def pool_window(self) -> int | None:
+        """The window by which one pool for all layers can let go of blocks, a block covering all of them: the
+        largest, or None when some layer attends to all keys.
+        """
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
+
+    def narrowed(self, window: int | None) -> ModelSpec:
+        """Return the model with at most `window` keys in every layer; None changes nothing."""
+        if window is None:
+            return self
+        windows = tuple(window if own is None else min(own, window) for own in self.windows)
+        return dataclasses.replace(self, layer_windows=windows)
 
     def kv_heads_per_gpu(self, tensor_parallel_size: int = 1) -> int:
         """Return the KV heads that one GPU stores: max(1, KV heads / GPUs), replicated beyond one a head.
@@ -223,8 +233,20 @@ class ModelSpec:
         """Return the least bytes on one GPU that serve a sequence of `num_tokens` tokens.
 
         Σ over layers of min(num_tokens, window) · bytes per token and layer: a windowed layer needs its most
-        recent keys only.
+        recent keys only. That takes a pool for each window; see `kv_bytes_in_one_pool`.
         """
         require_int("num_tokens", num_tokens, 0)
         kept = sum(num_tokens if window is None else min(num_tokens, window) for window in self.windows)
         return kept * self.kv_bytes_per_token_per_layer(kv_dtype, tensor_parallel_size)
+
+    def kv_bytes_in_one_pool(
+        self, num_tokens: int, kv_dtype: str = "auto", tensor_parallel_size: int = 1
+    ) -> int:
+        """Return the bytes on one GPU that a sequence takes where a block holds its tokens for all layers.
+
+        min(num_tokens, pool_window) · bytes per token: no token leaves before the last layer is done with it.
+        Block rounding is not counted.
+        """
+        require_int("num_tokens", num_tokens, 0)
+        kept = num_tokens if self.pool_window is None else min(num_tokens, self.pool_window)
+        return kept * self.kv_bytes_per_token(kv_dtype, tensor_parallel_size)

@@ -58,7 +58,13 @@ def run(
     budget = memory_budget(spec)
     loaded = load_trace(spec.trace) if trace is None else trace
     cost = spec.timing.make(
-        Setting(spec.model, spec.gpu, spec.build, budget, spec.cache.tensor_parallel_size)
+        Setting(
+            spec.model.narrowed(spec.cache.window),
+            spec.gpu,
+            spec.build,
+            budget,
+            spec.cache.tensor_parallel_size,
+        )
     )
     result = simulate(
         loaded.requests,

@@ -163,11 +163,66 @@ def test_kv_bytes_counts_the_keys_that_the_last_query_attends_to(
     assert model.kv_bytes(length) <= length * model.kv_bytes_per_token()
 
 
-def test_uniform_window() -> None:
-    assert ModelSpec.preset("mistral-7b").uniform_window == 4096
-    assert ModelSpec.preset("llama-2-7b").uniform_window is None
-    assert tiny(layer_windows=(8, None)).uniform_window is None
-    assert ModelSpec.preset("mistral-7b").kv_bytes(10_000) == 4096 * 128 * 1024
+def test_the_window_of_one_pool_for_all_layers() -> None:
+    assert ModelSpec.preset("llama-2-7b").pool_window is None
+    assert tiny(layer_windows=(8, None)).pool_window is None
+    assert tiny(layer_windows=(8, 16)).pool_window == 16
+    mistral = ModelSpec.preset("mistral-7b")
+    assert mistral.pool_window == 4096
+    assert mistral.kv_bytes(10_000) == mistral.kv_bytes_in_one_pool(10_000) == 4096 * 128 * 1024
+    # "on a sequence length of 32k tokens, this reduces the cache memory usage by 8x" (arXiv 2310.06825, section 2)
+    assert 8 * mistral.kv_bytes_in_one_pool(32_768) == 32_768 * mistral.kv_bytes_per_token()
+
+
+@given(windows=st.lists(st.none() | st.integers(1, 50), min_size=1, max_size=8), length=st.integers(0, 100))
+def test_one_pool_keeps_a_token_until_no_layer_attends_to_it(windows: list[int | None], length: int) -> None:
+    model = tiny(num_layers=len(windows), layer_windows=tuple(windows))
+    kept = sum(any(w is None or length - key <= w for w in windows) for key in range(length))
+    assert model.kv_bytes_in_one_pool(length) == kept * model.kv_bytes_per_token()
+    assert model.kv_bytes(length) <= model.kv_bytes_in_one_pool(length)
+
+
+def test_alternating_windows_save_half_in_two_pools_and_nothing_in_one() -> None:
+    """Gemma 2 9B (arXiv 2408.00118, table 1): 42 layers of 8 KV heads of 256, every other one with 4096 tokens."""
+    gemma = tiny(
+        num_layers=42,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=256,
+        layer_windows=(4096, None) * 21,
+    )
+    assert gemma.kv_bytes_per_token() == 42 * 2 * 8 * 256 * 2 == 344_064
+    assert gemma.pool_window is None
+    assert gemma.kv_bytes_in_one_pool(8192) == 8192 * 344_064
+    assert gemma.kv_bytes(8192) == (8192 + 4096) * 344_064 // 2
+
+
+def test_latent_attention_with_windows() -> None:
+    """A block of latent attention has one vector a layer, whatever the window (arXiv 2405.04434, section 2.1)."""
+    model = tiny(num_layers=4, kv_lora_rank=512, qk_rope_head_dim=64, layer_windows=(128, 128, 1024, 1024))
+    assert model.kv_bytes_in_one_pool(4096) == 1024 * 4 * 576 * 2
+    assert model.kv_bytes(4096) == (2 * 128 + 2 * 1024) * 576 * 2
+
+
+def test_a_narrower_window_bounds_every_layer() -> None:
+    model = tiny(layer_windows=(8, None))
+    assert model.narrowed(None) is model
+    assert model.narrowed(16).windows == (8, 16)
+    assert model.narrowed(4).windows == (4, 4)
+
+
+def test_a_budget_with_a_window_holds_more_sequences() -> None:
+    model, build = ModelSpec.preset("mistral-7b"), BuildConfig(max_seq_len=32_768, tokens_per_block=64)
+    whole = MemoryBudget.compute(model, build, CacheConfig(num_blocks=1024))
+    kept = MemoryBudget.compute(model, build, CacheConfig(num_blocks=1024, window=4096, num_sinks=4))
+    assert (whole.blocks_for(32_768), whole.sequences_at_max_seq_len) == (512, 2)
+    # 4096 tokens begin within a block at worst, so 65 blocks, and one of sinks
+    assert (kept.blocks_for(32_768), kept.sequences_at_max_seq_len) == (66, 15)
+    assert kept.blocks_for(640) == whole.blocks_for(640) == 10
+    with pytest.raises(ValueError, match="smaller than one sequence"):
+        MemoryBudget.compute(model, build, CacheConfig(num_blocks=66))
+    with pytest.raises(ValueError, match="which needs 66"):
+        MemoryBudget.compute(model, build, CacheConfig(num_blocks=65, window=4096, num_sinks=4))
 
 
 def test_latent_attention_is_replicated_on_every_gpu() -> None:
