@@ -127,7 +127,7 @@ class MemoryBudget:
         )
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return the blocks that a sequence of `num_tokens` tokens occupies, or, with a window, decodes with at most."""
+        """Return the blocks that a sequence of `num_tokens` tokens occupies; with a window, at most so many."""
         require_int("num_tokens", num_tokens, 0)
         if self.window is None or not self.paged:
             return -(-num_tokens // self.tokens_per_block)

@@ -212,12 +212,12 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     by_token = over_time(*ends("kv_tokens"), num_blocks * tokens_per_block)
     saved = int_column(rows, "saved_blocks")
     done = finished_mask(result)
-    samples = int_column(result.requests, "num_samples")[done]
-    held = samples * (
-        int_column(result.requests, "prompt_tokens")[done]
-        + int_column(result.requests, "output_tokens")[done]
-        - 1
-    )
+    output = int_column(result.requests, "output_tokens")[done]
+    final = int_column(result.requests, "prompt_tokens")[done] + output - 1
+    tables = np.where(
+        output == 1, 1, int_column(result.requests, "num_samples")[done]
+    )  # one token: not forked
+    unused = tables * (-final % tokens_per_block)  # in last blocks alone, whatever has left a window before
     slots = exact_sum(int_column(result.requests, "blocks")[done]) * tokens_per_block
     return {
         "kv_utilization": {
@@ -226,7 +226,7 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
         },
         "internal_fragmentation": {
             "mean": None if filled is None else 1 - filled / tokens_per_block,
-            "final": 1 - exact_sum(held) / slots if slots else None,
+            "final": exact_sum(unused) / slots if slots else None,
         },
         "sharing_saved_blocks": {
             "mean": clock.integral(saved, saved) / span_ps if span_ps else None,
@@ -294,8 +294,8 @@ def summarise(
                                    referenced blocks / all slots. Means are integrals over measured_s; p99 is
                                    weighted with time and, like max, takes a stretch at its last, fullest step
     internal_fragmentation         mean: of 1 − written slots / slots of referenced blocks, over the time any
-                                   is referenced; final: 1 − Σ tokens / Σ slots over the block tables of
-                                   finished requests (a table holds prompt + output − 1 tokens)
+                                   is referenced; final: Σ unused slots / Σ slots over the block tables of
+                                   finished requests (prompt + output − 1 tokens each, the last block's rest unused)
     sharing_saved_blocks           Σ over tables of their blocks − blocks that are in any table, over time
     recomputed_tokens              tokens computed again after a preemption, net of what was hit again
     out_of_block_steps             steps that could not take the blocks they wanted

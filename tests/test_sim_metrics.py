@@ -129,7 +129,11 @@ def oracle(result: RunResult, engine: EngineConfig) -> dict:
         ratios.append((step["ps"], ends[0] + (ends[1] - ends[0]) * share))
     saved = [(s["ps"], s["row"]["saved_blocks"]) for s in steps]
     tables = sum(row["blocks"] for row in done) * size
-    held = sum((row["prompt_tokens"] + row["output_tokens"] - 1) * row["num_samples"] for row in done)
+    unused = sum(
+        (1 if row["output_tokens"] == 1 else row["num_samples"])
+        * (-(row["prompt_tokens"] + row["output_tokens"] - 1) % size)
+        for row in done
+    )
     fill = sum(ps * ratio for ps, ratio in ratios) / sum(ps for ps, _ in ratios) if ratios else None
 
     def p99(name: str, scale: int) -> Fraction | None:
@@ -166,7 +170,7 @@ def oracle(result: RunResult, engine: EngineConfig) -> dict:
         "utilization_block_p99": p99("referenced_blocks", blocks),
         "utilization_token_p99": p99("kv_tokens", blocks * size),
         "fragmentation_mean": 1 - fill / size if ratios else None,
-        "fragmentation_final": 1 - Fraction(held, tables) if tables else None,
+        "fragmentation_final": Fraction(unused, tables) if tables else None,
         "saved_mean": sum(ps * value for ps, value in saved) / Fraction(span) if span else None,
     }
 
