@@ -100,12 +100,23 @@ class KVCacheManager(Swapping):
         return self.pool.expiries.next()
 
     def block_tables(self, sequences: Sequence[KVSequence]) -> NDArray[np.int32]:
-        """Return int32 [len(sequences), longest table]; entries past a sequence's blocks are −1."""
+        """Return int32 [len(sequences), longest table]; entries past a sequence's blocks are −1.
+
+        In a windowed cache a row lacks the blocks that have left, and is to be read with `context_lens`.
+        """
         longest = max((len(s.table) for s in sequences), default=0)
         tables = np.full((len(sequences), longest), -1, dtype=np.int32)
         for row, sequence in zip(tables, sequences, strict=True):
             row[: len(sequence.table)] = sequence.table
         return tables
+
+    def context_lens(self, sequences: Sequence[KVSequence]) -> NDArray[np.int32]:
+        """Return int32 [len(sequences)]: how many keys lie in each row of `block_tables`, this step's included.
+
+        These are all tokens of a sequence or, in a windowed cache, those whose blocks have not left; windows and
+        sinks are masked as if they were all (see KVSequence).
+        """
+        return np.array([sequence.context_len for sequence in sequences], dtype=np.int32)
 
     def stats(self) -> CacheStats:
         """Return a snapshot of counters and block states. O(blocks shared by a fork)."""

@@ -1,8 +1,15 @@
-"""Attended: what queries attend to in a windowed cache, and so what tables must hold, by counting positions."""
+"""What queries attend to in a windowed cache, and so what tables must hold, by counting positions.
+
+Without a window that is everything, and all of this holds for any cache.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+
+from allocator.sequence import KVSequence
+from allocator.shadow import State, Story
 
 
 class Attended:
@@ -42,3 +49,77 @@ class Attended:
         It knows nothing of blocks that have left: it applies window and sinks to what it is given.
         """
         return self.by(query - offset)
+
+
+class WindowOracle:
+    """The part of the oracle that knows which blocks a sequence has to hold."""
+
+    window: int | None
+    attended: Attended
+    size: int
+    stories: dict[KVSequence, Story]
+
+    @abstractmethod
+    def table(self, sequence: KVSequence) -> list[int]:
+        """Return a sequence's block table."""
+
+    @abstractmethod
+    def end_step_of(self, sequence: KVSequence) -> None:
+        """Let the step run first if `sequence` takes part in it."""
+
+    def held_positions(self, sequence: KVSequence) -> list[int]:
+        """Return the positions in the blocks that a sequence holds: those its last step needs, and later ones."""
+        story = self.stories[sequence]
+        size, length = self.size, story.length
+        blocks = self.attended.blocks(story.step, length)
+        return [p for block in blocks for p in range(block * size, min((block + 1) * size, length))]
+
+    def check_window(self, sequence: KVSequence, found: list[State]) -> None:
+        """Let kernels run the last step on what the table holds, knowing nothing of what has left."""
+        story = self.stories[sequence]
+        assert sequence.context_len == len(found)
+        for query in range(story.step, story.length):
+            seen = self.attended.by_kernel(query, story.length - sequence.context_len)
+            wanted = self.attended.by(query)
+            assert [found[key] for key in seen] == [story.states[key] for key in wanted], (
+                f"query {query} of {story}"
+            )
+
+    def leaving(self, sequences: Sequence[KVSequence]) -> int:
+        """Return how many blocks no table has any more once sequences have let go of what they need no longer."""
+        if self.window is None:
+            return 0
+        tables = {sequence: self.table(sequence) for sequence in self.stories}
+        before = {block for table in tables.values() for block in table}
+        for sequence in sequences:
+            length = self.stories[sequence].length
+            held = self.attended.blocks(self.stories[sequence].step, length)
+            needed = self.attended.blocks(length, length)
+            table = tables[sequence]
+            tables[sequence] = [block for block, at in zip(table, held, strict=True) if at in needed]
+        return len(before - {block for table in tables.values() for block in table})
+
+    def growth(self, sequences: Sequence[KVSequence], count: int) -> int:
+        """Return how many blocks sequences need to go on by `count` tokens, less those they let go of before."""
+        size = self.size
+        starts = sum(-(-(s.num_tokens + count) // size) - -(-s.num_tokens // size) for s in sequences)
+        return starts - self.leaving(sequences)
+
+    def least_length(self, sequence: KVSequence) -> int:
+        """Return from how many tokens on a sequence can be cut: what the next query attends to has not left."""
+        story = self.stories[sequence]
+        held = set(self.held_positions(sequence))
+        lacking = [n for n in range(1, story.length) if not held >= set(self.attended.by(n)) - {n}]
+        return max(lacking, default=0) + 1
+
+    def settle(self, sequences: Sequence[KVSequence]) -> None:
+        """Run the step if any of `sequences` takes part in it and blocks may leave: growing says that it is done."""
+        if self.window is not None:
+            for sequence in sequences:
+                self.end_step_of(sequence)
+
+    def held_states(self) -> set[State]:
+        """Return the histories whose cached blocks are held, be they in a table or not."""
+        if self.window is not None:  # what is not in a table is not held
+            return set()
+        return {state for story in self.stories.values() for state in story.full_states()}

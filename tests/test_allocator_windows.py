@@ -254,7 +254,7 @@ def test_a_kernel_needs_nothing_but_table_and_context(
     for count in steps:
         first = sequence.num_tokens
         pool[manager.append([sequence], None, count)] = np.arange(first, first + count)
-        context = sequence.context_len
+        (context,) = manager.context_lens([sequence]).tolist()
         table = manager.block_tables([sequence])[0]
         keys = pool[table[np.arange(context) // size] * size + np.arange(context) % size]
         for i in range(count):

@@ -170,6 +170,20 @@ def test_skipping_events_changes_no_byte(tmp_path: Path) -> None:
     assert timeless(first) == timeless(second)
 
 
+def test_a_windowed_run_uses_less_and_is_rerun_from_its_manifest(tmp_path: Path) -> None:
+    flags = ["--window", "64", "--num-sinks", "4", "--tokens-per-block", "16"]
+    whole = replay([*SHARED, *flags[-2:]], tmp_path / "whole")
+    kept = replay([*SHARED, *flags], tmp_path / "a")
+    assert kept["finished"] == whole["finished"]
+    assert kept["kv_utilization"]["block"]["mean"] < whole["kv_utilization"]["block"]["mean"]
+    assert kept["tpot_s"]["mean"] < whole["tpot_s"]["mean"]  # fewer keys to attend to
+    assert 0 < kept["internal_fragmentation"]["final"] < 0.5
+    again = replay(["--from-manifest", str(tmp_path / "a" / "manifest.json")], tmp_path / "b")
+    for name in TABLES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert timeless(kept) == timeless(again)
+
+
 # ------------------------------------------------------------------ from the manifest
 
 
