@@ -34,7 +34,7 @@ def watched(requests: Iterator[Request], most: list[int]) -> Iterator[Request]:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.traces.native.BATCH_ROWS", BATCH)
-    monkeypatch.setattr("sim.traces.native._SAMPLE", BATCH)
+    monkeypatch.setattr("sim.traces.writer.SAMPLE_ROWS", BATCH)
     monkeypatch.setattr("sim.workload.generator.STREAMED_REQUESTS", 0)
 
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sim.traces.native import write_trace
     from sim.traces.reader import FORMATS, read_trace
     from sim.traces.trace import Trace, TraceError
+    from sim.traces.writer import write_trace
 
 __all__ = ["FORMATS", "Trace", "TraceError", "read_trace", "write_trace"]
 
@@ -18,7 +18,7 @@ _HOMES = {
     "Trace": "trace",
     "TraceError": "trace",
     "read_trace": "reader",
-    "write_trace": "native",
+    "write_trace": "writer",
 }
 
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice, takewhile
 from pathlib import Path
-from tempfile import TemporaryFile
-from threading import Event
-from typing import IO, Any, cast
+from typing import Any
 
-import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from polars.io.plugins import register_io_source
 
-from sim.request import MAX_GRANULARITY, MAX_TIME_PS, Request
+from sim.request import MAX_GRANULARITY, MAX_TIME_PS
 from sim.traces.fields import FieldError, Row, listed, tokens
 from sim.traces.formats import Rows, TraceFormat
 from sim.traces.lines import open_error
@@ -35,7 +26,8 @@ BATCH_ROWS = 2**16
 """Rows that are held at once, when a file is written or read; fewer where they have many ids."""
 
 _BATCH_IDS = 2**21
-_SAMPLE = 1024
+SAMPLE_ROWS = 1024
+"""Rows from whose ids it is told how many rows to hold at once."""
 
 SCHEMA: dict[str, pl.DataType] = {
     "arrival_ps": pl.Int64(),
@@ -53,8 +45,8 @@ SCHEMA: dict[str, pl.DataType] = {
 }
 """Columns of the file, one row a request; each is a field of Request. Null ids: the trace has none."""
 
-_LISTS = ("chunk_ids", "token_ids")
-_SCALARS = tuple(name for name in SCHEMA if name not in _LISTS)
+LISTS = ("chunk_ids", "token_ids")
+SCALARS = tuple(name for name in SCHEMA if name not in LISTS)
 
 
 class NativeFormat(TraceFormat):
@@ -75,7 +67,7 @@ class NativeFormat(TraceFormat):
         row = 0
         for frame in _batches(path):
             chunks, token_ids = (_slices(frame, name) for name in ("chunk_ids", "token_ids"))
-            columns = [frame[name].to_list() for name in _SCALARS]
+            columns = [frame[name].to_list() for name in SCALARS]
             for place, values in enumerate(zip(*columns, strict=True)):
                 try:
                     found: Row | FieldError = _parse(row, values, chunks(place), token_ids(place))
@@ -122,7 +114,7 @@ def _scan(path: Path) -> pl.LazyFrame:
     return scan.select(columns)
 
 
-def _batch_rows(rows: int, ids: int) -> int:
+def batch_rows(rows: int, ids: int) -> int:
     """Return how many rows to hold at once where the first `rows` of them have `ids` ids."""
     return max(1, min(BATCH_ROWS, _BATCH_IDS * rows // max(ids, 1)))
 
@@ -131,9 +123,9 @@ def _batches(path: Path) -> Iterator[pl.DataFrame]:
     """Yield the file's rows in order, some thousands at a time."""
     with _parquet_errors(path):
         scan = _scan(path)
-        ids = pl.sum_horizontal(pl.col(name).list.len().sum() for name in _LISTS)
-        head = scan.head(_SAMPLE).select(pl.len().alias("rows"), ids.alias("ids")).collect()
-        rows = _batch_rows(head["rows"].item(), head["ids"].item())
+        ids = pl.sum_horizontal(pl.col(name).list.len().sum() for name in LISTS)
+        head = scan.head(SAMPLE_ROWS).select(pl.len().alias("rows"), ids.alias("ids")).collect()
+        rows = batch_rows(head["rows"].item(), head["ids"].item())
         batches = scan.collect_batches(chunk_size=rows, maintain_order=True)
         while True:
             batch = next(batches, None)
@@ -174,9 +166,9 @@ def _slices(frame: pl.DataFrame, name: str) -> Callable[[int], NDArray[Any] | No
 def _parse(
     row: int, values: tuple[Any, ...], chunks: NDArray[Any] | None, token_ids: NDArray[Any] | None
 ) -> Row:
-    """Read one row: the values of _SCALARS, and the ids. Raises FieldError."""
+    """Read one row: the values of SCALARS, and the ids. Raises FieldError."""
     if None in values:
-        raise FieldError(_SCALARS[values.index(None)], "(null) must not be null")
+        raise FieldError(SCALARS[values.index(None)], "(null) must not be null")
     arrival_ps, prompt, output, samples, parent, think_ps, priority, salt, granularity, named = values
     tokens("prompt_tokens", prompt)
     tokens("output_tokens", output)
@@ -223,127 +215,3 @@ def _check_ids(field: str, ids: NDArray[Any], count: int) -> None:
         raise FieldError(field, f"({len(ids)} ids) must have {count}")
     if len(ids) and ids.min() < 0:
         raise FieldError(field, f"({ids.min()}) must hold no negative id")
-
-
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return where `write_trace` would write, links followed, having found out that it can.
-
-    Raises OSError when the folder cannot be written, or when what is there already is no regular file: a device,
-    a pipe or a folder must not be replaced by a trace.
-    """
-    given, target = Path(path), Path(os.path.realpath(path))
-    try:
-        # Asked of the name as given: a link such as /dev/stdout may lead to what has no name.
-        if given.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if given.exists() and not given.is_file():
-            raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
-        with TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    return target
-
-
-def write_trace(trace: Iterable[Request], path: str | os.PathLike[str]) -> int:
-    """Write a trace as native Parquet, to be read back request by request as it is; return how many requests.
-
-    The requests are walked through once, and only some thousands of them are held at a time. The file appears
-    whole or not at all: it is written beside its place, then moved there. Raises OSError, with the file's name,
-    where `check_target` does and when the disk is full, and whatever the walk raises.
-    """
-    target = check_target(path)
-    partial = target.with_name(
-        f".unfinished-{secrets.token_hex(8)}"
-    )  # a short name fits where the target's does
-    try:
-        with partial.open("xb", buffering=0) as file:
-            count = _write(trace, file)
-        partial.replace(target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def _write(trace: Iterable[Request], file: io.FileIO) -> int:
-    """Write requests batch by batch, a row group each; return how many.
-
-    polars runs in a thread of its own, as the main one does not see Ctrl-C while it waits inside polars.
-    """
-    stopped = Event()
-    requests = takewhile(lambda _: not stopped.is_set(), trace)
-    count = 0
-    head = list(islice(requests, _SAMPLE))
-    rows = _batch_rows(
-        len(head), sum(request.named_tokens // max(request.granularity, 1) for request in head)
-    )
-
-    def frames(*_: object) -> Iterator[pl.DataFrame]:
-        nonlocal count
-        all_requests = chain(head, requests)
-        while batch := list(islice(all_requests, rows)):
-            count += len(batch)
-            yield _frame(batch)
-
-    sink = _Sink(file)
-    source = register_io_source(frames, schema=SCHEMA, is_pure=False)
-
-    def write() -> None:
-        target = cast(IO[bytes], sink)
-        source.sink_parquet(target, row_group_size=rows, maintain_order=True, engine="streaming")
-
-    try:
-        with ThreadPoolExecutor(1) as executor:
-            try:
-                executor.submit(write).result()
-            except KeyboardInterrupt:
-                stopped.set()  # and the thread is waited for
-                raise
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        if sink.failed is not None:
-            raise sink.failed from None
-        raise
-    return count
-
-
-class _Sink(io.RawIOBase):
-    """A file that remembers why it could not be written, which polars does not tell."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self._file = file
-        self.failed: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            self.failed = error
-            raise
-        return size
-
-
-def _frame(batch: list[Request]) -> pl.DataFrame:
-    columns = {name: [getattr(request, name) for request in batch] for name in _SCALARS}
-    frame = pl.DataFrame(columns, schema={name: SCHEMA[name] for name in _SCALARS})
-    lists = [_list_column(name, [getattr(request, name) for request in batch]) for name in _LISTS]
-    return frame.with_columns(lists).select(list(SCHEMA))
-
-
-def _list_column(name: str, arrays: list[NDArray[Any] | None]) -> pl.Series:
-    """Return arrays as one column; a list of arrays handed to polars as it is would take ten times as long."""
-    present = [(row, array) for row, array in enumerate(arrays) if array is not None]
-    if not present:
-        return pl.Series(name, [None] * len(arrays), dtype=SCHEMA[name])
-    rows = np.repeat(np.array([row for row, _ in present]), np.array([len(array) for _, array in present]))
-    flat = pl.DataFrame({"row": rows, name: np.concatenate([array for _, array in present])})
-    lists = flat.group_by("row", maintain_order=True).agg(name)
-    every = pl.DataFrame({"row": np.arange(len(arrays))})
-    return every.join(lists, on="row", how="left", maintain_order="left")[name].cast(SCHEMA[name])
