@@ -38,9 +38,10 @@ from allocator.rules.base import ManagerMachine
 from allocator.rules.batch import BatchRules
 from allocator.rules.events import EventRules
 from allocator.rules.partial import PartialRules
+from allocator.rules.policies import PolicyRules
 from allocator.rules.quotas import QuotaRules
-from allocator.rules.retention import RetentionRules
 from allocator.rules.reuse import ReuseRules
+from allocator.rules.serving import ServingRules
 from allocator.rules.sharing import SharingRules
 from allocator.rules.tiers import TierRules
 from allocator.rules.windows import WindowRules
@@ -51,6 +52,7 @@ __all__ = [
     "EventsMachine",
     "ManagerMachine",
     "PartialMachine",
+    "PolicyMachine",
     "QuotaMachine",
     "RetentionMachine",
     "ReuseMachine",
@@ -95,7 +97,7 @@ class TierEventsMachine(EventRules, TierRules, SharingRules):
     logging = (True,)
 
 
-class RetentionMachine(RetentionRules, ReuseRules):
+class RetentionMachine(PolicyRules, ServingRules, ReuseRules):
     """Priorities and durations of cached blocks, and the policy that honours them."""
 
     policies = ("priority",)
@@ -118,6 +120,10 @@ class WindowMachine(WindowRules, ReuseRules, SharingRules, BatchRules):
         return 2 + drawn % 8
 
 
+class PolicyMachine(PolicyRules, ServingRules):
+    """Each policy's contract, and each eviction beside the published algorithm."""
+
+
 class AllocatorMachine(
     WindowRules,
     ReuseRules,
@@ -126,7 +132,7 @@ class AllocatorMachine(
     QuotaRules,
     TierRules,
     EventRules,
-    RetentionRules,
+    ServingRules,
     PartialRules,
 ):
     """Everything at once."""

@@ -82,11 +82,15 @@ class Oracle(WindowOracle):
             num_blocks,
             tokens_per_block,
             self.cache_config(reuse),
-            policy=make_policy(self.policy) if isinstance(self.policy, str) else self.policy(),
+            policy=self.make_policy(),
             ghost_blocks=self.ghosts,
             events=self.keeps_log,
             num_host_blocks=self.host_blocks,
         )
+
+    def make_policy(self) -> EvictionPolicy:
+        """Return the policy of the manager under test."""
+        return make_policy(self.policy) if isinstance(self.policy, str) else self.policy()
 
     def cached_blocks(self) -> set[int]:
         """Return the blocks that a lookup could find, or that full blocks of running sequences are known by."""
@@ -149,9 +153,9 @@ class Oracle(WindowOracle):
         self.keeps_log = self.logging[log % len(self.logging)] and window is None
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
+        self.num_blocks = num_blocks
         self.manager = self.make_manager(num_blocks, tokens_per_block, reuse)
         self.size = tokens_per_block
-        self.num_blocks = num_blocks
         self.reuse = reuse
         self.shadow = ShadowKV(tokens_per_block)
         host = getattr(self.manager.stats(), "host", None)

@@ -75,6 +75,8 @@ class RetentionConfig:
       says nothing, both stay. (There, the priority stays, and loses its duration.)
     - A duration begins when the last reference to a block goes, and ends early if it is referenced again; then
       it begins anew. When it is over, the block is one of priority 35, the most recently used of them.
+    - What leaves the GPU leaves its priority behind: content that the host tier brings back is of the default one,
+      until a request says otherwise. A sequence that is swapped in says again what it said at admission.
     - A priority of 35 is the default, and has nothing to expire to.
 
     Raises ValueError for ranges that overlap, and whatever else breaks a rule.

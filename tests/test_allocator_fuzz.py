@@ -8,6 +8,7 @@ from allocator.fuzz import (
     AllocatorMachine,
     BatchMachine,
     PartialMachine,
+    PolicyMachine,
     QuotaMachine,
     RetentionMachine,
     ReuseMachine,
@@ -26,6 +27,7 @@ TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase
 TestWindow = WindowMachine.TestCase
 TestQuota = QuotaMachine.TestCase
+TestPolicy = PolicyMachine.TestCase
 TestRetention = RetentionMachine.TestCase
 
 
