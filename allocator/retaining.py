@@ -52,8 +52,6 @@ class Expiries:
 def retain_hits(pool: BlockPool, anchor: Extent, plan: RetentionPlan) -> None:
     """Let the blocks that a sequence found in the cache, those down to `anchor`, have its wishes."""
     for extent in list(anchor.path()):
-        if not extent.references:  # of a windowed path, what is not held
-            continue
         wishes = []
         at, end = extent.start, extent.end
         while at < end:

@@ -139,8 +139,7 @@ class Keeping:
 class RetentionRules(ManagerMachine):
     """Requests that want their blocks kept, and time that passes.
 
-    The policy named `priority` never takes a block dearer than another that it could take. In a windowed cache,
-    where sequences let go of blocks one by one, nothing of this is checked.
+    The policy named `priority` never takes a block dearer than another that it could take.
     """
 
     def begin(self, *arguments: Any) -> None:
