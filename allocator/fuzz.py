@@ -40,6 +40,7 @@ from allocator.rules.events import EventRules
 from allocator.rules.partial import PartialRules
 from allocator.rules.policies import PolicyRules
 from allocator.rules.quotas import QuotaRules
+from allocator.rules.retention import RetentionRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.serving import ServingRules
 from allocator.rules.sharing import SharingRules
