@@ -214,6 +214,7 @@ class Story:
         """Forget what was said beyond `length`, and what was known to follow."""
         self.length = length
         self.prompt = min(self.prompt, length)
+        self.noted = min(self.noted, length // self.shadow.tokens_per_block)
         del self.tokens[length:], self.states[length:]
 
     def resumed(self, content: Content) -> Prompt:
