@@ -34,22 +34,25 @@ class PartialRules(ManagerMachine):
         index=INDEX,
         keep=st.integers(1, 15),
         more=st.integers(0, 5),
-        fill=st.sampled_from([False, False, False, True]),
+        fill=st.booleans(),
         salt=SALTS,
         chunk=CHUNKS,
     )
     def admit_branch(self, index: int, keep: int, more: int, fill: bool, salt: str, chunk: int) -> None:
         """Admit a prompt that begins like a known one and goes on with tokens of its own.
 
-        With `fill`, it goes on until it takes about all the blocks there are.
+        With `fill`, it leaves a prompt that is cached within its first block, and may go on until it takes about
+        all the blocks there are.
         """
         known = [p for p in self.prompts if all(isinstance(token, int) for token in p.tokens)]
+        if fill and self.settled and self.size > 1:
+            known = [p for p in known if self.longest_hit(p, salt)[0] > 1] or known
+            keep, chunk = 1 + keep % (self.size - 1), 99
+            if more > 2:
+                more = max((self.manager.available_blocks - (more > 4)) * self.size - keep, 0)
         if not known:
             return
         tokens = [int(str(token)) for token in known[index % len(known)].tokens[:keep]]
-        if fill:
-            keep, chunk = self.manager.available_blocks * self.size, 99
-            more = max(keep - more // 4 * self.size - len(tokens), 0)
         tokens += [2 + more % 6] * more
         if self.admit_prompt(self.learn(Prompt(TokenContent(tokens), tuple(tokens))), salt, chunk):
             self.did("admit a branch")
