@@ -288,10 +288,10 @@ MUTANTS = [
         "ReuseMachine",
     ),
     Mutant(
-        "fifo_takes_what_is_referenced_again",
+        "fifo_takes_what_is_gone",
         "eviction/fifo.py",
-        "        self._exposed.discard(extent)\n\n    def evicted",
-        "        pass\n\n    def evicted",
+        "        if not extent.ids:\n            self._exposed.discard(extent)\n",
+        "        if not extent.ids:\n            pass\n",
         "ReuseMachine",
     ),
     Mutant(

@@ -11,6 +11,7 @@ from allocator.config import CacheConfig
 from allocator.content import TokenContent, UniqueContent
 from allocator.eviction import POLICIES
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
+from allocator.retention import RetentionConfig
 from allocator.windows import AttentionWindow
 
 
@@ -342,6 +343,57 @@ def test_beams_of_a_windowed_cache() -> None:
 
 
 # ------------------------------------------------------------------ the arithmetic
+
+
+@given(
+    window=st.integers(1, 12),
+    num_sinks=st.integers(0, 5),
+    size=st.sampled_from([1, 2, 4]),
+    prompt=st.integers(1, 20),
+    steps=st.integers(1, 30),
+)
+def test_remaining_blocks_bounds_what_a_table_grows_by(
+    window: int, num_sinks: int, size: int, prompt: int, steps: int
+) -> None:
+    manager = windowed(100, size, window, num_sinks)
+    sequence = manager.admit(UniqueContent(prompt), prompt)
+    remaining, before, most = manager.remaining_blocks(sequence, prompt + steps), sequence.num_blocks, 0
+    for _ in range(steps):
+        manager.append([sequence])
+        most = max(most, sequence.num_blocks)
+    assert most <= before + remaining
+    if steps > window + 2 * size and prompt > num_sinks:  # long enough to be as unaligned as can be
+        assert before > most or most == before + remaining
+
+
+def test_quotas_count_what_tables_hold() -> None:
+    manager = KVCacheManager(20, 2, CacheConfig(window=4), quotas={"a": 3})
+    sequence = manager.admit(UniqueContent(6), 6, tenant="a")
+    batch = manager.batch()
+    batch.add(sequence)
+    for _ in range(12):
+        manager.append(batch)
+        assert manager.tenant_blocks("a") == sequence.num_blocks <= 3
+    manager.release(sequence)
+    assert manager.tenant_blocks("a") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"events": True}, r"events \(True\) must be False with a window \(8\)"),
+        ({"num_host_blocks": 4}, r"num_host_blocks \(4\) must be 0 with a window \(8\)"),
+    ],
+)
+def test_what_a_windowed_cache_cannot_do_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCacheManager(8, 2, CacheConfig(window=8), **options)
+    with pytest.raises(ValueError, match=r"enable_partial_reuse \(True\) must be False with a window"):
+        KVCacheManager(8, 2, CacheConfig(window=8, enable_partial_reuse=True))
+    manager = KVCacheManager(8, 2, CacheConfig(window=8))
+    with pytest.raises(ValueError, match=r"must be None in a cache with a window"):
+        manager.admit(UniqueContent(2), 2, retention=RetentionConfig.whole(50))
+    assert manager.stats().free_blocks == 8
 
 
 @given(
