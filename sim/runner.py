@@ -18,8 +18,8 @@ from sim.traces import Trace, read_trace
 from sim.window import Window
 from sim.workload import generate
 
-MOST_IN_MEMORY = 2_000_000
-"""Requests whose records are kept in memory: they take about half a kilobyte each."""
+MOST_IN_MEMORY = 500_000
+"""Requests whose records are kept in memory: they take up to a kilobyte each, with those of their steps."""
 
 
 def load_trace(source: TraceSource) -> Trace:

@@ -7,7 +7,7 @@ an H100-80GB with a pool of 3 million tokens, at the trace's rate and at a quart
 In the clock: the engine's loop, with scheduling, allocation, the cost model, SimPy, and all records of requests, steps
 and blocks. Not in the clock: making or reading the trace (but see below), sizing the pool, turning the records into
 columns when the run has ended, metrics, figures and files. Above 100,000 requests the requests are made, or read from
-a native file, while they are replayed, and that is in the clock; so is writing the records, where they go to disk.
+a native file, while they are replayed, and the records go to disk: both are in the clock then.
 
 Every workload runs in a process of its own, several times over (once above 100,000 requests); the median counts, the
 extremes are shown. Peak memory is that process's largest resident set, interpreter and imports included.
@@ -55,7 +55,7 @@ from sim.traces import read_trace, write_trace
 _PROMPT_TOKENS = 512
 _TRACE_POOL_TOKENS = 3_000_000
 _KEPT = 100_000
-"""Requests that are made before the clock starts, and runs of which are repeated."""
+"""Requests that are made before the clock starts, whose records stay in memory, and runs of which are repeated."""
 _SEED = 0
 
 
@@ -83,7 +83,7 @@ class Case:
     """One thing to time.
 
     time_scale  factor on the times of a trace
-    streamed    whether the requests come from a native file and the records go to disk
+    streamed    whether the requests come from a native file, and the records go to disk, however few they are
     """
 
     workload: str
@@ -191,7 +191,7 @@ def _simulate(case: Case, requests: Collection[Request], folder: Path) -> RunRes
         EngineConfig(event_skipping=case.skipping, block_map_samples=0),
         num_blocks=num_blocks,
         cost=RooflineCost(model, gpu),
-        folder=folder / "records" if case.streamed else None,
+        folder=folder / "records" if len(requests) > _KEPT or case.streamed else None,
     )
 
 
@@ -206,7 +206,7 @@ def time_case(case: Case, runs: int) -> Timing:
         for _ in range(runs):
             result = _simulate(case, requests, folder)
             walls.append(result.wall_s)
-        if case.streamed:
+        if len(requests) > _KEPT or case.streamed:
             summarise(result, EngineConfig())  # its memory counts
         steps = int(np.sum(result.timeline["steps"]))
     wall_s = statistics.median(walls)
@@ -268,7 +268,7 @@ def run(config: Config, console: Console) -> list[Timing]:
     console.print(
         f"Median of {config.runs} runs (extremes); one run above {_KEPT:,} requests.\n"
         "In the clock: scheduling, allocation, the cost model, SimPy, and all records; above "
-        f"{_KEPT:,} requests, making or reading them.\n"
+        f"{_KEPT:,} requests, making or reading them, and writing the records to disk.\n"
         "Not in the clock: making or reading fewer requests, sizing the pool, columns, metrics, figures, files."
     )
     if spread:

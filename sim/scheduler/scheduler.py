@@ -429,9 +429,11 @@ class Scheduler:
 
     def _unfinished_prompts(self) -> int:
         size = self.manager.tokens_per_block
-        return sum(
-            -(-job.target // size) - job.sequence.num_blocks for job in self._prefilling if job.sequence
-        )
+        blocks = 0
+        for job in self._prefilling:
+            if job.sequence is not None:
+                blocks += -(-job.target // size) - job.sequence.num_blocks
+        return blocks
 
     def _start(self, job: Job, match: PrefixMatch, chunk: int) -> None:
         assert job.content is not None
