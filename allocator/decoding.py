@@ -50,7 +50,7 @@ class Decoding(ManagerState):
         """
         if isinstance(sequences, Batch) and num_tokens == 1:
             sequences.keep_slots()
-            self.advance(sequences, 1, tokens)
+            self._advance_batch(sequences, 1, tokens)
             return sequences.last_slots()
         firsts = [sequence.num_tokens for sequence in sequences]
         self._step(sequences, num_tokens, tokens)

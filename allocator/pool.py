@@ -54,6 +54,7 @@ class BlockPool(FreeBlocks):
         # say so itself: a subclass may choose differently.
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
         self._drained: list[tuple[int, int]] = []  # (now, blocks) of each part of the victim that is gone
+        self._gone = 0  # blocks of them all
         index.settle = self.settle
         self._windowed = index.windowed
         policy.attached(self.num_blocks)
@@ -84,24 +85,22 @@ class BlockPool(FreeBlocks):
                 return self._evict_from(extent, count)
             self.index.draining = extent
             self.index.version += 1  # a match that leads through it is not current any more
-            gone = 0
-        else:
-            gone = sum([count for _, count in self._drained])
-        return self._drain(extent, gone, wanted)
+        return self._drain(extent, wanted)
 
-    def _drain(self, extent: Extent, gone: int, wanted: int) -> array[int]:
-        """Take blocks from a victim of which `gone` are gone, and leave it to `settle` to tell index and policy."""
-        left = len(extent.ids) - gone
+    def _drain(self, extent: Extent, wanted: int) -> array[int]:
+        """Take blocks from a victim, and leave it to `settle` to tell index and policy."""
+        left = len(extent.ids) - self._gone
         count = min(wanted, left)
         ids = extent.ids[left - count : left]
         ids.reverse()
         self._drained.append((self.now, count))
+        self._gone += count
         self.num_evictable -= count
         self.evicted_blocks += count
         if self.events is not None:
             self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)
         index = self.index
-        if count == left or (not index.forgot and index.ghost_blocks + gone + count > index.ghost_capacity):
+        if count == left or (not index.forgot and index.ghost_blocks + self._gone > index.ghost_capacity):
             self.settle()
         return ids
 
@@ -121,6 +120,7 @@ class BlockPool(FreeBlocks):
                 self.lifetimes.evicted(extent, count, now, gone)
             gone += count
         self._drained.clear()
+        self._gone = 0
         self._trim(extent, gone)
 
     def _evict_from(self, extent: Extent, count: int) -> array[int]:
