@@ -71,9 +71,9 @@ class PolicyManager(NaiveManager):
             if said is not None:
                 self.reference.retained(one, *said)
 
-    def index(self, sequence: NaiveSequence) -> None:
+    def index(self, sequence: NaiveSequence, forking: bool = False) -> None:
         known = len(sequence.path)
-        super().index(sequence)
+        super().index(sequence, forking)
         self.retain(sequence, known)
 
     def admit(
