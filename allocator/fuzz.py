@@ -36,6 +36,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from allocator.oracle import Tally
 from allocator.rules.base import ManagerMachine
 from allocator.rules.batch import BatchRules
+from allocator.rules.cost import CostRules
 from allocator.rules.events import EventRules
 from allocator.rules.partial import PartialRules
 from allocator.rules.policies import PolicyRules
@@ -50,6 +51,7 @@ from allocator.rules.windows import WindowRules
 __all__ = [
     "AllocatorMachine",
     "BatchMachine",
+    "CostMachine",
     "EventsMachine",
     "ManagerMachine",
     "PartialMachine",
@@ -119,6 +121,12 @@ class WindowMachine(WindowRules, ReuseRules, SharingRules, BatchRules):
     def choose_window(self, drawn: int) -> int | None:
         """Return a window."""
         return 2 + drawn % 8
+
+
+class CostMachine(CostRules):
+    """What operations cost, counted in lines. Each program takes about a second."""
+
+    extend = append = decode = misuse = admit_again = None  # type: ignore[assignment]
 
 
 class PolicyMachine(PolicyRules, ServingRules):

@@ -621,7 +621,84 @@ MUTANTS = [
         "            pass\n",
         "TierEventsMachine",
     ),
+    Mutant(
+        "lfu_that_never_counts",
+        "eviction/lfu.py",
+        "        self._hits[extent] = self._hits.get(extent, 0) + 1\n",
+        "        self._hits[extent] = self._hits.get(extent, 0)\n",
+        "PolicyMachine",
+    ),
+    Mutant(
+        "free_queue_scanned_to_remove_from_it",
+        "eviction/lru.py",
+        "        self._order.pop(extent, None)\n\n    def evicted",
+        """        for each in self._order:
+            if each is extent:
+                del self._order[each]
+                break
+
+    def evicted""",
+        "CostMachine",
+    ),
+    Mutant(
+        "stale_twins_free_a_live_block",
+        "tables.py",
+        "        sequence.twins.difference_update(positions)\n",
+        "",
+        "SharingMachine AllocatorMachine",
+    ),
+    Mutant(
+        "expiry_not_told_to_the_policy",
+        "pool.py",
+        "            extent.retention = None\n            self.policy.expired(extent)\n",
+        "            extent.retention = None\n",
+        "RetentionMachine",
+    ),
+    Mutant(
+        "hit_keeps_its_old_retention",
+        "admission.py",
+        "                retain_hits(self.pool, anchor, plan)\n",
+        "                pass\n",
+        "RetentionMachine",
+    ),
+    Mutant(
+        "retention_runs_on_into_the_next_range",
+        "retaining.py",
+        "            sequence.anchor.sealed = True\n",
+        "            pass\n",
+        "RetentionMachine",
+    ),
+    Mutant(
+        "clock_of_a_retention_not_stopped_by_a_hit",
+        "pool.py",
+        "                self.expiries.discard(extent)\n            self.policy.referenced(extent)\n",
+        "                pass\n            self.policy.referenced(extent)\n",
+        "RetentionMachine",
+    ),
 ]
+
+
+FIELD_BUGS = {
+    "a stale index entry after eviction": ["stale_entry_after_eviction"],
+    "an evicted block still marked computed": ["evicted_block_still_counts_as_computed"],
+    "a hit block reset on touch": ["hit_block_reset_on_touch"],
+    "its child registered under an empty parent": ["child_registered_under_the_root"],
+    "a zero-length query on a full-prompt hit": ["nothing_left_to_compute_on_a_full_hit"],
+    "duplicate blocks freed while a table points at them": ["duplicate_freed_under_its_table"],
+    "shared blocks counted twice as evictable": ["shared_blocks_counted_as_evictable"],
+    "block-size-1 arithmetic used at other sizes": ["tokens_of_a_hit_as_if_blocks_had_one"],
+    "a stale mapping that frees a live slot": ["stale_twins_free_a_live_block", "fork_frees_a_live_block"],
+    "unhashed partial blocks entering the eviction order": ["partial_block_becomes_evictable"],
+    "an LFU whose counter never moves": ["lfu_that_never_counts"],
+    "a double free on abort": ["double_free_on_abort"],
+    "an O(n) removal from the free queue": ["free_queue_scanned_to_remove_from_it"],
+}
+"""Bugs that serving systems had, and the mutants that plant them."""
+
+
+def test_every_bug_known_from_the_field_is_planted() -> None:
+    planted = {mutant.name for mutant in MUTANTS}
+    assert all(planted.issuperset(names) for names in FIELD_BUGS.values())
 
 
 def _run(folder: Path, *arguments: str) -> str:
