@@ -44,6 +44,10 @@ class Arrivals:
         self._read()
         return arrival_ps, request
 
+    def close(self) -> None:
+        """Forget when requests ended: nothing arrives any more."""
+        del self._ends[:]
+
     def finished(self, request: Request, now_ps: int) -> None:
         """Let the turns that follow a finished request arrive in their time."""
         self._ends[request.request_id] = now_ps

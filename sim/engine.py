@@ -133,6 +133,7 @@ class _Replica:
             if not scheduler.running and not scheduler.waiting:
                 next_ps = arrivals.next_ps
                 if next_ps == NEVER:
+                    arrivals.close()
                     return
                 yield timeout(next_ps - now)
                 now = next_ps

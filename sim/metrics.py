@@ -27,8 +27,9 @@ _PIECE = 1 << 16
 
 
 def int_column(columns: Columns, name: str) -> Ints:
-    """Return a column as int64 [rows]."""
-    return np.asarray(columns[name]).astype(np.int64)
+    """Return a column as int64 [rows], the caller's own."""
+    # What comes from disk is nobody else's.
+    return np.asarray(columns[name]).astype(np.int64, copy=not isinstance(columns, StoredColumns))
 
 
 def finished_mask(result: RunResult) -> NDArray[np.bool_]:
