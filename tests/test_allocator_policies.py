@@ -23,6 +23,7 @@ from allocator.eviction.gdsf import GDSF
 from allocator.eviction.lfu import LFU
 from allocator.eviction.s3fifo import S3FIFO
 from allocator.eviction.slru import SLRU
+from allocator.eviction.weighted import WeightedBelady
 from allocator.fuzz import AllocatorMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks
 from allocator.retention import Retention, RetentionConfig
@@ -249,6 +250,37 @@ def test_the_future_may_come_in_another_order_and_late(program: Program, data: s
         assert both.evicted == [Both.said(block) for block in both.naive.evicted]
     with pytest.raises(ValueError, match=r"number \(0\) must be that of a request that has not begun"):
         policy.begin(0)
+
+
+@pytest.mark.parametrize("attention_blocks", [0, 1, 40])
+@settings(max_examples=FEW)
+@given(program=programs)
+def test_a_weighted_future_is_the_references(attention_blocks: int, program: Program) -> None:
+    reference = references.WeightedBelady(program.num_blocks, attention_blocks)
+    assert disagreement(program, WeightedBelady(attention_blocks), reference) is None
+
+
+def saved_cost(policy: Belady) -> int:
+    """Return what a pool of five blocks and one for last tokens saves; block i of a prompt costs 1 + i."""
+    deep, shallow, other = [0, 0, 1, 1, 2, 2, 3, 3, 9], [5, 5, 9], [6, 6, 9]
+    contents = [TokenContent(ids) for ids in (deep, shallow, other, shallow, deep)]
+    manager = KVCacheManager(6, 2, policy=policy)
+    numbers = [policy.foresee(content, 2) for content in contents]
+    saved = 0
+    for number, content in zip(numbers, contents, strict=True):
+        policy.begin(number)
+        match = manager.lookup(content)
+        saved += sum(1 + i for i in range(match.hit_blocks))
+        manager.release(manager.admit(content, content.num_prompt_tokens - match.hit_tokens, match))
+    return saved
+
+
+def test_weighing_saves_more_where_the_next_to_be_used_is_cheap() -> None:
+    """The plain policy gives up the last, dearest block of the deep prompt, as the shallow one comes before it."""
+    assert saved_cost(Belady()) == 1 + (1 + 2 + 3)
+    assert saved_cost(WeightedBelady(1)) == 1 + 2 + 3 + 4
+    with pytest.raises(ValueError, match=r"attention_blocks \(-1\) must not be negative"):
+        WeightedBelady(-1)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

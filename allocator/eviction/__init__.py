@@ -15,6 +15,7 @@ from allocator.eviction.priority import Priority
 from allocator.eviction.s3fifo import S3FIFO
 from allocator.eviction.sieve import SIEVE
 from allocator.eviction.slru import SLRU
+from allocator.eviction.weighted import WeightedBelady
 
 POLICIES: dict[str, type[EvictionPolicy]] = {
     "lru": LRU,
@@ -42,6 +43,7 @@ __all__ = [
     "Belady",
     "EvictionPolicy",
     "Priority",
+    "WeightedBelady",
     "make_policy",
 ]
 

@@ -8,10 +8,10 @@ from collections.abc import Hashable
 from allocator.content import Content
 from allocator.eviction.names import BlockNames, Name
 from allocator.eviction.policy import EvictionPolicy
-from allocator.eviction.queue import ExtentQueue
+from allocator.eviction.queue import ExtentQueue, Key
 from allocator.prefix import Extent
 
-_NEVER = 2**62
+NEVER = 2**62
 
 
 class _Uses:
@@ -90,12 +90,18 @@ class Belady(EvictionPolicy):
 
     def _next_use(self, name: Name) -> int:
         uses = self._uses.get(name)
-        return _NEVER if uses is None else uses.numbers[uses.at]
+        return NEVER if uses is None else uses.numbers[uses.at]
+
+    def _put(self, extent: Extent, key: Key) -> None:
+        self._exposed.put(extent, key)
+
+    def _take_out(self, extent: Extent) -> None:
+        self._exposed.discard(extent)
 
     def _requeue(self, name: Name) -> None:
         extent = self._tails.get(name)
         if extent is not None:
-            self._exposed.put(extent, (-self._next_use(name), self._numbers[extent]))
+            self._put(extent, (-self._next_use(name), self._numbers[extent]))
 
     def cached(self, extent: Extent, num_blocks: int) -> None:
         self._names.cached(extent, num_blocks)
@@ -110,7 +116,7 @@ class Belady(EvictionPolicy):
         self._requeue(name)
 
     def referenced(self, extent: Extent) -> None:
-        self._exposed.discard(extent)
+        self._take_out(extent)
         self._tails.pop(self._names.of(extent)[-1], None)
 
     def split(self, head: Extent, tail: Extent) -> None:
@@ -120,7 +126,7 @@ class Belady(EvictionPolicy):
         self._tails.pop(self._names.of(extent)[-1], None)
         self._names.evicted(extent, num_blocks)
         if not extent.ids:
-            self._exposed.discard(extent)
+            self._take_out(extent)
             self._numbers.pop(extent, None)
         elif not extent.references:
             self.exposed(extent)

@@ -8,6 +8,7 @@ children.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from fractions import Fraction
 from typing import Any
 
 Identity = tuple[Any, ...]
@@ -299,6 +300,30 @@ class Belady(Reference):
 
     def victim(self, leaves: set[Identity]) -> Identity:
         return max((block for block in self.order if block in leaves), key=self.next_use)
+
+
+class WeightedBelady(Belady):
+    """Costs are those of GDSF, to five binary digits."""
+
+    def __init__(self, num_blocks: int, attention_blocks: int = 800) -> None:
+        super().__init__(num_blocks)
+        self.attention_blocks = attention_blocks
+
+    def worth(self, block: Identity) -> Fraction:
+        use = self.next_use(block)
+        if use == float("inf"):
+            return Fraction(0)
+        depth, above = 0, block[0]
+        while above[0] != "root":
+            depth, above = depth + 1, above[0]
+        cost = max(self.attention_blocks + depth, 1)
+        while cost % 2 ** max(cost.bit_length() - 5, 0):
+            cost -= 1
+        return Fraction(cost, max(int(use) - max(self.begun, default=0), 1))
+
+    def victim(self, leaves: set[Identity]) -> Identity:
+        blocks = (block for block in self.order if block in leaves)
+        return min(blocks, key=lambda block: (self.worth(block), -self.next_use(block)))
 
 
 REFERENCES: dict[str, type[Reference]] = {
