@@ -149,6 +149,35 @@ class AllocatorMachine(
     partials = ("", "", "copy", "steal")
 
 
+_WEIGHTS = {
+    "append": 2,
+    "append_batch": 2,
+    "come_back": 24,
+    "decode": 2,
+    "extend": 2,
+    "finish_transfers": 9,
+    "fork": 2,
+    "join_or_leave": 4,
+    "part": 10,
+    "pass_time": 4,
+    "readmit": 2,
+    "rebuild": 18,
+    "release_swapped": 9,
+    "reorder_beams": 2,
+    "sample": 3,
+    "serve": 2,
+    "set_quota": 4,
+    "swap_in": 14,
+    "swap_out": 4,
+    "truncate": 2,
+}
+"""How often a rule of AllocatorMachine counts among those to choose from: what can seldom be done would hardly be."""
+
+for _name, _times in _WEIGHTS.items():
+    for _again in range(1, _times):
+        setattr(AllocatorMachine, f"{_name}_{_again}", getattr(AllocatorMachine, _name))
+
+
 def run_machine(
     machine: type[ManagerMachine],
     steps: int,

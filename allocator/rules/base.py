@@ -65,6 +65,9 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         )
         self.host.lag = lag
 
+    age = 0
+    """Steps of the program so far."""
+
     def choose_window(self, drawn: int) -> int | None:
         """Return the window for a number drawn from 0 to 15; a machine without `WindowRules` has none."""
         return None
@@ -73,6 +76,7 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
     def check(self) -> None:
         """Check everything that holds after every step."""
         self.tally.steps += 1
+        self.age += 1
         if hasattr(self, "manager"):
             self.check_all()
 
@@ -81,26 +85,28 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         if hasattr(self, "manager") and sys.exc_info()[0] is None:
             self.drain()
 
+    @precondition(lambda self: len(self.stories) < MAX_LIVE)
     @rule(prompt=PROMPTS, salt=SALTS, chunk=CHUNKS)
     def admit(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
         """Admit a new prompt."""
         made = self.learn(prompt.make(self.size))
-        if self.admit_prompt(made, salt, chunk):
-            self.did("admit")
+        self.admit_prompt(made, salt, chunk)
+        self.did("admit")
 
-    @precondition(lambda self: self.prompts)
+    @precondition(lambda self: self.prompts and len(self.stories) < MAX_LIVE)
     @rule(index=INDEX, salt=SALTS, chunk=CHUNKS)
     def admit_again(self, index: int, salt: str, chunk: int) -> None:
         """Admit a prompt that was seen before."""
-        if self.admit_prompt(self.prompts[index % len(self.prompts)], salt, chunk):
-            self.did("admit again")
+        self.admit_prompt(self.prompts[index % len(self.prompts)], salt, chunk)
+        self.did("admit again")
 
     @precondition(lambda self: not all(self.complete(s) for s in self.stories))
     @rule(index=INDEX, count=SOME)
     def extend(self, index: int, count: int) -> None:
         """Prefill the next chunk of a prompt."""
         sequence = self.live(index, lambda s: not self.complete(s))
-        if sequence is not None and self.prefill(sequence, count):
+        if sequence is not None:
+            self.prefill(sequence, count)
             self.did("extend")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
@@ -111,15 +117,16 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         sequences = [s for i, s in enumerate(ready) if chosen >> i & 1] or ready[:1]
         if chosen & 1:
             sequences.reverse()
-        if sequences and self.append_to(sequences, count, bits, wait):
+        if sequences:
+            self.append_to(sequences, count, bits, wait)
             self.did("append")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
     @rule(bits=TOKEN_BITS, wait=WAITS)
     def decode(self, bits: int | None, wait: int) -> None:
         """Let all sequences that are in no batch go on by a token."""
-        if self.append_to([s for s in self.stories if self.alone(s)], 1, bits, wait):
-            self.did("decode")
+        self.append_to([s for s in self.stories if self.alone(s)], 1, bits, wait)
+        self.did("decode")
 
     @precondition(lambda self: self.stories)
     @rule(index=INDEX, count=st.integers(1, 4))

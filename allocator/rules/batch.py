@@ -36,5 +36,5 @@ class BatchRules(ManagerMachine):
     @rule(count=FEW, bits=TOKEN_BITS, wait=WAITS)
     def append_batch(self, count: int, bits: int | None, wait: int) -> None:
         """Decode the whole batch for a step or several."""
-        if self.append_to(self.batch, count, bits, wait):
-            self.did("append batch")
+        self.append_to(self.batch, count, bits, wait)
+        self.did("append batch")

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from allocator.content import TokenContent
+from allocator.oracle import MAX_LIVE
 from allocator.rules.base import CHUNKS, INDEX, SALTS, ManagerMachine
 from allocator.shadow import Prompt, PromptSpec
 
@@ -23,11 +24,12 @@ HALVES = st.builds(
 class PartialRules(ManagerMachine):
     """Hits that end within a block: prompts that agree on a block's first tokens."""
 
+    @precondition(lambda self: len(self.stories) < MAX_LIVE)
     @rule(prompt=HALVES, salt=SALTS, chunk=CHUNKS)
     def admit_halves(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
         """Admit a prompt that others share parts of blocks with."""
-        if self.admit_prompt(self.learn(prompt.make(self.size)), salt, chunk):
-            self.did("admit halves")
+        self.admit_prompt(self.learn(prompt.make(self.size)), salt, chunk)
+        self.did("admit halves")
 
     @precondition(lambda self: any(isinstance(p.content, TokenContent) for p in self.prompts))
     @rule(
@@ -54,5 +56,5 @@ class PartialRules(ManagerMachine):
             return
         tokens = [int(str(token)) for token in known[index % len(known)].tokens[:keep]]
         tokens += [2 + more % 6] * more
-        if self.admit_prompt(self.learn(Prompt(TokenContent(tokens), tuple(tokens))), salt, chunk):
-            self.did("admit a branch")
+        self.admit_prompt(self.learn(Prompt(TokenContent(tokens), tuple(tokens))), salt, chunk)
+        self.did("admit a branch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 
 from allocator.quotas import QuotaExceeded
 from allocator.rules.base import SALTS, ManagerMachine
@@ -30,6 +30,7 @@ class QuotaRules(ManagerMachine):
             used[story.salt] = used.get(story.salt, 0) + len(self.table(sequence))
         return used
 
+    @precondition(lambda self: self.stories and self.age % 4 == 0)
     @rule(salt=SALTS, quota=st.none() | st.integers(0, 14))
     def set_quota(self, salt: str, quota: int | None) -> None:
         """Give a tenant a quota, perhaps below what it uses, or lift it."""

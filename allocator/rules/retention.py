@@ -223,8 +223,8 @@ class RetentionRules(ManagerMachine):
         made = self.prompts[again % len(self.prompts)] if old else self.learn(prompt.make(self.size))
         if self.window is not None:  # nothing is retained there
             return
-        if self.admit_prompt(made, salt, chunk, retention=retention):
-            self.did("admit retained")
+        self.admit_prompt(made, salt, chunk, retention=retention)
+        self.did("admit retained")
 
     @precondition(lambda self: (self.keeping.said or len(self.stories) == 1) and self.settled)
     @rule(by=st.integers(1, 3))

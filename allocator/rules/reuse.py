@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis.stateful import precondition, rule
 
+from allocator.oracle import MAX_LIVE
 from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine
 from allocator.shadow import PromptSpec
 
@@ -23,13 +24,13 @@ class ReuseRules(ManagerMachine):
         self.matches = [*self.matches[-3:], (made, salt, match)]
         self.did("lookup")
 
-    @precondition(lambda self: self.matches)
+    @precondition(lambda self: self.matches and len(self.stories) < MAX_LIVE)
     @rule(index=INDEX, chunk=CHUNKS)
     def admit_with_match(self, index: int, chunk: int) -> None:
         """Admit with a match that may be stale by now."""
         prompt, salt, match = self.matches[index % len(self.matches)]
-        if self.admit_prompt(prompt, salt, chunk, match):
-            self.did("admit with a match")
+        self.admit_prompt(prompt, salt, chunk, match)
+        self.did("admit with a match")
 
     @precondition(lambda self: self.stories)
     @rule(index=INDEX)
@@ -44,11 +45,11 @@ class ReuseRules(ManagerMachine):
             self.waiting = [*self.waiting[-3:], (prompt, story.salt)]
             self.did("preempt")
 
-    @precondition(lambda self: self.waiting)
+    @precondition(lambda self: self.waiting and len(self.stories) < MAX_LIVE)
     @rule(chunk=CHUNKS)
     def readmit(self, chunk: int) -> None:
         """Admit the sequence preempted last again."""
         prompt, salt = self.waiting[-1]
         if self.admit_prompt(prompt, salt, chunk, readmission=True):
             self.waiting.pop()
-            self.did("readmit")
+        self.did("readmit")

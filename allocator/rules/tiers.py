@@ -32,7 +32,8 @@ class TierRules(ManagerMachine):
     def swap_out(self, index: int) -> None:
         """Swap a sequence out, if the host has room."""
         sequence = self.live(index, lambda s: s not in self.batch)
-        if sequence is not None and self.swap_sequence_out(sequence):
+        if sequence is not None:
+            self.swap_sequence_out(sequence)
             self.did("swap out")
 
     def swap_sequence_out(self, sequence: KVSequence) -> bool:
@@ -101,7 +102,7 @@ class TierRules(ManagerMachine):
         if done is not None:
             story = self.stories[sequence] = self.host.swapped.pop(sequence)
             story.noted = 0  # it says again how its blocks are to be kept
-            self.did("swap in")
+        self.did("swap in")
 
     @precondition(lambda self: self.host.swapped)
     @rule(index=INDEX)
@@ -137,11 +138,10 @@ class TierRules(ManagerMachine):
         while self.stories and (len(self.stories) >= MAX_LIVE or not self.manager.can_admit(match, 1)):
             self.end(index)
         before = set(self.stories)
-        if self.admit_prompt(prompt, salt, chunk):
-            self.did("come back")
-            if leaves:
-                self.end_new(before)
-                self.push(PromptSpec("unique", [0] * max(self.manager.available_blocks, 1) * self.size))
+        self.did("come back")
+        if self.admit_prompt(prompt, salt, chunk) and leaves:
+            self.end_new(before)
+            self.push(PromptSpec("unique", [0] * max(self.manager.available_blocks, 1) * self.size))
 
     @precondition(lambda self: self.host.num_blocks and len(self.stories) < MAX_LIVE)
     @rule(blocks=st.integers(1, 6), symbol=st.integers(2, 6), ends=st.integers(0, 3))
@@ -149,8 +149,8 @@ class TierRules(ManagerMachine):
         """Let the end of some, and something short-lived that may have been there before, push out what is cached."""
         for _ in range(min(ends, len(self.stories))):
             self.end(0)
-        if self.push(PromptSpec("runs", [symbol] * blocks)):
-            self.did("press")
+        self.push(PromptSpec("runs", [symbol] * blocks))
+        self.did("press")
 
     def push(self, spec: PromptSpec) -> bool:
         """Admit a prompt and end it."""
@@ -208,4 +208,4 @@ class TierRules(ManagerMachine):
                 continue
             raise AssertionError("bad input was accepted")
         assert self.snapshot() == before, "a refused call changed something"
-        self.did("misuse tiers")
+        self.did("misuse")
