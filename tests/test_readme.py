@@ -60,11 +60,12 @@ def test_memory_savings_begins_like_this() -> None:
     assert printed.getvalue().split() == block("memory_savings").split()
 
 
-def test_the_allocator_example_prints_this() -> None:
+@pytest.mark.parametrize("name", ["allocator", "allocator more"])
+def test_the_allocator_examples_print_this(name: str) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(block("allocator"), "README.md", "exec"), {})
-    assert printed.getvalue() == block("allocator output")
+        exec(compile(block(name), "README.md", "exec"), {})
+    assert printed.getvalue() == block(f"{name} output")
 
 
 def test_the_kernel_example_prints_this() -> None:
