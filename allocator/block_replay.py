@@ -28,15 +28,17 @@ class Sequence:
     num_tokens  its length, less what its batch has advanced in all
     table       its blocks, of the GPU or, while it is swapped out, of the host beyond the cached ones
     prefix      the positions that say what its prefix says
+    left        blocks that a window has passed; a windowed prefix has NONE for what it repeats
     """
 
-    __slots__ = ("batch", "num_tokens", "prefix", "table")
+    __slots__ = ("batch", "left", "num_tokens", "prefix", "table")
 
     def __init__(self) -> None:
         self.table = array("i")
         self.prefix = array("i")
         self.num_tokens = 0
         self.batch = NOBODY
+        self.left = 0
 
 
 class Column:
@@ -87,6 +89,8 @@ class BlockReplay:
         self._ticks: Counter[int] = Counter()  # by batch
         self._pinned: list[int] = []
         self._held_for_copies: list[array[int]] = []
+        self._windowed = False
+        self._block_at: dict[int, int] = {}  # by place, of a windowed cache
         self._resize(0, 0)
 
     def _resize(self, num_blocks: int, num_host_blocks: int) -> None:
@@ -95,7 +99,8 @@ class BlockReplay:
         self._pins = Column(num_blocks)
         self._cached_at = Column(num_blocks, NONE)  # position
         self._block = Column(positions, NONE)
-        self._parent = Column(positions, ROOT)
+        self._parent = Column(positions, ROOT)  # of a windowed cache, the place
+        self._place = Column(positions, NONE)
         self._holds = Column(positions)
         self._host_block = Column(positions, NONE)
         self._unused = array("i", range(positions - 1, -1, -1))
@@ -116,7 +121,7 @@ class BlockReplay:
     def forked(self, event: Event) -> None:
         parent, child = self._sequences[event.other], Sequence()
         self._start(event.sequence, child)
-        child.num_tokens = self.length(parent)
+        child.num_tokens, child.left = self.length(parent), parent.left
         self._enter(child, parent.table)
         self._hold(child, parent.prefix)
 
@@ -132,11 +137,12 @@ class BlockReplay:
         one, other = self._sequences[event.sequence], self._sequences[event.other]
         one.table, other.table = other.table, one.table
         one.prefix, other.prefix = other.prefix, one.prefix
+        one.left, other.left = other.left, one.left
 
     def _leave(self, sequence: Sequence) -> None:
         """Let a sequence hold nothing on the GPU."""
         self._references.add(sequence.table, -1)
-        self._holds.add(sequence.prefix, -1)
+        self._holds.add(self._held(sequence.prefix), -1)
 
     # -------------------------------------------------------- tables grow and shrink
 
@@ -147,14 +153,16 @@ class BlockReplay:
         sequence.num_tokens += event.value
 
     def hit(self, event: Event) -> None:
-        self.repeated(event)
         sequence = self._sequences[event.sequence]
+        self._hold(sequence, self._positions(event.blocks))
         self._enter(sequence, event.blocks)
         sequence.num_tokens += event.value
+        if self._windowed:
+            sequence.left = event.value // self.tokens_per_block - len(event.blocks)
 
     def truncated(self, event: Event) -> None:
         sequence = self._sequences[event.sequence]
-        keep = -(-event.value // self.tokens_per_block)
+        keep = -(-event.value // self.tokens_per_block) - sequence.left
         self._references.add(sequence.table[keep:], -1)
         del sequence.table[keep:]
         sequence.num_tokens = event.value
@@ -206,7 +214,11 @@ class BlockReplay:
             raise Contradiction(f"{event.value} must be the length of its prefix, {len(sequence.prefix)}")
 
     def repeated(self, event: Event) -> None:
-        self._hold(self._sequences[event.sequence], self._positions(event.blocks))
+        sequence, positions = self._sequences[event.sequence], self._positions(event.blocks)
+        if self._windowed:
+            sequence.prefix.append(NONE)
+        else:
+            self._hold(sequence, positions)
 
     def evicted(self, event: Event) -> None:
         positions = self._positions(event.blocks)
@@ -221,7 +233,8 @@ class BlockReplay:
         self._uncache(self._positions(event.blocks), event.blocks)
 
     def detached(self, event: Event) -> None:
-        self._cut_prefix(self._sequences[event.sequence], event.value)
+        sequence = self._sequences[event.sequence]
+        self._cut_prefix(sequence, event.value - sequence.left)
 
     def _settle(self, positions: array[int], blocks: array[int]) -> None:
         """Let blocks hold what belongs at these positions."""
@@ -236,22 +249,55 @@ class BlockReplay:
         return positions
 
     def _hold(self, sequence: Sequence, positions: array[int]) -> None:
-        self._holds.add(positions, 1)
+        self._holds.add(self._held(positions), 1)
         sequence.prefix.extend(positions)
 
     def _cut_prefix(self, sequence: Sequence, end: int) -> None:
-        self._holds.add(sequence.prefix[end:], -1)
+        self._holds.add(self._held(sequence.prefix[end:]), -1)
         del sequence.prefix[end:]
+
+    def _held(self, prefix: array[int]) -> array[int]:
+        """Return the positions that a sequence with this prefix holds."""
+        return array("i", [p for p in prefix if p != NONE]) if self._windowed else prefix
 
     def _uncache(self, positions: array[int], blocks: array[int]) -> None:
         self._cached_at.set(blocks, NONE)
         self._block.set(positions, NONE)
+        if self._windowed:
+            for position in positions:
+                del self._block_at[self._place.one[position]]
         self._drop_empty(positions)
 
     def _drop_empty(self, positions: Iterable[int]) -> None:
         """Give up those positions that no block holds any more."""
         block, host_block = self._block.one, self._host_block.one
         self._unused.extend([p for p in positions if block[p] == host_block[p] == NONE])
+
+    # -------------------------------------------------------- windows
+
+    def window(self, event: Event) -> None:
+        self._windowed = True
+
+    def passed(self, event: Event) -> None:
+        sequence = self._sequences[event.sequence]
+        gone = slice(event.other, event.other + event.value)
+        self._references.add(sequence.table[gone], -1)
+        self._holds.add(self._held(sequence.prefix[gone]), -1)
+        del sequence.table[gone], sequence.prefix[gone]
+        sequence.left += event.value
+
+    def placed(self, event: Event) -> None:
+        """Positions last as long as their blocks, places for good: a parent may be cached later, or again."""
+        if not self._cached_at.are(event.blocks, NONE):
+            raise Contradiction(f"{event.blocks.tolist()} must not be cached already")
+        if event.value in self._block_at:
+            raise Contradiction(f"place {event.value} must not be cached already")
+        position = array("i", (self._unused.pop(),))
+        self._place.one[position[0]] = event.value
+        self._parent.one[position[0]] = event.other
+        self._block_at[event.value] = event.blocks[0]
+        self._settle(position, event.blocks)
+        self._hold(self._sequences[event.sequence], position)
 
     # -------------------------------------------------------- copies
 
@@ -268,8 +314,9 @@ class BlockReplay:
         if self._cached_at.one[source] == NONE:
             self._pin(source)
         else:  # a cached source is kept by its whole prefix
-            self._holds.add(sequence.prefix, 1)
-            self._held_for_copies.append(sequence.prefix[:])
+            held = sequence.prefix[-1:] if self._windowed else sequence.prefix[:]
+            self._holds.add(held, 1)
+            self._held_for_copies.append(held)
 
     def branched(self, event: Event) -> None:
         sequence = self._sequences[event.sequence]

@@ -21,7 +21,9 @@ STATES = ("free", "evictable", "referenced", "in transfer")
 """Names of the states of a block, each of which has exactly one."""
 UNCACHED = -2
 """Parent of a block that is not cached; a cached first block's is ROOT."""
-HOST_PARENT = -3
+GONE = -3
+"""Parent of a block behind one that a windowed cache has evicted."""
+HOST_PARENT = -4
 """Parent of what only the host holds behind a block that only the host holds, too: HOST_PARENT − that block."""
 
 _NO_STATES: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
@@ -31,12 +33,15 @@ _NO_BLOCKS: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 class SequenceState(NamedTuple):
     """A sequence: its length, its table, and the cached blocks that say what its prefix says.
 
-    Where the prefix names another block than the table, the sequence computed what was cached already.
+    Where the prefix names another block than the table, the sequence computed what was cached already. In a
+    windowed cache, table and prefix lack `left` blocks after those of the sinks, and the prefix has −1 instead of
+    another block.
     """
 
     num_tokens: int
     table: tuple[int, ...]
     prefix: tuple[int, ...]
+    left: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ class CacheState:
     states        uint8 [num_blocks]  FREE, EVICTABLE, REFERENCED or IN_TRANSFER
     references    int32 [num_blocks]  tables that hold the block
     holds         int32 [num_blocks]  prefixes (of sequences, copies, transfers) that lead through a cached block
-    parents       int32 [num_blocks]  the cached block before it in its prefix, ROOT, or UNCACHED
+    parents       int32 [num_blocks]  the cached block before it in its prefix, ROOT, GONE or UNCACHED
     sequences     running ones, by the number that the log gave them
 
     and of the host tier, if there is one:
@@ -78,7 +83,7 @@ class CacheState:
         return _counts(self.host_states)
 
     def prefix(self, block: int) -> list[int]:
-        """Return the cached blocks from the first to `block`: those whose content `block` continues."""
+        """Return the cached blocks, from the first that is not GONE, to `block`: whose content `block` continues."""
         blocks = []
         while block >= 0:
             if self.parents[block] == UNCACHED:
@@ -130,10 +135,13 @@ class CacheState:
         sequences = {}
         for sequence in manager.sequences:
             prefix: list[int] = []
-            for extent in sequence.anchor.path():
-                prefix[:0] = extent.ids
+            if manager.windowed is None:
+                for extent in sequence.anchor.path():
+                    prefix[:0] = extent.ids
+            else:
+                prefix = [-1 if node is None else node.ids[0] for node in sequence.held]
             sequences[sequence.number] = SequenceState(
-                sequence.num_tokens, tuple(sequence.table), tuple(prefix)
+                sequence.num_tokens, tuple(sequence.table), tuple(prefix), sequence.left
             )
         state = cls(states, references, holds, parents, sequences)
         return state if tier is None else state._with_host(manager, extents)
@@ -208,5 +216,4 @@ def _last(extent: Extent | None) -> int:
         return ROOT
     if extent.ids:
         return extent.ids[-1]
-    assert extent.host is not None
-    return HOST_PARENT - extent.host[-1]
+    return GONE if extent.host is None else HOST_PARENT - extent.host[-1]

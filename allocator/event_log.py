@@ -76,6 +76,18 @@ KINDS = (
     Kind("swapped_in", "", "cached", "it comes back: host blocks, then as many blocks; cached ones first"),
     Kind("sent", "", "list", "the pending transfers were handed out"),
     Kind("arrived", "", "list", "they are done, and no longer keep their blocks"),
+    Kind(
+        "window",
+        "sink_blocks",
+        "tokens",
+        "the cache is windowed: sequences hold the blocks they need, no prefixes",
+    ),
+    Kind(
+        "passed", "sink_blocks", "blocks", "so many blocks of its table, after those of the sinks, leave it"
+    ),
+    Kind(
+        "placed", "parent", "place", "as stored, of a windowed cache, where places in prefixes have numbers"
+    ),
 )
 """The kinds of events; the column `kind` is an index into them."""
 
@@ -111,6 +123,9 @@ KINDS = (
     SWAPPED_IN,
     SENT,
     ARRIVED,
+    WINDOW,
+    PASSED,
+    PLACED,
 ) = range(len(KINDS))
 
 _ROW = Struct("<iiiiB")

@@ -21,6 +21,7 @@ from allocator.block_replay import NONE, BlockReplay, Column, Contradiction, Seq
 from allocator.cache_state import (
     EVICTABLE,
     FREE,
+    GONE,
     HOST_PARENT,
     IN_TRANSFER,
     REFERENCED,
@@ -35,6 +36,7 @@ __all__ = [
     "COLUMNS",
     "EVICTABLE",
     "FREE",
+    "GONE",
     "HOST_PARENT",
     "IN_TRANSFER",
     "KINDS",
@@ -131,14 +133,17 @@ class Replayer(BlockReplay):
         )
 
     def _running(self, sequence: Sequence) -> SequenceState:
-        prefix = self._block.of(sequence.prefix)
-        return SequenceState(self.length(sequence), tuple(sequence.table), tuple(prefix))
+        prefix = [NONE if position == NONE else self._block.one[position] for position in sequence.prefix]
+        return SequenceState(self.length(sequence), tuple(sequence.table), tuple(prefix), sequence.left)
 
     def _parents(self, at: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return what comes before the content of blocks that hold these positions."""
         if not len(at):
             return at.copy()
         parent = self._parent.all[at]
+        if self._windowed:
+            blocks = [ROOT if place == ROOT else self._block_at.get(place, GONE) for place in parent.tolist()]
+            return np.where(at == NONE, UNCACHED, np.array(blocks, dtype=np.int32)).astype(np.int32)
         block, host = self._block.all[parent], HOST_PARENT - self._host_block.all[parent]
         found = np.where(parent == ROOT, ROOT, np.where(block != NONE, block, host))
         return np.where(at == NONE, UNCACHED, found).astype(np.int32)

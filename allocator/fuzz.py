@@ -63,6 +63,7 @@ __all__ = [
     "Tally",
     "TierEventsMachine",
     "TierMachine",
+    "WindowEventsMachine",
     "WindowMachine",
     "run_machine",
 ]
@@ -92,6 +93,16 @@ class EventsMachine(EventRules, SharingRules, BatchRules):
     """The event log, of every program."""
 
     logging = (True,)
+
+
+class WindowEventsMachine(EventRules, WindowRules, SharingRules, BatchRules):
+    """The event log of a windowed cache, of every program."""
+
+    logging = (True,)
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window."""
+        return 2 + drawn % 8
 
 
 class TierEventsMachine(EventRules, TierRules, SharingRules):

@@ -150,7 +150,7 @@ class Oracle(WindowOracle):
         self.host_blocks = (
             host_blocks if self.serves_host and self.partial != "steal" and window is None else 0
         )
-        self.keeps_log = self.logging[log % len(self.logging)] and window is None
+        self.keeps_log = self.logging[log % len(self.logging)]
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.num_blocks = num_blocks

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 
 from allocator.checks import as_int, require_power_of_two
 from allocator.config import CacheConfig
-from allocator.event_log import CREATED, HOST, NOBODY, EventLog
+from allocator.event_log import CREATED, HOST, NOBODY, WINDOW, EventLog
 from allocator.eviction import EvictionPolicy, make_policy
 from allocator.lifetimes import Lifetimes
 from allocator.partial import PartialReuse
@@ -69,7 +69,7 @@ class ManagerState:
                 f"num_host_blocks ({num_host_blocks}) needs copy_on_partial_reuse, if any partial reuse"
             )
         if self.window is not None:
-            _refuse_with_a_window(config, num_host_blocks, events)
+            _refuse_with_a_window(config, num_host_blocks)
         if num_host_blocks:
             self.pool.tier = HostTier(self.pool, num_host_blocks, config.offload_min_priority)
         if config.enable_partial_reuse:
@@ -99,6 +99,9 @@ class ManagerState:
         log = EventLog()
         log.add(CREATED, NOBODY, self.tokens_per_block, self.pool.num_blocks)
         self.events = self.pool.events = self.tables.events = self.tables.copies.events = log
+        if self.windowed is not None:
+            log.add(WINDOW, NOBODY, self.windowed.window.sink_blocks, self.windowed.window.reach + 1)
+            self.windowed.index.numbers = {}
         if self.pool.tier is not None:
             log.add(HOST, value=self.pool.tier.host.num_blocks)
             self.pool.tier.log_to(log)
@@ -121,12 +124,11 @@ class ManagerState:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
 
 
-def _refuse_with_a_window(config: CacheConfig, num_host_blocks: int, events: bool) -> None:
+def _refuse_with_a_window(config: CacheConfig, num_host_blocks: int) -> None:
     """Raise ValueError for what a windowed cache cannot do."""
     options: dict[str, object] = {
         "enable_partial_reuse": config.enable_partial_reuse,
         "num_host_blocks": num_host_blocks,
-        "events": events,
     }
     for name, value in options.items():
         if value:

@@ -22,6 +22,8 @@ class WindowedIndex(PrefixIndex):
     def __init__(self, ghost_capacity: int) -> None:
         super().__init__(ghost_capacity)
         self.windowed = True
+        self.numbers: dict[Extent, int] | None = None  # of nodes in the event log, if there is one
+        self._numbered = 0
         self.anchors: dict[Extent, int] = {}  # sequences whose last full block a node stands for
 
     def anchor(self, node: Extent, sequences: int = 1) -> None:
@@ -36,6 +38,21 @@ class WindowedIndex(PrefixIndex):
         else:
             del self.anchors[node]
             self._prune(node)
+
+    def number(self, node: Extent) -> int:
+        """Return the number of a node in the event log, for good; −1 for a root."""
+        assert self.numbers is not None
+        if node.parent is None:
+            return -1
+        if node not in self.numbers:
+            self.numbers[node] = self._numbered
+            self._numbered += 1
+        return self.numbers[node]
+
+    def _detach(self, extent: Extent) -> None:
+        super()._detach(extent)
+        if self.numbers is not None:
+            del self.numbers[extent]
 
     def walk(self, root: Extent, keys: bytes) -> list[Extent]:
         """Return the nodes that `keys` leads through, whether they hold a block or not."""

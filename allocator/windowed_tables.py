@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from allocator.batch import Batch
+from allocator.event_log import DETACHED, PASSED, PLACED, REPEATED
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
 from allocator.sequence import KVSequence
@@ -69,6 +70,8 @@ class WindowedTables(Tables):
         if count <= 0:
             return 0
         table, held, pool = sequence.table, sequence.held, self.pool
+        if self.events is not None:
+            self.events.add(PASSED, sequence.number, first, count)
         for at in range(first, first + count):
             node = held[at]
             if node is not None:
@@ -107,6 +110,8 @@ class WindowedTables(Tables):
             if child is not None and child.ids:
                 sequence.twins.add(position)
                 sequence.held.append(None)
+                if self.events is not None:
+                    self.events.add_block(REPEATED, sequence.number, -1, position, child.ids[0])
             else:
                 block = array("i", (sequence.table[sequence.index_of(position)],))
                 if child is None:
@@ -116,6 +121,9 @@ class WindowedTables(Tables):
                 child.references = 1
                 pool.cached(child, 1)
                 sequence.held.append(child)
+                if self.events is not None:
+                    place = index.number(node), index.number(child)
+                    self.events.add_block(PLACED, sequence.number, *place, block[0])
             node = child
         sequence.anchor = node
         index.anchor(node)
@@ -123,6 +131,8 @@ class WindowedTables(Tables):
 
     def move_anchor(self, sequence: KVSequence, end: int) -> None:
         before = node = sequence.anchor
+        if self.events is not None and node.end > end:
+            self.events.add(DETACHED, sequence.number, value=end)
         while node.end > end:
             held = sequence.held.pop()
             if held is not None:
