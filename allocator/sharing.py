@@ -187,6 +187,7 @@ class Sharing(Admission):
         for sequence in sequences:
             if sequence.batch is not None:
                 sequence.batch.unready[sequence] = None
+                sequence.batch.place(sequence)
 
     def _swap_state(self, one: KVSequence, other: KVSequence) -> None:
         for name in _STATE:

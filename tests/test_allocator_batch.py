@@ -227,3 +227,15 @@ def test_token_ids_that_do_not_fit_change_nothing(tokens: list[int]) -> None:
         manager.append(batch, tokens)
     assert manager.stats() == before
     assert [said(s)[-1] for s in batch] == [7, 8]
+
+
+def test_beams_that_change_places_get_the_slots_of_their_new_blocks() -> None:
+    manager = KVCacheManager(8, 4)
+    beams = [manager.admit(TokenContent([symbol] * 5), 5) for symbol in (1, 2)]
+    batch = manager.batch()
+    for beam in beams:
+        batch.add(beam)
+    assert manager.append(batch, [7, 8]).tolist() == [5, 13]
+    manager.reorder_beams(beams, [1, 0])
+    slots = manager.append(batch, [7, 8])
+    assert slots.tolist() == [14, 6] == [int(beam.slots(6, 7)[0]) for beam in beams]
