@@ -12,6 +12,7 @@ from allocator.events import (
     COLUMNS,
     EVICTABLE,
     FREE,
+    GONE,
     IN_TRANSFER,
     KINDS,
     REFERENCED,
@@ -22,11 +23,12 @@ from allocator.events import (
     SequenceState,
     rebuild,
 )
-from allocator.fuzz import EventsMachine, TierEventsMachine
+from allocator.fuzz import EventsMachine, TierEventsMachine, WindowEventsMachine
 from allocator.manager import KVCacheManager
 
 TestEvents = EventsMachine.TestCase
 TestTierEvents = TierEventsMachine.TestCase
+TestWindowEvents = WindowEventsMachine.TestCase
 
 
 def scenario() -> KVCacheManager:
@@ -212,6 +214,36 @@ def test_what_goes_to_the_host_and_comes_back() -> None:
     assert rebuild(log).host_counts()["free"] == 4
     assert rebuild(log).sequences == {1: SequenceState(3, (2, 3), (2,))}
     assert rebuild(EventLog.from_columns(log.columns())) == CacheState.of(manager)
+
+
+WINDOW_GOLDEN = """\
+     0      0  created     tokens_per_block 2, num_blocks 4
+     1      0  window      sink_blocks 1, tokens 3
+     2      0  admitted    sequence 0, prompt_tokens 6
+     3      0  taken       sequence 0, tokens 6, blocks [0, 1, 2]
+     4      0  placed      sequence 0, parent -1, place 0, blocks [0]
+     5      0  placed      sequence 0, parent 0, place 1, blocks [1]
+     6      0  placed      sequence 0, parent 1, place 2, blocks [2]
+     7      0  passed      sequence 0, sink_blocks 1, blocks 1
+     8      0  taken       sequence 0, tokens 1, blocks [3]
+     9      0  admitted    sequence 1, prompt_tokens 1
+    10      0  evicted     blocks [1]
+    11      0  taken       sequence 1, tokens 1, blocks [1]"""
+
+
+def test_blocks_that_a_window_has_passed() -> None:
+    manager = KVCacheManager(4, 2, CacheConfig(window=3, num_sinks=2), events=True)
+    first = manager.admit(TokenContent([1, 2, 3, 4, 5, 6]), 6)
+    manager.append([first])
+    manager.admit(TokenContent([7]), 1)
+    log = manager.events
+    assert log is not None
+    assert str(log) == WINDOW_GOLDEN
+    passed = rebuild(log, 9)
+    assert passed.states.tolist() == [REFERENCED, EVICTABLE, REFERENCED, REFERENCED]
+    assert passed.sequences == {0: SequenceState(7, (0, 2, 3), (0, 2), left=1)}
+    assert rebuild(log).parents.tolist() == [-1, UNCACHED, GONE, UNCACHED]
+    assert rebuild(log).prefix(2) == [2]
 
 
 def test_every_prefix_of_the_log_can_be_rebuilt_and_gone_on_from() -> None:

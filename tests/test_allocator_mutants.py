@@ -675,6 +675,27 @@ MUTANTS = [
         "                pass\n            self.policy.referenced(extent)\n",
         "RetentionMachine",
     ),
+    Mutant(
+        "what_a_window_passed_not_logged",
+        "windowed_tables.py",
+        "            self.events.add(PASSED, sequence.number, first, count)\n",
+        "            pass\n",
+        "WindowEventsMachine",
+    ),
+    Mutant(
+        "place_logged_without_its_parent",
+        "windowed_tables.py",
+        "place = index.number(node), index.number(child)",
+        "place = -1, index.number(child)",
+        "WindowEventsMachine",
+    ),
+    Mutant(
+        "beams_change_places_and_keep_their_slots",
+        "sharing.py",
+        "                sequence.batch.place(sequence)\n",
+        "",
+        "BatchMachine AllocatorMachine",
+    ),
 ]
 
 

@@ -220,7 +220,7 @@ class BesideNaive(AllocatorMachine):
 class ReuseBesideNaive(BesideNaive, ReuseMachine):
     """As above; the rules of sharing are switched off, so that hits and evictions come quickly."""
 
-    fork = sample = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
+    fork = sample = search = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
 
 
 class SharingBesideNaive(BesideNaive, SharingMachine):
@@ -232,7 +232,7 @@ class SharingBesideNaive(BesideNaive, SharingMachine):
 class PartialBesideNaive(BesideNaive, PartialMachine):
     """As above, without what `ReuseBesideNaive` leaves out; with partial reuse always."""
 
-    fork = sample = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
+    fork = sample = search = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
     partials = ("copy", "steal")
 
 

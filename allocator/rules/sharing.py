@@ -57,6 +57,11 @@ class SharingRules(ManagerMachine):
         one = self.live(index, self.complete)
         if one is None:
             return
+        self.reorder(one, width, parents)
+        self.did("reorder beams")
+
+    def reorder(self, one: KVSequence, width: int, parents: list[int]) -> None:
+        """Let a sequence and those that can be beams of one group with it go on from others."""
         story = self.stories[one]
         beams = [
             s
@@ -74,7 +79,34 @@ class SharingRules(ManagerMachine):
         for i, (beam, heir) in enumerate(zip(beams, stories, strict=True)):
             if chosen[i] != i:
                 self.stories[beam] = heir
-        self.did("reorder beams")
+
+    @precondition(lambda self: any(self.complete(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
+    @rule(index=INDEX, n=st.integers(1, 3), parents=st.lists(INDEX, min_size=4, max_size=4), bits=TOKEN_BITS)
+    def search(self, index: int, n: int, parents: list[int], bits: int | None) -> None:
+        """Fork a sequence into beams that decode in the batch, and let them go on from one another, twice."""
+        sequence = self.live(index, self.complete)
+        assert sequence is not None
+        self.end_step_of(sequence)
+        n = min(n, MAX_LIVE - len(self.stories))
+        children = self.refusing(0, 0, lambda: self.manager.fork(sequence, n))
+        if children is None:
+            return
+        self.forked(sequence, children)
+        beams = [sequence, *children]
+        for beam in beams:
+            if beam not in self.batch:
+                self.batch.add(beam)
+        for _ in range(2):
+            if not self.append_to(self.batch, 1, bits, 0):
+                break
+            self.flush()
+            self.reorder(sequence, len(beams), parents)
+        if self.append_to(self.batch, 1, bits, 0):
+            self.flush()
+            self.check_reads()
+        for beam in beams:
+            self.batch.remove(beam)
+        self.did("search")
 
     @precondition(lambda self: any(self.alone(s) for s in self.stories))
     @rule(index=INDEX, keep=st.integers(1, 24))
