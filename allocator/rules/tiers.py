@@ -28,13 +28,17 @@ class TierRules(ManagerMachine):
         return found[index % len(found)] if found else None
 
     @precondition(lambda self: self.host.num_blocks and any(s not in self.batch for s in self.stories))
-    @rule(index=INDEX)
-    def swap_out(self, index: int) -> None:
-        """Swap a sequence out, if the host has room."""
+    @rule(index=INDEX, blocks=st.none() | st.integers(1, 6))
+    def swap_out(self, index: int, blocks: int | None) -> None:
+        """Swap a sequence out, if the host has room; bring it back after others took `blocks` blocks, if given."""
         sequence = self.live(index, lambda s: s not in self.batch)
-        if sequence is not None:
-            self.swap_sequence_out(sequence)
-            self.did("swap out")
+        if sequence is None:
+            return
+        left = self.swap_sequence_out(sequence)
+        self.did("swap out")
+        if left and blocks is not None:
+            self.push(PromptSpec("runs", [2 + index] * blocks))
+            self.swap_sequence_in(sequence)
 
     def swap_sequence_out(self, sequence: KVSequence) -> bool:
         """Swap a sequence out; return whether the host had room."""
@@ -93,7 +97,12 @@ class TierRules(ManagerMachine):
     def swap_in(self, index: int) -> None:
         """Swap a sequence in, if the GPU has room."""
         sequence = self.swapped_out(index)
-        if sequence is None or len(self.stories) >= MAX_LIVE:
+        if sequence is not None:
+            self.swap_sequence_in(sequence)
+
+    def swap_sequence_in(self, sequence: KVSequence) -> None:
+        """Swap a sequence in, if the GPU has room."""
+        if len(self.stories) >= MAX_LIVE:
             return
         least = most = 0
         if self.settled and not self.host.in_flight:
