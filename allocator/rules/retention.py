@@ -195,7 +195,8 @@ class RetentionRules(ManagerMachine):
         """Check everything, and what is to be kept besides."""
         self.keeping.note(self.stories.values())
         super().check_all()
-        if self.settled and self.window is None:
+        in_flight = self.host.in_flight  # what transfers hold is not unreferenced yet
+        if self.settled and self.window is None and not in_flight:
             self.settle_retention()
 
     def settle_retention(self) -> None:
@@ -226,7 +227,11 @@ class RetentionRules(ManagerMachine):
         self.admit_prompt(made, salt, chunk, retention=retention)
         self.did("admit retained")
 
-    @precondition(lambda self: (self.keeping.said or len(self.stories) == 1) and self.settled)
+    @precondition(
+        lambda self: (
+            (self.keeping.said or len(self.stories) == 1) and self.settled and not self.host.in_flight
+        )
+    )
     @rule(by=st.integers(1, 3))
     def pass_time(self, by: int) -> None:
         """Let time pass, between steps."""

@@ -89,6 +89,7 @@ class TierRules(ManagerMachine):
             if length < story.length:
                 self.manager.truncate(sequence, length)
                 story.truncate(length)
+                self.check_all()
         self.append_to([sequence], 1, bits, 0)
         self.did("part")
 
@@ -180,7 +181,8 @@ class TierRules(ManagerMachine):
 
     def end_new(self, before: set[KVSequence]) -> None:
         """Run the step, and end the one sequence that was not there before."""
-        self.flush()
+        self.hold = 0
+        self.check_all()
         (sequence,) = set(self.stories) - before
         self.manager.release(sequence)
         del self.stories[sequence]
