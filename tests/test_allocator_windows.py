@@ -381,7 +381,6 @@ def test_quotas_count_what_tables_hold() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"events": True}, r"events \(True\) must be False with a window \(8\)"),
         ({"num_host_blocks": 4}, r"num_host_blocks \(4\) must be 0 with a window \(8\)"),
     ],
 )
