@@ -5,8 +5,8 @@
     python -m experiments.tools.fuzz --machine my_machines:MyManagerMachine
 
 The steps are cut into runs of some thousands, each with a seed of its own, spread over the cores. What a run does
-depends on its seed, and on the version and the sources that Hypothesis draws constants from. A failure ends everything, and is
-printed as the shortest program that still fails, ready to paste into a test.
+depends on its seed, and on the version and the sources that Hypothesis draws constants from. A failure ends everything,
+and is printed as the shortest program that still fails, ready to paste into a test.
 """
 
 from __future__ import annotations
