@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from allocator.shadow import Prompt
 
 if TYPE_CHECKING:
-    from allocator.oracle import Oracle
+    from allocator.oracle_recount import Recount
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def unit_tokens(prompt: Prompt, tokens_per_block: int) -> int:
     return 1 if family == "tokens" else gcd(int(str(family)), tokens_per_block)
 
 
-def expected_part(oracle: Oracle, prompt: Prompt, salt: Hashable, hit_blocks: int) -> PartExpected:
+def expected_part(oracle: Recount, prompt: Prompt, salt: Hashable, hit_blocks: int) -> PartExpected:
     """Return what a lookup of a prompt has to find beyond its `hit_blocks` whole blocks."""
     size = oracle.size
     if not oracle.partial or not oracle.reuse:
