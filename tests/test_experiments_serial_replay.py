@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocator.eviction import LRU, POLICIES, Belady, make_policy
-from experiments.tools.serial_replay import blocks_of, main, offline_bound, replay
+from experiments.tools.serial_replay import FORESIGHT, blocks_of, main, offline_bound, replay
 from sim.traces import read_trace
 
 Ids = tuple[int, ...]
@@ -50,11 +50,11 @@ def test_the_bound_is_the_optimum(requests: list[Ids], num_blocks: int) -> None:
     assert offline_bound(arrays(requests), num_blocks) == best(requests, num_blocks)
 
 
-@pytest.mark.parametrize("name", ["belady", *sorted(POLICIES)])
+@pytest.mark.parametrize("name", [*FORESIGHT, *sorted(POLICIES)])
 @settings(max_examples=25)
 @given(requests=st.lists(_ids, min_size=1, max_size=60), num_blocks=st.integers(4, 12))
 def test_no_policy_beats_the_bound(name: str, requests: list[Ids], num_blocks: int) -> None:
-    policy = Belady() if name == "belady" else make_policy(name)
+    policy = FORESIGHT[name]() if name in FORESIGHT else make_policy(name)
     bound = offline_bound(arrays(requests), num_blocks)
     assert replay(arrays(requests), num_blocks, policy) <= bound
     assert bound <= offline_bound(arrays(requests), num_blocks + 1)
@@ -92,13 +92,15 @@ def write_trace(path: Path, requests: list[Ids]) -> Path:
 def test_the_command_prints_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A cycle of three blocks: LRU never hits unless all fit, and only the bound can let one pass by."""
     trace = write_trace(tmp_path / "cycle.jsonl", [(1,), (2,), (3,), (1,), (2,), (3,)])
-    assert main([str(trace), "--num-blocks", "1", "2", "3", "--policies", "lru", "belady"]) == 0
+    policies = ["lru", "belady", "weighted_belady"]
+    assert main([str(trace), "--num-blocks", "1", "2", "3", "--policies", *policies]) == 0
     printed = capsys.readouterr().out
     assert "6 requests, 6 blocks" in printed
     rows = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
     assert rows == [
         ["lru", "0.0000", "0.0000", "0.5000"],
         ["belady", "0.0000", "0.3333", "0.5000"],
+        ["weighted_belady", "0.0000", "0.3333", "0.5000"],  # all blocks lie equally deep
         ["offline", "bound", "0.1667", "0.3333", "0.5000"],
     ]
 

@@ -26,10 +26,13 @@ from rich.table import Table
 from allocator.checks import require_int
 from allocator.config import CacheConfig
 from allocator.content import ChunkContent
-from allocator.eviction import Belady, EvictionPolicy, make_policy
+from allocator.eviction import Belady, EvictionPolicy, WeightedBelady, make_policy
 from allocator.manager import KVCacheManager, OutOfBlocks
 from sim.command_line import parse_dataclass, run_command
 from sim.traces import Trace, read_trace
+
+FORESIGHT: dict[str, type[Belady]] = {"belady": Belady, "weighted_belady": WeightedBelady}
+"""The policies that are told the requests first."""
 
 Requests = Sequence[NDArray[np.int64]]
 """The blocks of each prompt, int64 [blocks], not negative: equal ids behind equal ids, equal content."""
@@ -131,7 +134,8 @@ class Config:
     num_blocks: tuple[int, ...] = (1000, 3000, 10_000, 30_000)
     """Sizes of the pool, in blocks of one content chunk."""
     policies: tuple[str, ...] = ("lru", "belady")
-    """Eviction policies, by name or as package.module:Class."""
+    """Eviction policies, by name or as package.module:Class; also belady and weighted_belady, which know the future.
+    The weighted one saves computation, in which a block counts for more the deeper it lies, rather than blocks."""
 
 
 def run(config: Config, console: Console) -> None:
@@ -144,7 +148,7 @@ def run(config: Config, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name in config.policies:
-        policies = [Belady() if name == "belady" else make_policy(name) for _ in config.num_blocks]
+        policies = [FORESIGHT[name]() if name in FORESIGHT else make_policy(name) for _ in config.num_blocks]
         hits = map(replay, [requests] * len(policies), config.num_blocks, policies)
         table.add_row(name, *(f"{count / total:.4f}" for count in hits))
     table.add_row(
