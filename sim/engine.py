@@ -56,12 +56,17 @@ def simulate(
     Raises ValueError if the configuration cannot work or the requests are not in order. A request that can never
     run is rejected, by cause, and the run goes on.
     """
-    manager = _make_manager(build, cache, num_blocks, num_host_blocks, engine.events)
+    manager = make_manager(build, cache, num_blocks, num_host_blocks, engine.events)
     recorder = Recorder(requests, manager, engine.block_map_samples, folder)
     scheduler = Scheduler(manager, build, engine, cost)
-    replica = _Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
+    replica = Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
+    return recorder.result(run_clock(replica.run))
+
+
+def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any, None]]) -> float:
+    """Let a SimPy process run until nothing happens any more; return the real seconds that it took."""
     environment = simpy.Environment()
-    environment.process(replica.run(environment))
+    environment.process(process(environment))
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic garbage before the run ends, and scanning it all takes a third of the time
     start = perf_counter()
@@ -70,12 +75,13 @@ def simulate(
     finally:
         if collecting:
             gc.enable()
-    return recorder.result(perf_counter() - start)
+    return perf_counter() - start
 
 
-def _make_manager(
+def make_manager(
     build: BuildConfig, cache: CacheConfig, num_blocks: int, num_host_blocks: int, events: bool
 ) -> KVCacheManager:
+    """Return the cache of one replica. Raises ValueError if the configuration cannot work."""
     if build.enable_paged_kv_cache:
         return KVCacheManager(
             num_blocks,
@@ -96,7 +102,7 @@ def _make_manager(
     return KVCacheManager.contiguous(whole, build.max_seq_len, events=events)
 
 
-class _Replica:
+class Replica:
     """Scheduler, cache and clock of one engine."""
 
     def __init__(
@@ -155,7 +161,7 @@ class _Replica:
                     self._note_plan(plan, now)
                 if plan.prefills and scheduler.batch and not plan.decoding:
                     self._note_stall(now)
-                stretch = _Stretch(self, plan, now)
+                stretch = Stretch(self, plan, now)
                 if self._skipping and plan.is_quiet:
                     stretch.skip()
                 yield timeout(stretch.end_ps - now)
@@ -255,15 +261,22 @@ class _Replica:
         They end early with the first arrival that could be admitted. A step takes base + slope · context, so that
         s of them end after s · first + increment · s (s − 1) / 2.
         """
-        scheduler, manager, arrivals = self.scheduler, self.scheduler.manager, self.arrivals
-        pool = manager.pool
+        scheduler, arrivals = self.scheduler, self.arrivals
         decoding = scheduler.num_decoding
         increment = slope * decoding
         first = base + slope * scheduler.context + increment
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and scheduler.accepts_arrivals():
-            steps = _steps_until(arrivals.next_ps - start, first, increment)
+            steps = steps_until(arrivals.next_ps - start, first, increment)
             end = start + steps * first + increment * (steps * (steps - 1) // 2)
+        self.take_coast(start, end, steps, first, increment)
+        return end
+
+    def take_coast(self, start: int, end: int, steps: int, first: int, increment: int) -> None:
+        """Take steps in which there is nothing to do but decode, and record them; the last one begins by now."""
+        scheduler, manager, arrivals = self.scheduler, self.scheduler.manager, self.arrivals
+        pool = manager.pool
+        decoding = scheduler.num_decoding
         later = scheduler.coast(steps)
         manager.end_step()
         last_start = end - first - increment * (steps - 1)
@@ -300,7 +313,6 @@ class _Replica:
                 self._evicted - evicted,
             )
         )
-        return end
 
     def _end_decodes(self, now_ps: int) -> None:
         if self._events is not None:
@@ -325,7 +337,7 @@ class _Replica:
             self._count_done()
 
 
-def _steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
+def steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
     """Return the fewest steps s, at least 1, with s · first + increment · s (s − 1) / 2 >= time, which is positive.
 
     That is s >= (sqrt(b² + 8 · increment · time) − b) / (2 · increment) with b = 2 · first − increment, at least
@@ -341,14 +353,14 @@ def _steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
     return steps
 
 
-class _Stretch:
+class Stretch:
     """One step, or a run of steps that differ only in the lengths of what they decode: a row of the timeline.
 
     Skipping takes the run as one, with a closed form for its duration; stepping takes its steps one by one. Both
     end at the same step: with the first arrival that could be admitted, or where `Scheduler.quiet_steps` says.
     """
 
-    def __init__(self, replica: _Replica, plan: Plan, start_ps: int) -> None:
+    def __init__(self, replica: Replica, plan: Plan, start_ps: int) -> None:
         self._replica = replica
         self._plan = plan
         self._scheduler = replica.scheduler
@@ -378,7 +390,7 @@ class _Stretch:
             batch.work = StepWork(decoding, [job for job, _ in self._plan.prefills], copies)
         return replica.cost.step(batch)
 
-    def _bound(self) -> int:
+    def bound(self) -> int:
         """Return how many steps may follow the first, arrivals apart. Sets the increment."""
         affine = self._replica.decode_affine(self._sequences)
         if affine is None:
@@ -386,7 +398,8 @@ class _Stretch:
         self.increment_ps = affine[1] * self._sequences
         return self._scheduler.quiet_steps()
 
-    def _end_after(self, steps: int) -> int:
+    def end_after(self, steps: int) -> int:
+        """Return when so many steps of the stretch end."""
         return self.start_ps + steps * self.first_ps + self.increment_ps * (steps * (steps - 1) // 2)
 
     def _go_on(self, steps: int) -> None:
@@ -402,21 +415,29 @@ class _Stretch:
 
     def skip(self) -> None:
         """Extend the stretch as far as it goes."""
-        steps = 1 + self._bound()
+        steps = 1 + self.bound()
         stop_ps = self._stop_ps()
-        if stop_ps < self._end_after(steps):
-            steps = _steps_until(stop_ps - self.start_ps, self.first_ps, self.increment_ps)
+        if stop_ps < self.end_after(steps):
+            steps = self.steps_until(stop_ps)
+        self.extend(steps)
+
+    def steps_until(self, time_ps: int) -> int:
+        """Return how many steps it takes, at least 1, to end at that time or later."""
+        return steps_until(time_ps - self.start_ps, self.first_ps, self.increment_ps)
+
+    def extend(self, steps: int) -> None:
+        """Take so many steps in all as one; the last one begins by now."""
         if steps > 1:
             self._go_on(steps - 1)
             self._scheduler.manager.end_step()
             self.steps = steps
-            self.end_ps = self._end_after(steps)
-            self._replica.take_arrivals(self._end_after(steps - 1))
+            self.end_ps = self.end_after(steps)
+            self._replica.take_arrivals(self.end_after(steps - 1))
 
     def step(self) -> bool:
         """Take one more step, if one may follow; return whether it did."""
         if self._more is None:
-            self._more = self._bound()
+            self._more = self.bound()
         if not self._more or self.end_ps >= self._stop_ps():
             return False
         self._more -= 1
