@@ -113,39 +113,24 @@ class CalibratedCost(RooflineCost):
                     f"{name} ({getattr(calibration, name)}) must be the model's {here} on one GPU"
                 )
         self._calibration = calibration
-
-    def _decode(self, sequences: int, context: int) -> int:
-        """Return the time of the decoding sequences' attention in all layers."""
-        return self._decode_base(sequences) + sum(
-            self._key_ps(layers) * (context if window is None else min(context, window * sequences))
-            for window, layers in self._windows
-        )
+        self._set_slopes(calibration.decode_key_us * _PS_PER_US)
 
     def _decode_base(self, sequences: int) -> int:
+        """Return the time of the decoding sequences' attention in all layers, keys apart."""
         if not sequences:
             return 0
         layers = sum(layers for _, layers in self._windows)
         fit = self._calibration
         return round(layers * (fit.decode_base_us + fit.decode_sequence_us * sequences) * _PS_PER_US)
 
-    def _key_ps(self, layers: int) -> int:
-        return round(layers * self._calibration.decode_key_us * _PS_PER_US)
-
     def step(self, batch: StepBatch) -> int:
         """Return the duration of a step, picoseconds."""
-        tokens = batch.decode_sequences
-        total = self._decode(batch.decode_sequences, batch.decode_context)
-        for new_tokens, context in batch.prefills:
-            tokens += new_tokens
-            total += self._prefill(new_tokens, context)
-        return total + self._linear_ps(tokens) + self._moves(batch)
+        return super().step(batch) + self._decode_base(batch.decode_sequences)
 
-    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
-        """Return the base and the slope per key of a decode-only step; None for models with windows."""
-        if any(window is not None for window, _ in self._windows):
-            return None
-        base = self._linear_ps(decode_sequences) + self._decode_base(decode_sequences)
-        return base, sum(self._key_ps(layers) for _, layers in self._windows)
+    def decode_affine(self, decode_sequences: int) -> tuple[int, int]:
+        """Return the base and the slope per key, those in windows apart, of a decode-only step."""
+        base, slope = super().decode_affine(decode_sequences)
+        return base + self._decode_base(decode_sequences), slope
 
     def _prefill(self, new_tokens: int, context: int) -> int:
         fit = self._calibration

@@ -44,6 +44,9 @@ class StepBatch:
     """Slots that are copied from block to block before the step's writes."""
     swapped_tokens: int = 0
     """Slots that move between GPU and host memory, either way, before anything is computed."""
+    window_keys: tuple[int, ...] = ()
+    """For each of the cost's `windows`, the keys that lie in it, summed over the decoding sequences as above; empty
+    if nobody counted them."""
     work: StepWork | None = None
     """The same step in full, for a cost that `needs_work`; models of time do without."""
 
@@ -51,7 +54,9 @@ class StepBatch:
 class StepCost(Protocol):
     """The duration of a step, in integer picoseconds so that sums in closed form are exact.
 
-    A cost that finds the duration by doing the work has an attribute `needs_work` that is true.
+    A cost that finds the duration by doing the work has an attribute `needs_work` that is true. One to which it
+    matters how many keys lie in attention windows says so with two more attributes, tuples of equal length:
+    `windows`, different numbers of keys, and `window_slopes`, picoseconds a key that lies in each.
     """
 
     def step(self, batch: StepBatch) -> int:
@@ -60,7 +65,8 @@ class StepCost(Protocol):
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
         """Return (base, slope) in picoseconds such that, for every context C that `decode_sequences` sequences
-        can have, step(StepBatch(decode_sequences, C)) == base + slope · C, exactly.
+        can have, step(StepBatch(decode_sequences, C)) == base + slope · C, exactly. With `windows`, in which
+        K keys lie, it is base + slope · C + Σ window_slopes · K.
 
         None says that no such pair exists; decode steps are then computed one by one.
         """
@@ -86,9 +92,8 @@ class RooflineCost:
     Attention takes 4 · heads · head_dim flops per query and key (2 each for QKᵀ and PV; with latent attention
     2 · heads · (2 · rank + rope dim)). A prefill chunk is causal: of n new tokens whose last attends to c keys,
     token i attends to c − n + i, i = 1 … n. It reads the K and V of its c keys once, a decoding sequence those of
-    its context once. Layers with a window attend to at most that many keys; the keys of decoding sequences are
-    known in sum only, so windows bound the sum by decode_sequences · window: exact where the sequences are on the
-    same side of the window, else an upper bound.
+    its context once. Layers with a window attend to at most that many keys; of a batch without `window_keys`, in
+    which nobody counted them sequence by sequence, to decode_sequences · window at most.
 
     Copies read and write each slot's bytes at memory bandwidth; blocks that move to or from host memory take the
     link's time. Both come first, as the step's writes depend on them, so their times are added.
@@ -102,7 +107,6 @@ class RooflineCost:
 
     __slots__ = (
         "_copy_ps",
-        "_decode_slope",
         "_full_slope",
         "_kv_ps",
         "_linear",
@@ -110,6 +114,8 @@ class RooflineCost:
         "_score_ps",
         "_swap_ps",
         "_windows",
+        "window_slopes",
+        "windows",
     )
 
     def __init__(
@@ -142,12 +148,17 @@ class RooflineCost:
         """Picoseconds that copying one slot takes, all layers: read and written."""
         self._swap_ps = gpu.transfer_ps(kv_bytes_per_token)
         """Picoseconds that moving one slot over the link takes, all layers."""
-        per_layer = max(self._score_ps, self._kv_ps)
-        self._decode_slope = [round(layers * per_layer) for _, layers in self._windows]
-        """Picoseconds a key costs a decoding sequence in each group of layers."""
-        windowed = any(window is not None for window, _ in self._windows)
-        self._full_slope = None if windowed else sum(self._decode_slope)
-        """The same in all layers together, if none has a window."""
+        self._set_slopes(max(self._score_ps, self._kv_ps))
+
+    def _set_slopes(self, key_ps: float) -> None:
+        """Take the picoseconds that a key costs a decoding sequence in one layer."""
+        slopes = {window: round(layers * key_ps) for window, layers in self._windows}
+        self._full_slope = slopes.pop(None, 0)
+        """Picoseconds a key costs a decoding sequence in all layers without a window."""
+        self.windows = tuple(window for window in slopes if window is not None)
+        """The windows that layers have."""
+        self.window_slopes = tuple(slopes.values())
+        """The same for a key that lies in one of them, in all layers that have it."""
 
     def step(self, batch: StepBatch) -> int:
         """Return the duration of a step, picoseconds."""
@@ -158,23 +169,23 @@ class RooflineCost:
             total += self._prefill(new_tokens, context)
         if batch.copied_tokens or batch.swapped_tokens:
             total += self._moves(batch)
-        if self._full_slope is not None:
-            return total + self._full_slope * batch.decode_context + self._linear_ps(tokens)
-        for (window, _), slope in zip(self._windows, self._decode_slope, strict=True):
-            keys = batch.decode_context
-            if window is not None:
-                keys = min(keys, window * batch.decode_sequences)
-            total += slope * keys
-        return total + self._linear_ps(tokens)
+        if self.windows:
+            total += self._in_windows(batch)
+        return total + self._full_slope * batch.decode_context + self._linear_ps(tokens)
+
+    def _in_windows(self, batch: StepBatch) -> int:
+        """Return the time of decoding attention in the layers with windows."""
+        keys = batch.window_keys or [
+            min(batch.decode_context, window * batch.decode_sequences) for window in self.windows
+        ]
+        return sum(slope * each for slope, each in zip(self.window_slopes, keys, strict=True))
 
     def _moves(self, batch: StepBatch) -> int:
         """Return the time of copies and swaps."""
         return round(batch.copied_tokens * self._copy_ps) + batch.swapped_tokens * self._swap_ps
 
-    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
-        """Return the base and the slope per key of a decode-only step; None for models with windows."""
-        if self._full_slope is None:
-            return None
+    def decode_affine(self, decode_sequences: int) -> tuple[int, int]:
+        """Return the base and the slope per key, those in windows apart, of a decode-only step."""
         return self._linear_ps(decode_sequences), self._full_slope
 
     def _linear_ps(self, tokens: int) -> int:

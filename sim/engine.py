@@ -122,6 +122,7 @@ class Replica:
         self._done = 0
         self._needs_work: bool = getattr(cost, "needs_work", False)
         self._affine: dict[int, tuple[int, int] | None] = {}
+        self._window_slopes: tuple[int, ...] = getattr(cost, "window_slopes", ())
         self._evicted = 0
         self._events = scheduler.manager.events
         map_due_ps = recorder.map_due_ps
@@ -255,6 +256,18 @@ class Replica:
             self._affine[sequences] = found = self.cost.decode_affine(sequences)
             return found
 
+    def _step_increment(self, slope: int) -> int:
+        """Return by how much a step of all decoding sequences takes longer than the one before, picoseconds."""
+        scheduler = self.scheduler
+        increment = slope * scheduler.num_decoding
+        if scheduler.window_keys is not None:
+            increment += self._weighted(scheduler.window_keys.growing)
+        return increment
+
+    def _weighted(self, keys: Iterable[int]) -> int:
+        """Return how long it takes to attend to so many keys in each of the cost's windows."""
+        return sum(slope * count for slope, count in zip(self._window_slopes, keys, strict=True))
+
     def _coast(self, start: int, steps: int, base: int, slope: int) -> int:
         """Take up to `steps` steps in which there is nothing to do but decode; record them, return their end.
 
@@ -263,8 +276,10 @@ class Replica:
         """
         scheduler, arrivals = self.scheduler, self.arrivals
         decoding = scheduler.num_decoding
-        increment = slope * decoding
+        increment = self._step_increment(slope)
         first = base + slope * scheduler.context + increment
+        if scheduler.window_keys is not None:
+            first += self._weighted(scheduler.window_keys.keys)
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and scheduler.accepts_arrivals():
             steps = steps_until(arrivals.next_ps - start, first, increment)
@@ -367,17 +382,17 @@ class Stretch:
         self._sequences = plan.decoding
         self.start_ps = start_ps
         self.steps = 1
-        self.first_ps = self._duration()
+        self.first_ps = self._duration(plan.context, plan.window_keys)
         self.increment_ps = 0
         self.end_ps = start_ps + self.first_ps
         self._at_first: tuple[int, int] | None = None  # referenced blocks and written slots, if it goes on
         self._more: int | None = None  # steps that may still follow, once known
 
-    def _duration(self) -> int:
-        """Return how long the scheduled step takes; its tokens are in the lengths already."""
+    def _duration(self, context: int, window_keys: tuple[int, ...]) -> int:
+        """Return how long the scheduled step takes; `context` and `window_keys` are those of who decodes."""
         scheduler, replica = self._scheduler, self._replica
         manager = scheduler.manager
-        batch = StepBatch(self._sequences, scheduler.context if self._sequences else 0)
+        batch = StepBatch(self._sequences, context, window_keys=window_keys)
         copies = manager.pending_copies()
         if len(copies):
             batch.copied_tokens = int(copies[:, 2].sum())
@@ -395,7 +410,7 @@ class Stretch:
         affine = self._replica.decode_affine(self._sequences)
         if affine is None:
             return 0  # durations follow no formula: every step is a stretch
-        self.increment_ps = affine[1] * self._sequences
+        self.increment_ps = self._replica._step_increment(affine[1])
         return self._scheduler.quiet_steps()
 
     def end_after(self, steps: int) -> int:
@@ -444,7 +459,10 @@ class Stretch:
         self._replica.take_arrivals(self.end_ps)
         self._go_on(1)
         self.steps += 1
-        self.end_ps += self._duration()
+        window_keys = self._scheduler.window_keys
+        self.end_ps += self._duration(
+            self._scheduler.context, () if window_keys is None else tuple(window_keys.keys)
+        )
         return True
 
     def record(self, itl_tokens: int) -> None:

@@ -21,21 +21,27 @@ from sim.scheduler.config import EngineConfig
 
 @dataclass(frozen=True)
 class LinearCost:
-    """A step takes `base`, and so much for each decoding sequence, key, prefill token, and token swapped."""
+    """A step takes `base`, and so much for each decoding sequence, key, prefill token, and token swapped or copied."""
 
     base: int = 10
     sequence: int = 0
     key: int = 0
     prefill: int = 0
     swap: int = 0
+    copy: int = 0
     affine: bool = True
     """Whether it says so, so that steps can be skipped."""
+    windows: tuple[int, ...] = ()
+    window_slopes: tuple[int, ...] = ()
+    """What a key in each window takes besides."""
 
     def step(self, batch: StepBatch) -> int:
-        moved = self.swap * batch.swapped_tokens
+        moved = self.swap * batch.swapped_tokens + self.copy * batch.copied_tokens
         if not batch.decode_sequences and not batch.prefills:
             return moved
         decode = self.sequence * batch.decode_sequences + self.key * batch.decode_context
+        if batch.decode_sequences:
+            decode += sum(a * b for a, b in zip(self.window_slopes, batch.window_keys, strict=True))
         return moved + self.base + decode + self.prefill * sum(tokens for tokens, _ in batch.prefills)
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
@@ -47,6 +53,8 @@ class _Bounded:
 
     def __init__(self, cost: StepCost, steps: int) -> None:
         self.decode_affine = cost.decode_affine
+        self.windows = getattr(cost, "windows", ())
+        self.window_slopes = getattr(cost, "window_slopes", ())
         self._cost = cost
         self._steps = steps
 
@@ -343,6 +351,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         sequence=draw(st.sampled_from([0, 0, 1])),
         key=draw(st.sampled_from([0, 0, 1])),
         prefill=draw(st.sampled_from([0, 0, 1])),
+        copy=draw(st.sampled_from([0, 0, 1, 3])),
         affine=draw(st.integers(0, 9)) != 9,
     )
+    windows = draw(st.sampled_from([(), (), (), (5,), (longest // 2, longest)]))
+    cost = dataclasses.replace(cost, windows=windows, window_slopes=(1, 2)[: len(windows)])
     return Scenario(requests, build, num_blocks, cache, engine, cost)

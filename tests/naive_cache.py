@@ -87,6 +87,7 @@ class NaiveCache:
         self.forgot = False
         self.evicted = 0
         self.numbers = 0
+        self.copied_tokens = 0
 
     @property
     def available(self) -> int:
@@ -158,6 +159,7 @@ class NaiveCache:
             self.drop(job.table[-1])
             job.table[-1] = self.take()
             job.copies += 1
+            self.copied_tokens += job.tokens % self.size
 
     def release(self, job: Job) -> None:
         """Give everything back, the last block first."""

@@ -160,6 +160,7 @@ class NaiveEngine:
     def _step(self, now: int) -> int:
         cache = self.cache
         evicted = cache.evicted
+        cache.copied_tokens = 0
         self._preempted = 0
         self._short = False
         if self.engine.mixed_steps:
@@ -173,6 +174,10 @@ class NaiveEngine:
             decoders = [] if prefills else list(self.decoding)
         batch = StepBatch(len(decoders), sum(job.tokens for job in decoders))
         batch.prefills = [(tokens, job.tokens) for job, tokens in prefills]
+        batch.copied_tokens = self.cache.copied_tokens
+        batch.window_keys = tuple(
+            sum(min(job.tokens, window) for job in decoders) for window in getattr(self.cost, "windows", ())
+        )
         end = now + self.cost.step(batch)
         on_time = 0
         for job in self.decoding:

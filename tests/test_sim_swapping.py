@@ -148,6 +148,19 @@ def test_skipping_equals_stepping_with_host_memory(
     assert_identical(result, scenario.run(skipping=False))
 
 
+def test_who_comes_back_attends_to_nothing_yet() -> None:
+    """A key costs 1 ps. C comes back while A goes on: that step has A's 9 keys, and C's 8 tokens to move."""
+    build = BuildConfig(8, 100, 100, tokens_per_block=4)
+    requests = unlike((0, 4, 14), (0, 4, 5), (0, 8, 6))
+    scenario = Scenario(requests, build, 6, NO_REUSE, SWAP, LinearCost(10, key=1, swap=1), 10)
+    result = scenario.run()
+    assert _schedule(result)[3:5] == [
+        (110, 110 + 10 + 9 + 8, 1, 1, 0, 2, 0),
+        (137, 137 + 10 + 10 + 9, 1, 2, 0, 2, 0),
+    ]
+    assert_identical(result, scenario.run(skipping=False))
+
+
 def test_moves_take_the_links_time_and_copies_the_memorys() -> None:
     """Llama-2-7B: 524,288 bytes a token; PCIe 4 at 25.6 GB/s, an A100's memory at 1.713 TB/s both ways."""
     cost = RooflineCost(ModelSpec.preset("llama-2-7b"), GPUSpec.preset("a100-80gb"))

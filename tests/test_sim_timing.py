@@ -101,7 +101,6 @@ def test_a_calibration_replaces_the_attention_term_only() -> None:
 def test_a_calibrated_decode_is_affine_exactly(sequences: int, context: int) -> None:
     cost = CalibratedCost(MODEL, GPU, FIT)
     affine = cost.decode_affine(sequences)
-    assert affine is not None
     assert cost.step(StepBatch(sequences, context)) == affine[0] + affine[1] * context
 
 
@@ -109,7 +108,9 @@ def test_a_calibration_knows_windows() -> None:
     model = ModelSpec.preset("mistral-7b")
     fit = replace(FIT, calibrated_heads=model.num_heads, calibrated_kv_heads=model.num_kv_heads)
     cost = CalibratedCost(model, GPU, fit)
-    assert cost.decode_affine(2) is None
+    base, slope = cost.decode_affine(2)
+    assert (cost.windows, slope) == ((4096,), 0)
+    assert cost.step(StepBatch(2, 9000, window_keys=(5000,))) == base + 5000 * cost.window_slopes[0]
     assert cost.step(StepBatch(2, 2 * 4096)) == cost.step(StepBatch(2, 2 * 50_000))
 
 

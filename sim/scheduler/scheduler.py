@@ -13,6 +13,7 @@ from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.victims import VICTIMS
 from sim.scheduler.waiting import make_waiting
+from sim.scheduler.window_keys import WindowKeys
 from sim.scheduler.windowed import WindowedRoom
 
 
@@ -26,11 +27,14 @@ class Plan:
     copied         blocks that decoding jobs had to copy before they could write
     moved          blocks that move between GPU and host memory before anything is computed
     decoding       sequences that decode; the others of the batch wait while prompts are computed
+    context        keys that those attend to
+    window_keys    those of them in each of the cost's windows, if it has any
     resumes        whether they waited so before this step
     """
 
     __slots__ = (
         "admitted",
+        "context",
         "copied",
         "decoding",
         "moved",
@@ -38,6 +42,7 @@ class Plan:
         "preempted",
         "prefills",
         "resumes",
+        "window_keys",
     )
 
     def __init__(self) -> None:
@@ -46,7 +51,8 @@ class Plan:
         self.preempted: list[Job] = []
         self.out_of_blocks = False
         self.copied = 0
-        self.decoding = self.moved = 0
+        self.decoding = self.context = self.moved = 0
+        self.window_keys: tuple[int, ...] = ()
         self.resumes = False
 
     @property
@@ -74,7 +80,10 @@ class Scheduler:
         config: EngineConfig,
         cost: StepCost | None = None,
     ) -> None:
-        """Take the cost model for `preemption` "cheaper", which asks it. Raises ValueError for what cannot work."""
+        """Take the cost model, for its windows, and for `preemption` "cheaper", which asks it.
+
+        Raises ValueError for what cannot work.
+        """
         if build.max_num_tokens < build.max_batch_size:
             raise ValueError(
                 f"max_num_tokens ({build.max_num_tokens}) must be at least max_batch_size "
@@ -85,6 +94,8 @@ class Scheduler:
         self.running: dict[Job, None] = {}  # in the order of starting; the last is preempted first
         self.batch = manager.batch()
         self.context = 0  # tokens of all decoding sequences
+        windows: tuple[int, ...] = getattr(cost, "windows", ())
+        self.window_keys = WindowKeys(windows) if windows else None
         self.sequences = 0  # running, the samples to come counted
         self.max_batch_size = build.max_batch_size
         self._max_num_tokens = build.max_num_tokens
@@ -173,6 +184,9 @@ class Scheduler:
                 decoding = len(batch)
             copies = manager.tables.cow_copies
             self.decode()
+            plan.context = self.context
+            if self.window_keys is not None:
+                plan.window_keys = tuple(self.window_keys.keys)
             plan.copied = manager.tables.cow_copies - copies
             plan.decoding = decoding
 
@@ -190,11 +204,16 @@ class Scheduler:
                 self.manager.advance(self.batch, steps)
             else:
                 self.manager.coast(self.batch, steps)
+            if self.window_keys is not None:
+                self.window_keys.advance(self.batch.tick, steps)
 
     def coast(self, steps: int) -> int:
         """Do what `decode` does, for steps that are idle; return how many blocks they take after the first."""
         self.context += steps * len(self._decoding)
-        return self.manager.coast(self.batch, steps)
+        later = self.manager.coast(self.batch, steps)
+        if self.window_keys is not None:
+            self.window_keys.advance(self.batch.tick, steps)
+        return later
 
     def end_decodes(self) -> list[Job]:
         """Return the jobs that have all their tokens now, in the order of joining; their blocks are given back."""
@@ -247,6 +266,11 @@ class Scheduler:
         steps = self.next_end() - batch.tick
         if self._windowed is not None:
             steps = min(steps, manager.ticks_until_leave(batch))
+        if self.window_keys is not None:
+            even = self.window_keys.even_ticks(batch.tick)
+            if even == 1:
+                return 0  # the step after the next is not like it
+            steps = min(steps, even)
         # a block started and one filled every tokens_per_block steps, and twice that for where they begin
         most = 2 * decoding * (steps // manager.tokens_per_block + 2)
         if most > self._untouched_blocks() or (batch.unready and not manager.writes_in_place(batch)):
@@ -269,6 +293,8 @@ class Scheduler:
         blocks = self._untouched_blocks()
         if self._windowed is not None:  # what leaves a window makes room
             steps = min(steps, self.manager.ticks_until_leave(self.batch))
+        if self.window_keys is not None:  # beyond, who has reached a window attends to no more keys
+            steps = min(steps, self.window_keys.even_ticks(self.batch.tick))
         if self.waiting and self._may_start():
             if self.manager.config.enable_partial_reuse:
                 return 0  # what a step fills can be hit in part in the next
@@ -474,6 +500,8 @@ class Scheduler:
         self._named += request.named_tokens > request.prompt_tokens
         self._joined += 1
         self._decoding[job] = self._joined
+        if self.window_keys is not None:
+            self.window_keys.join(self._joined, sequence.num_tokens, batch.tick)
         heappush(self._ends, (batch.tick + request.output_tokens - job.generated, self._joined, job))
 
     def _leave_batch(self, job: Job) -> None:
@@ -482,7 +510,9 @@ class Scheduler:
         tokens = sequence.num_tokens
         self.context -= tokens
         self._named -= request.named_tokens > request.prompt_tokens
-        del self._decoding[job]
+        joined = self._decoding.pop(job)
+        if self.window_keys is not None:
+            self.window_keys.leave(joined, tokens)
         # every tick since it joined gave it a token; what it has computed is one less than it has sampled
         job.generated = tokens - request.prompt_tokens + 1
         self.batch.remove(sequence)
