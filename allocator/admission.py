@@ -64,7 +64,12 @@ class Admission(Coasting):
         return match.index is self.index and match.version == self.index.version
 
     def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
-        """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available."""
+        """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available.
+
+        O(1), averaged over calls, see PrefixMatch. A match that is no longer current is looked up again.
+        """
+        if not self.is_current(match):
+            match = self.lookup(match.content, match.salt)
         size = self.tokens_per_block
         num_tokens = as_int("num_tokens", num_tokens, 0)
         needed = -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks
@@ -72,7 +77,12 @@ class Admission(Coasting):
         return needed if self.pool.tier is None else needed + match.host_blocks
 
     def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
-        """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them."""
+        """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them.
+
+        O(1), averaged over calls, as `blocks_needed`.
+        """
+        if not self.is_current(match):
+            match = self.lookup(match.content, match.salt)
         if tenant is not None and self.quotas is not None:
             quota, used = self.quotas[tenant].quota, self.quotas[tenant].blocks
             if quota is not None and used + self._entries(match, num_tokens) > quota:

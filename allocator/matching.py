@@ -25,6 +25,9 @@ class PrefixMatch:
     partial       with partial reuse, the block of which the first tokens are hit as well; it counts as missed,
                   as it has to be computed in part
     computed_by   a sequence that is about to compute the first of the blocks missed, or None
+    host_blocks   how many of the hit blocks are in host memory only, and have to come back to the GPU
+    held, idle    how many extents of the path were referenced when somebody last asked, and how many blocks the
+                  others have on the GPU
     """
 
     index: PrefixIndex
@@ -39,6 +42,9 @@ class PrefixMatch:
     version: int
     partial: PartialHit | None = None
     computed_by: KVSequence | None = None
+    host_blocks: int = 0
+    held: int = 0
+    idle: int = 0
 
     @property
     def partial_tokens(self) -> int:
@@ -53,17 +59,24 @@ class PrefixMatch:
 
     @property
     def evictable_blocks(self) -> int:
-        """Return how many of the hit blocks are evictable now, and would stop being so."""
-        evictable = 0
-        for extent, blocks in self.path:
-            if not extent.references and extent.ids:
-                evictable += blocks
-        return evictable
+        """Return how many of the hit blocks are evictable now, and would stop being so. For a current match.
 
-    @property
-    def host_blocks(self) -> int:
-        """Return how many of the hit blocks are in host memory only, and have to come back to the GPU."""
-        return sum(blocks for extent, blocks in self.path if not extent.ids)
+        O(1), averaged over the references that have come and gone since the last call. As whoever references an
+        extent references all those above it, one place on the path parts what is referenced from what is not, and
+        that place is followed. In a windowed cache, where it is not so, O(blocks of the window).
+        """
+        path = self.path
+        if self.index.windowed:
+            return sum(1 for node, _ in path if node.ids and not node.references)
+        held, idle = self.held, self.idle
+        while held < len(path) and path[held][0].references:
+            idle -= path[held][1]
+            held += 1
+        while held and not path[held - 1][0].references:
+            held -= 1
+            idle += path[held][1]
+        self.held, self.idle = held, idle
+        return idle
 
     @property
     def repeated_blocks(self) -> int:
@@ -102,7 +115,7 @@ def find_match(
 
     walked = index.match(root, keys) if root is not None else []
     path: list[tuple[Extent, int]] = []
-    hit_blocks = live = known = 0
+    hit_blocks = live = known = held = idle = on_host = 0
     for extent, blocks in walked:
         known += blocks
         if extent.ids or extent.host:
@@ -112,6 +125,12 @@ def find_match(
             if blocks > 0:
                 path.append((extent, blocks))
                 hit_blocks += blocks
+                if extent.references:
+                    held += 1
+                elif extent.ids:
+                    idle += blocks
+                else:
+                    on_host += blocks
 
     partial = None
     if partial_reuse is not None and root is not None:
@@ -165,6 +184,9 @@ def find_match(
         index.version,
         partial,
         computed_by,
+        on_host,
+        held,
+        idle,
     )
 
 

@@ -306,9 +306,10 @@ class Oracle(Recount):
         if match is not None and self.manager.is_current(match):
             assert match.hit_blocks == found.hit_blocks
             assert match.miss_blocks == found.miss_blocks
-            assert match.evictable_blocks == found.evictable_blocks
             assert match.partial == found.partial
         chunk = min(chunk, prompt.num_tokens - found.hit_tokens)
+        if match is not None:
+            self.compare_matches(match, found, chunk)
         needed = -(-(found.hit_tokens + chunk) // self.size) - found.hit_blocks
         part = None
         if self.settled:  # hits that nobody holds are no longer available, and those on the host take blocks

@@ -103,6 +103,15 @@ class Recount(WindowOracle):
             part = expected_part(self, prompt, salt, match.hit_blocks)
             assert match.partial_tokens == part.num_tokens, f"{match.partial_tokens} tokens, not {part}"
 
+    def compare_matches(self, match: PrefixMatch, found: PrefixMatch, chunk: int) -> None:
+        """See that a match from before, current or not, answers as a fresh one of the same prompt."""
+        manager = self.manager
+        assert manager.blocks_needed(match, chunk) == manager.blocks_needed(found, chunk)
+        assert manager.can_admit(match, chunk) == manager.can_admit(found, chunk)
+        if manager.is_current(match):
+            assert match.evictable_blocks == found.evictable_blocks
+            assert match.host_blocks == found.host_blocks
+
     def copies_due(self, writers: Sequence[KVSequence]) -> tuple[int, int]:
         """Return the fewest and the most copies that a write by these sequences can need.
 

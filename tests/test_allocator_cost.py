@@ -152,6 +152,42 @@ def test_an_admission_costs_by_the_extent_not_by_the_block() -> None:
     assert admission(8) == admission(64) == admission(4096)
 
 
+def test_what_an_admission_needs_is_told_without_looking_at_its_hits() -> None:
+    """Right after the lookup, and when a reference at the front of the path, or all along it, has come or gone."""
+
+    def answers(extents: int) -> list[int]:
+        manager = KVCacheManager(10_000, SIZE)
+        ids = [1] * (SIZE * extents + 1)
+        content = TokenContent(ids)
+        manager.release(manager.admit(content, len(ids)))
+        for branch in range(1, extents):  # leaves the path after so many blocks, and so cuts an extent there
+            branching = TokenContent(ids[: SIZE * branch] + [2 + branch] * SIZE)
+            left = branching.num_prompt_tokens - manager.lookup(branching).hit_tokens
+            manager.release(manager.admit(branching, left))
+        match = manager.lookup(content)
+        assert len(match.path) == extents == match.evictable_blocks
+        counts = []
+
+        def ask(needed: int) -> None:
+            counts.append(lines(lambda: manager.blocks_needed(match, 1)))
+            counts.append(lines(lambda: manager.can_admit(match, 1)))
+            assert manager.blocks_needed(match, 1) == needed
+            assert manager.is_current(match)
+
+        ask(extents + 1)
+        head = manager.admit(TokenContent(ids[: SIZE + 1]), 1)
+        ask(extents)
+        manager.release(head)
+        ask(extents + 1)
+        whole = manager.admit(content, 1)
+        assert manager.blocks_needed(match, 1) == 1  # here it pays for all that have been referenced since
+        ask(1)
+        counts.append(lines(lambda: manager.remaining_blocks(whole, 10_000)))
+        return counts
+
+    assert answers(1) == answers(10) == answers(100)
+
+
 class ListLRU(EvictionPolicy):
     """LRU on a list, from which an extent is taken out by a search."""
 

@@ -400,6 +400,20 @@ MUTANTS = [
         "PartialMachine",
     ),
     Mutant(
+        "match_not_told_of_hits_referenced_since",
+        "matching.py",
+        "        while held < len(path) and path[held][0].references:\n",
+        "        while held > len(path):\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "match_not_told_of_hits_released_since",
+        "matching.py",
+        "        while held and not path[held - 1][0].references:\n",
+        "        while held > len(path):\n",
+        "ReuseMachine",
+    ),
+    Mutant(
         "overlap_that_is_not_the_best",
         "overlap.py",
         "                if units > most:\n",

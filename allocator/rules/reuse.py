@@ -14,7 +14,9 @@ class ReuseRules(ManagerMachine):
 
     @rule(prompt=PROMPTS, again=INDEX, salt=SALTS)
     def lookup(self, prompt: PromptSpec, again: int, salt: str) -> None:
-        """Look a prompt up and keep the match for later."""
+        """Look a prompt up and keep the match for later; ask what those kept before have to say by now."""
+        for kept, its_salt, earlier in self.matches:
+            self.compare_matches(earlier, self.manager.lookup(kept.content, its_salt), 1 + again)
         old = self.prompts and again % 4
         made = self.prompts[again % len(self.prompts)] if old else self.learn(prompt.make(self.size))
         before = self.snapshot()
