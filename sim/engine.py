@@ -216,9 +216,12 @@ class Replica:
 
     def _note_plan(self, plan: Plan, now_ps: int) -> None:
         for job in plan.preempted:
+            self.recorder.paused(job, now_ps)
             if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
                 job.last_ps = now_ps
         for job in plan.admitted:
+            if job.preemptions:
+                self.recorder.resumed(job, now_ps)
             if self._events is not None:
                 self.recorder.started(job)
             if job.admit_ps < 0 and job.origin is None:  # only a request's first admission counts

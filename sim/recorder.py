@@ -15,6 +15,7 @@ from sim.records import (
     CACHED,
     FINISHED,
     FREE,
+    PAUSE_COLUMNS,
     REJECTED,
     SHARED,
     TIMELINE_COLUMNS,
@@ -91,13 +92,19 @@ class Recorder:
     ) -> None:
         """Keep the records in memory, or in files of a `folder`."""
         self._manager = manager
-        names = {"requests": (*_FIELDS, _CODE), "timeline": TIMELINE_COLUMNS}
+        names = {
+            "requests": (*_FIELDS, _CODE),
+            "timeline": TIMELINE_COLUMNS,
+            "pauses": PAUSE_COLUMNS,
+        }
         names |= dict.fromkeys(_LIFETIMES, ("values_ps", "weights"))
         self._files: dict[str, ColumnFiles] = {}
         if folder is not None:
             self._files = {kind: ColumnFiles(folder / kind, columns) for kind, columns in names.items()}
         self._requests = IntRows(names["requests"], self._files.get("requests"))
         self._timeline = IntRows(names["timeline"], self._files.get("timeline"))
+        self._pauses = IntRows(names["pauses"], self._files.get("pauses"))
+        self._paused: dict[Job, int] = {}
         self._lifetimes: dict[str, list[Durations]] = {kind: [] for kind in _LIFETIMES}
         self._gaps = array("q")
         self._causes = [""]
@@ -110,6 +117,14 @@ class Recorder:
         """Note whose sequence the event log's next number stands for; only where there is a log."""
         assert job.sequence is not None
         self._sequences[job.sequence.number] = job.request.request_id
+
+    def paused(self, job: Job, now_ps: int) -> None:
+        """Note that a job was preempted."""
+        self._paused[job] = now_ps
+
+    def resumed(self, job: Job, now_ps: int) -> None:
+        """Note that a job that was preempted runs again."""
+        self._pauses.append((job.request.request_id, job.sample, self._paused.pop(job), now_ps))
 
     def rejected(self, request: Request, arrival_ps: int, cause: str) -> None:
         """Note that a request can never run."""
@@ -165,6 +180,7 @@ class Recorder:
         """Keep the rows in less memory; to be called now and then."""
         self._requests.pack()
         self._timeline.pack()
+        self._pauses.pack()
         lifetimes = self._manager.pool.lifetimes
         if lifetimes is not None and len(lifetimes) > _MOST_LIFETIMES:
             self._take_lifetimes(lifetimes)
@@ -191,7 +207,7 @@ class Recorder:
         lifetimes = self._manager.pool.lifetimes
         if lifetimes is not None:
             self._take_lifetimes(lifetimes)
-        requests, timeline = self._stored_columns() if self._files else self._columns()
+        requests, timeline, pauses = self._stored_columns() if self._files else self._columns()
         return RunResult(
             requests=requests,
             timeline=timeline,
@@ -201,6 +217,7 @@ class Recorder:
             block_map=self._map.result() if self._map is not None else None,
             events=self._manager.events,
             sequences=self._sequences,
+            pauses=pauses,
             wall_s=wall_s,
         )
 
@@ -209,7 +226,7 @@ class Recorder:
             return {kind: StoredTimes(self._files[kind]) for kind in _LIFETIMES}
         return {kind: WeightedTimes(*joined(parts)) for kind, parts in self._lifetimes.items()}
 
-    def _columns(self) -> tuple[Columns, Columns]:
+    def _columns(self) -> tuple[Columns, Columns, Columns]:
         found: dict[str, NDArray[np.generic]] = dict(self._requests.columns())
         order = np.argsort(found["request_id"])
         for name in found:
@@ -217,10 +234,10 @@ class Recorder:
         codes = found.pop(_CODE).astype(np.int64)
         found["status"] = np.where(codes == 0, FINISHED, REJECTED)
         found["reject_cause"] = np.array(self._causes, dtype=np.str_)[codes]
-        return {name: found[name] for name in _ORDER}, self._timeline.columns()
+        return {name: found[name] for name in _ORDER}, self._timeline.columns(), self._pauses.columns()
 
-    def _stored_columns(self) -> tuple[Columns, Columns]:
-        for rows in (self._requests, self._timeline):
+    def _stored_columns(self) -> tuple[Columns, Columns, Columns]:
+        for rows in (self._requests, self._timeline, self._pauses):
             rows.pack(1)
         for files in self._files.values():
             files.close()
@@ -230,6 +247,7 @@ class Recorder:
         return (
             StoredColumns(self._files["requests"], _ORDER, labels),
             StoredColumns(self._files["timeline"], TIMELINE_COLUMNS),
+            StoredColumns(self._files["pauses"], PAUSE_COLUMNS),
         )
 
 

@@ -45,6 +45,9 @@ TIMELINE_COLUMNS = (
 )
 """Columns of the timeline, in the order of `RunResult`'s docstring."""
 
+PAUSE_COLUMNS = ("request_id", "sample", "paused_ps", "resumed_ps")
+"""Columns of the pauses: which of its request's samples a sequence is, and when it had to go and came back."""
+
 FINISHED, REJECTED = "finished", "rejected"
 """What the status of a request can be."""
 
@@ -96,6 +99,9 @@ class RunResult:
 
     `events` is the cache's log if it was kept, and `sequences` the request of each sequence it numbers, forks apart.
 
+    `pauses` has one row a preemption, in the order in which they were over:
+        request_id, sample (from 0; a prompt's own sequence is its first sample's), paused_ps, resumed_ps.
+
     `gaps_ps` are the inter-token gaps that span a preemption, which no `itl_tokens` covers.
     """
 
@@ -107,4 +113,5 @@ class RunResult:
     block_map: BlockMap | None = None
     events: EventLog | None = None
     sequences: dict[int, int] = field(default_factory=dict)
+    pauses: Columns = field(default_factory=dict)
     wall_s: float = 0.0

@@ -14,7 +14,7 @@ from naive_engine import NaiveEngine, NaiveRun
 from allocator.config import BuildConfig, CacheConfig
 from sim.cost import StepBatch, StepCost
 from sim.engine import simulate
-from sim.records import RunResult
+from sim.records import PAUSE_COLUMNS, RunResult
 from sim.request import Request
 from sim.scheduler.config import EngineConfig
 
@@ -136,7 +136,7 @@ class Scenario:
 
 def assert_identical(one: RunResult, other: RunResult) -> None:
     """Compare two runs bit for bit, wall time aside."""
-    for kind in ("requests", "timeline"):
+    for kind in ("requests", "timeline", "pauses"):
         ours, theirs = getattr(one, kind), getattr(other, kind)
         assert list(ours) == list(theirs)
         for name, column in ours.items():
@@ -159,6 +159,8 @@ def assert_as_naive(result: RunResult, naive: NaiveRun) -> None:
     for name in naive.requests[0] if naive.requests else ():
         assert result.requests[name].tolist() == [row[name] for row in naive.requests], name
     assert result.gaps_ps.tolist() == naive.gaps
+    pauses = [result.pauses[name].tolist() for name in PAUSE_COLUMNS]
+    assert list(zip(*pauses, strict=True)) == naive.pauses
     assert {cause: blocks for cause, blocks in result.cache.miss_blocks.items() if blocks} == naive.misses
     assert result.cache.evicted_blocks == naive.evicted
 
@@ -184,6 +186,21 @@ def assert_as_naive(result: RunResult, naive: NaiveRun) -> None:
 
 
 # ------------------------------------------------------------------ what holds for every run
+
+
+def check_pauses(result: RunResult) -> None:
+    """Check that each preemption is a pause of a running request's sample, and that a sample's do not overlap."""
+    requests, pauses = result.requests, result.pauses
+    of, paused, resumed = pauses["request_id"], pauses["paused_ps"], pauses["resumed_ps"]
+    assert (np.bincount(of, minlength=len(requests["preemptions"])) == requests["preemptions"]).all()
+    assert (requests["admit_ps"][of] <= paused).all()
+    assert (resumed <= requests["finish_ps"][of]).all()
+    assert (pauses["sample"] < requests["num_samples"][of]).all()
+    last: dict[tuple[int, int], int] = {}
+    rows = zip(of.tolist(), pauses["sample"].tolist(), paused.tolist(), resumed.tolist(), strict=True)
+    for request, sample, begin, end in rows:
+        assert last.get((request, sample), 0) <= begin <= end
+        last[request, sample] = end
 
 
 def check_conservation(result: RunResult, scenario: Scenario) -> None:
@@ -246,6 +263,7 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     assert late == 0 or not scenario.engine.mixed_steps or scenario.engine.preemption != "recompute"
     assert (result.gaps_ps >= 0).all()
     assert rows["preemptions"].sum() == requests["preemptions"].sum()
+    check_pauses(result)
     assert rows["evicted_blocks"].sum() == result.cache.evicted_blocks
     # Of each admission's target, what was not found is computed, once more after each preemption: up to the last
     # token written that counts as recomputed, and one token further the gap ends. A prompt that was preempted

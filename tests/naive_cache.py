@@ -44,6 +44,7 @@ class Job:
     computed: int = 0
     """Tokens that were computed since the last admission until the prompt was complete."""
     last_token_ps: int | None = None
+    paused_ps: int = -1  # when it was preempted last
 
     @property
     def final_tokens(self) -> int:

@@ -21,11 +21,15 @@ from sim.scheduler.config import EngineConfig
 
 @dataclass
 class NaiveRun:
-    """What happened: a dict for each request and each step, and the inter-token gaps around preemptions."""
+    """What happened: a dict for each request and each step, and the inter-token gaps around preemptions.
+
+    Of each preemption, when it was over: the request, which sample, and from when to when it paused.
+    """
 
     requests: list[dict[str, object]]
     steps: list[dict[str, int]] = field(default_factory=list)
     gaps: list[int] = field(default_factory=list)
+    pauses: list[tuple[int, int, int, int]] = field(default_factory=list)
     misses: dict[str, int] = field(default_factory=dict)
     evicted: int = 0
 
@@ -313,6 +317,7 @@ class NaiveEngine:
         job.computed = 0
         if job.preemptions:
             job.recomputed += max(0, job.written - job.hit_tokens)
+            self.run.pauses.append((job.request.request_id, job.sample, job.paused_ps, now))
         else:
             row.update(
                 admit_ps=now,
@@ -348,6 +353,7 @@ class NaiveEngine:
         self.running.remove(job)
         self._preempted += 1
         job.preemptions += 1
+        job.paused_ps = now
         job.written = job.tokens
         job.target = job.request.prompt_tokens + job.generated
         if job.generated and job.last_token_ps is None:
