@@ -108,6 +108,22 @@ class CacheLayout:
             return cupy.empty(self.pool_shape(num_blocks), dtype)
         return np.empty(self.pool_shape(num_blocks), dtype)
 
+    def empty_host_pool(self, num_blocks: int, backend: str = "cpu") -> Any:
+        """Return an uninitialised pool in host memory, for `swap_blocks` beside a pool on `backend`.
+
+        On "cpu" that is a NumPy array like any other. On "gpu" it is a CuPy array over pinned host memory, at which
+        kernels arrive through the bus; the memory is given back with the array.
+        """
+        if backend != "gpu":
+            return self.empty_pool(num_blocks, backend)
+        import cupy  # a GPU is optional
+
+        shape, dtype = self.pool_shape(num_blocks), self.array_dtype(backend)
+        size = num_blocks * self.bytes_per_block
+        pinned = cupy.cuda.PinnedMemory(size, cupy.cuda.runtime.hostAllocMapped)
+        memory = cupy.cuda.UnownedMemory(pinned.ptr, size, pinned, cupy.cuda.Device().id)
+        return cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
+
 
 def dtype_name(array_dtype: Any) -> str:
     """Return the name of the type that an array of `array_dtype` holds: uint16 stands for bfloat16 bits.

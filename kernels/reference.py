@@ -115,6 +115,12 @@ def copy_blocks(layout: CacheLayout, pool: Array, copies: Array) -> None:
         pool[destination, :, :, :, :valid] = pool[source, :, :, :, :valid]
 
 
+def swap_blocks(layout: CacheLayout, source: Array, destination: Array, swaps: Array) -> None:
+    """Copy each source block, whole, to its destination block in another pool."""
+    for from_block, to_block in swaps:
+        destination[to_block] = source[from_block]
+
+
 def gather_kv(
     layout: CacheLayout, pool: Array, layer: int, block_tables: Array, token_start: Array
 ) -> tuple[Array, Array]:

@@ -51,6 +51,11 @@ def copy_blocks() -> Constants:
     return {"THREADS": THREADS}
 
 
+def swap_blocks() -> Constants:
+    """Return the constants of swap_blocks.cu, which moves bytes of any type."""
+    return {"THREADS": THREADS, "UNROLL": 4}
+
+
 def paged_attention(dtype: str, head_dim: int, group: int) -> Constants:
     """Return the constants of paged_attention.cu for `group` query heads per KV head.
 
@@ -92,7 +97,10 @@ def merge_attention(dtype: str, part_dtype: str, head_dim: int) -> Constants:
 
 def specialisations() -> list[tuple[str, Constants]]:
     """Return every (source file, constants) that the operations can ask for."""
-    found: list[tuple[str, Constants]] = [("copy_blocks.cu", copy_blocks())]
+    found: list[tuple[str, Constants]] = [
+        ("copy_blocks.cu", copy_blocks()),
+        ("swap_blocks.cu", swap_blocks()),
+    ]
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             found.append(("write_kv.cu", write_kv(dtype, head_dim)))

@@ -1,7 +1,8 @@
-"""copy_blocks and gather_kv move exactly the tokens they are told to, bit for bit."""
+"""copy_blocks, swap_blocks and gather_kv move exactly the tokens they are told to, bit for bit."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,43 @@ def check_copy(
     np.testing.assert_array_equal(bits(to_host(pool, layout.dtype)), bits(expected))
 
 
+def host_bytes(pool: Any) -> np.ndarray[Any, Any]:
+    """Return the bytes of a host pool, read and written by the host itself once the device is done."""
+    if isinstance(pool, np.ndarray):
+        return pool.reshape(-1).view(np.uint8)
+    pool.device.synchronize()
+    return np.ctypeslib.as_array((ctypes.c_uint8 * pool.nbytes).from_address(pool.data.ptr))
+
+
+def check_swap(
+    layout: CacheLayout,
+    num_blocks: tuple[int, int],
+    outs: list[tuple[int, int]],
+    ins: list[tuple[int, int]],
+    seed: int = 0,
+    backend: str = "cpu",
+) -> None:
+    """Swap out, then in, between a pool and a host pool of random bytes, and compare all of both."""
+    rng = np.random.default_rng(seed)
+    expected, expected_host = (
+        rng.integers(0, 256, n * layout.bytes_per_block, np.uint8)
+        .view(NUMPY_DTYPES[layout.dtype])
+        .reshape(layout.pool_shape(n))
+        for n in num_blocks
+    )
+    pool = to_backend(expected.copy(), backend)
+    host = layout.empty_host_pool(num_blocks[1], "gpu" if backend == "gpu" else "cpu")
+    host_bytes(host)[:] = bits(expected_host).reshape(-1)
+    for swaps, out in ((outs, True), (ins, False)):
+        array = np.array(swaps, np.int32).reshape(-1, 2)
+        ends = (expected, expected_host) if out else (expected_host, expected)
+        reference.swap_blocks(layout, *ends, array)
+        ends = (pool, host) if out else (host, pool)
+        ops.swap_blocks(layout, *ends, to_backend(array, backend))
+    np.testing.assert_array_equal(bits(to_host(pool, layout.dtype)), bits(expected))
+    np.testing.assert_array_equal(host_bytes(host), bits(expected_host).reshape(-1))
+
+
 def check_gather(
     dtype: str, head_dim: int, sizes: Sizes, backend: str = "cpu", *, given_out: bool = True
 ) -> None:
@@ -91,6 +129,32 @@ def test_copies_like_the_reference(backend: str, case: dict[str, Any], order: in
         check_copy(**case, backend=backend)
 
 
+@st.composite
+def swap_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a layout and two lists without a destination named twice; what goes out may come in again at once."""
+    dtype, head_dim = draw(st.sampled_from(SPECIALISATIONS))
+    layout = CacheLayout(dtype, draw(st.integers(1, 3)), draw(st.integers(1, 3)), head_dim, draw(block_sizes))
+    num_blocks = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    lists = []
+    for sources, destinations in (num_blocks, num_blocks[::-1]):
+        to = draw(st.lists(st.integers(0, destinations - 1), unique=True, max_size=destinations))
+        lists.append([(draw(st.integers(0, sources - 1)), block) for block in to])
+    return {
+        "layout": layout,
+        "num_blocks": num_blocks,
+        "outs": lists[0],
+        "ins": lists[1],
+        "seed": draw(seeds),
+    }
+
+
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+@given(case=swap_cases(), order=seeds)
+def test_swaps_like_the_reference(backend: str, case: dict[str, Any], order: int) -> None:
+    with launches(seed=order, on=backend):
+        check_swap(**case, backend=backend)
+
+
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @given(
     spec=st.sampled_from(SPECIALISATIONS),
@@ -112,16 +176,18 @@ def test_gathers_like_the_reference(
 )
 def test_every_specialisation(backend: str, dtype: str, head_dim: int) -> None:
     check_copy(CacheLayout(dtype, 2, 3, head_dim, 8), [(0, 2, 5), (1, 3, 8)], 4, backend=backend)
+    check_swap(CacheLayout(dtype, 2, 3, head_dim, 8), (3, 2), [(2, 0), (0, 1)], [(0, 1)], backend=backend)
     check_gather(dtype, head_dim, Sizes((5, 0, 17), (1, 1, 1), 2, 3, 1, 4, layer=0), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do(backend: str) -> None:
     check_copy(CacheLayout("float16", 1, 1, 64, 4), [], 2, backend=backend)
+    check_swap(CacheLayout("float16", 1, 1, 64, 4), (2, 1), [], [], backend=backend)
     check_gather("float16", 128, Sizes((0, 0), (1, 1)), backend)
 
 
-COPY, GATHER = "copy_blocks.cu", "gather_kv.cu"
+COPY, SWAP, GATHER = "copy_blocks.cu", "swap_blocks.cu", "gather_kv.cu"
 # fmt: off
 COPY_FAULTS = [
     Fault("whole blocks are copied", COPY, "copy[2] *", "tokens_per_block *"),
@@ -129,6 +195,16 @@ COPY_FAULTS = [
     Fault("only the first layer's keys", COPY, "plane < planes", "plane < 1"),
     Fault("the source is the destination", COPY, "load16(source + index)", "load16(destination + index)"),
     Fault("wrong block stride", COPY, "(copy[0]) * planes", "(copy[0]) * (planes - 1)"),
+]
+# fmt: on
+
+# fmt: off
+SWAP_FAULTS = [
+    Fault("ends exchanged", SWAP, "swap[0] * vectors_per_block", "swap[1] * vectors_per_block"),
+    Fault("always to the first block", SWAP, "destination + swap[1] *", "destination + 0 *"),
+    Fault("every swap is the first", SWAP, "2ll * blockIdx.x", "0ll * blockIdx.x"),
+    Fault("a single pass", SWAP, "start += UNROLL * stride", "start += vectors_per_block"),
+    Fault("neighbours exchanged", SWAP, "load16_streaming(from + index)", "load16_streaming(from + (index ^ 1))"),
 ]
 # fmt: on
 
@@ -148,6 +224,11 @@ def copy_battery() -> None:
     check_copy(CacheLayout("float32", 2, 2, 64, 8), [(1, 3, 5), (2, 0, 8)], 4)
 
 
+def swap_battery() -> None:
+    """Swap a few blocks so that every one of SWAP_FAULTS shows."""
+    check_swap(CacheLayout("float32", 3, 2, 64, 32), (4, 3), [(1, 2), (3, 0)], [(2, 0), (1, 3)])
+
+
 def gather_battery() -> None:
     """Gather a few sequences so that every one of GATHER_FAULTS shows."""
     check_gather("float16", 128, Sizes((9, 3, 2), (1, 1, 1), 2, 3, 1, 4))
@@ -155,12 +236,18 @@ def gather_battery() -> None:
 
 def test_the_batteries_pass_without_a_fault() -> None:
     copy_battery()
+    swap_battery()
     gather_battery()
 
 
 @pytest.mark.parametrize("fault", COPY_FAULTS, ids=str)
 def test_planted_copy_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
     assert_caught(fault, tmp_path, copy_battery)
+
+
+@pytest.mark.parametrize("fault", SWAP_FAULTS, ids=str)
+def test_planted_swap_faults_are_caught(fault: Fault, tmp_path: Path) -> None:
+    assert_caught(fault, tmp_path, swap_battery)
 
 
 @pytest.mark.parametrize("fault", GATHER_FAULTS, ids=str)
@@ -185,6 +272,32 @@ def test_copy_lists_that_break_the_rules_are_refused(
     with pytest.raises(ValueError) as caught:
         ops.copy_blocks(layout, layout.empty_pool(4), np.array(copies, np.int32))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("swaps", "message"),
+    [
+        ([(4, 0)], "a swap names source block (4), which must be in 0..3"),
+        ([(0, 3)], "a swap names destination block (3), which must be in 0..2"),
+        ([(0, -1)], "a swap names destination block (-1), which must be in 0..2"),
+        ([(0, 1), (2, 1)], "block (1) must be the destination of one swap only"),
+    ],
+)
+def test_swap_lists_that_break_the_rules_are_refused(swaps: list[tuple[int, int]], message: str) -> None:
+    layout = CacheLayout("float16", 1, 1, 64, 8)
+    with pytest.raises(ValueError) as caught:
+        ops.swap_blocks(layout, layout.empty_pool(4), layout.empty_host_pool(3), np.array(swaps, np.int32))
+    assert str(caught.value) == message
+
+
+def test_pools_that_are_no_two_pools_are_refused() -> None:
+    layout, swaps = CacheLayout("float16", 1, 1, 64, 8), np.array([(0, 1)], np.int32)
+    pool = layout.empty_pool(4)
+    with pytest.raises(ValueError, match=r"^source and destination must not overlap in memory$"):
+        ops.swap_blocks(layout, pool[:2], pool[1:], swaps)
+    ops.swap_blocks(layout, pool[:2], pool[2:], swaps)
+    with pytest.raises(ValueError, match="destination"):
+        ops.swap_blocks(layout, pool, pool[..., :4].copy(), swaps)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ signatures.
 """
 
 from kernels.ops.attention import merge_attention, paged_attention, paged_prefill
-from kernels.ops.cache import copy_blocks, gather_kv, write_kv
+from kernels.ops.cache import copy_blocks, gather_kv, swap_blocks, write_kv
 
 __all__ = [
     "copy_blocks",
@@ -14,5 +14,6 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "paged_prefill",
+    "swap_blocks",
     "write_kv",
 ]

@@ -7,7 +7,10 @@ import numpy as np
 from kernels import specialise
 from kernels.layout import CacheLayout
 from kernels.ops import checks
-from kernels.ops.launch import MAX_GRID_YZ, Array, backend_of, empty, launch
+from kernels.ops.launch import MAX_GRID_YZ, Array, backend_of, blocks_to_fill, empty, launch
+
+# Thread blocks a multiprocessor that swap blocks: the bus is full long before the multiprocessors are.
+_BLOCKS_FOR_THE_BUS = 1
 
 
 def _log2(power_of_two: int) -> int:
@@ -81,6 +84,43 @@ def copy_blocks(layout: CacheLayout, pool: Array, copies: Array) -> None:
             layout.tokens_per_block,
             layout.head_dim * layout.itemsize // checks.VECTOR_BYTES,
         ],
+    )
+
+
+def swap_blocks(layout: CacheLayout, source: Array, destination: Array, swaps: Array) -> None:
+    """Copy whole blocks of one pool to blocks of another, in every layer, all in parallel.
+
+    `source` and `destination`: two pools of `layout`, of any numbers of blocks, that share no memory. One of them
+    is as a rule the host's, see `CacheLayout.empty_host_pool`. `swaps`: int32 `[num_swaps, 2]` of (source block,
+    destination block); no destination appears twice. What KVCacheManager.pending_swaps hands out is executed as
+
+        swap_blocks(layout, pool, host_pool, transfers.swap_outs)
+        swap_blocks(layout, host_pool, pool, transfers.swap_ins)
+
+    in this order, before the step's copies and writes. On a GPU it is one launch on the current stream, which
+    reads or writes the host's memory through the bus; a copy engine (one cudaMemcpyAsync a block) would leave the
+    multiprocessors alone, but costs the host a call for each block, and there is no such path here.
+    Raises ValueError for arrays that do not fit the layout, and on the host for a list that breaks these rules.
+    """
+    backend = backend_of(source=source, destination=destination, swaps=swaps)
+    checks.pool(layout, source, "source")
+    checks.pool(layout, destination, "destination")
+    checks.apart("source", source, "destination", destination)
+    checks.integers("swaps", swaps, (None, 2), np.int32, "num_swaps, 2")
+    checks.swap_list(swaps, int(source.shape[0]), int(destination.shape[0]))
+    num_swaps = int(swaps.shape[0])
+    if num_swaps == 0:
+        return
+    constants = specialise.swap_blocks()
+    vectors = layout.bytes_per_block // checks.VECTOR_BYTES
+    parts = -(-vectors // (int(constants["THREADS"]) * int(constants["UNROLL"])))
+    parts = min(parts, max(1, blocks_to_fill(backend, _BLOCKS_FOR_THE_BUS) // num_swaps), MAX_GRID_YZ)
+    launch(
+        backend,
+        "swap_blocks",
+        constants,
+        (num_swaps, parts, 1),
+        [destination, source, swaps, vectors],
     )
 
 

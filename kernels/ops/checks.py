@@ -50,10 +50,17 @@ def contiguous(name: str, array: Array, shape: tuple[int | None, ...], axes: str
     _aligned(name, array)
 
 
-def pool(layout: CacheLayout, array: Array) -> None:
+def pool(layout: CacheLayout, array: Array, name: str = "pool") -> None:
     """Require a pool of `layout`."""
     axes = "num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim"
-    contiguous("pool", array, (None, *layout.block_shape), axes, layout.dtype)
+    contiguous(name, array, (None, *layout.block_shape), axes, layout.dtype)
+
+
+def apart(name: str, array: Array, other_name: str, other: Array) -> None:
+    """Require two contiguous arrays that share no memory."""
+    first, second = _address(array), _address(other)
+    if first < second + other.nbytes and second < first + array.nbytes:
+        raise ValueError(f"{name} and {other_name} must not overlap in memory")
 
 
 def layer(layout: CacheLayout, index: int) -> None:
@@ -173,6 +180,20 @@ def copy_list(layout: CacheLayout, copies: Array, num_blocks: int) -> None:
     both = np.intersect1d(blocks[:, 0], destinations)
     if both.size:
         raise ValueError(f"block ({both[0]}) must not be both a source and a destination of one list")
+
+
+def swap_list(swaps: Array, num_source_blocks: int, num_destination_blocks: int) -> None:
+    """On the host, require swaps that stay in their pools and can run in parallel."""
+    if not isinstance(swaps, np.ndarray) or len(swaps) == 0:
+        return
+    for column, name, count in ((0, "source", num_source_blocks), (1, "destination", num_destination_blocks)):
+        blocks = swaps[:, column]
+        if blocks.min() < 0 or blocks.max() >= count:
+            worst = blocks.min() if blocks.min() < 0 else blocks.max()
+            raise ValueError(f"a swap names {name} block ({worst}), which must be in 0..{count - 1}")
+    destinations, counts = np.unique(swaps[:, 1], return_counts=True)
+    if counts.max() > 1:
+        raise ValueError(f"block ({destinations[counts > 1][0]}) must be the destination of one swap only")
 
 
 def group_of(layout: CacheLayout, num_heads: int) -> int:
