@@ -75,6 +75,8 @@ class RetentionConfig:
       says nothing, both stay. (There, the priority stays, and loses its duration.)
     - A duration begins when the last reference to a block goes, and ends early if it is referenced again; then
       it begins anew. When it is over, the block is one of priority 35, the most recently used of them.
+    - A block that is taken out of the cache to be written in (by its only holder, once truncated, or as a part that
+      a request steals) is a new one when it is full again, with the wish of whoever wrote it, be it equal content.
     - What leaves the GPU leaves its priority behind: content that the host tier brings back is of the default one,
       until a request says otherwise. A sequence that is swapped in says again what it said at admission.
     - A priority of 35 is the default, and has nothing to expire to.

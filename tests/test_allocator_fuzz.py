@@ -17,6 +17,8 @@ from allocator.fuzz import (
     WindowMachine,
     run_machine,
 )
+from allocator.retention import RetentionConfig, TokenRange
+from allocator.shadow import PromptSpec
 
 # Collected by pytest; `--hypothesis-profile=deep` runs them for as long as there is patience.
 TestAllocator = AllocatorMachine.TestCase
@@ -39,6 +41,41 @@ def test_a_run_counts_what_it_did() -> None:
     assert tally.refusals == again.refusals
     assert sum(count for name, count in tally.operations.items() if name.startswith("admit")) > 0
     assert "refusals" in str(tally)
+
+
+def machine(num_blocks: int, *, partial: int = 0) -> AllocatorMachine:
+    """Return a machine with a pool of blocks of two tokens, begun."""
+    state = AllocatorMachine()
+    state.start(num_blocks, 2, reuse=True, policy=0, ghosts=None, log=0, partial=partial)
+    return state
+
+
+def test_found_block_filled_again_with_what_was_cut_off() -> None:
+    """The oracle expected it to be kept as before."""
+    state = machine(6)
+    whole = RetentionConfig.whole(50)
+    state.admit_retained(PromptSpec("tokens", [0, 1, 0, 0, 1]), again=0, salt="", chunk=99, retention=whole)
+    state.check()
+    state.release(index=0, count=1)
+    state.admit_again(index=0, salt="", chunk=99)
+    state.truncate(index=0, keep=2)
+    state.check()
+    state.append(chosen=1, count=1, bits=0, wait=0)
+    state.check()
+    state.teardown()
+
+
+def test_found_block_stolen_and_filled_with_the_same() -> None:
+    """Likewise; the prompt's last token is computed in the block that holds it."""
+    state = machine(3, partial=2)
+    whole = RetentionConfig((TokenRange(0, None, 50),))
+    state.admit_retained(PromptSpec("tokens", [0, 1]), again=0, salt="", chunk=99, retention=whole)
+    state.check()
+    state.release(index=0, count=1)
+    state.check()
+    state.admit_again(index=0, salt="", chunk=99)
+    state.check()
+    state.teardown()
 
 
 @pytest.mark.slow

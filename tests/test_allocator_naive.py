@@ -184,9 +184,6 @@ class BesideNaive(AllocatorMachine):
         """The naive manager has no windows."""
         return None
 
-    def settle_retention(self) -> None:
-        """Leave retention to its own machine: the naive manager keeps nothing."""
-
     def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
         ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
         real = super().make_manager(num_blocks, tokens_per_block, reuse)

@@ -100,6 +100,30 @@ def test_the_newest_word_counts_and_silence_changes_nothing() -> None:
         manager.check_invariants()
 
 
+def test_a_block_that_is_written_in_again_is_a_new_one() -> None:
+    """Whether it was cut or stolen for it, nothing is left of what was said of its old content, even if equal."""
+    retention = RetentionConfig((TokenRange(0, None, priority=90),))
+    manager = manager_of(4)
+    serve(manager, [1, 2, 3, 4, 5], retention)
+    content = TokenContent([1, 2, 3, 4, 5])
+    sequence = manager.admit(content, 1)
+    assert priorities(sequence) == [90, 90]
+    manager.truncate(sequence, 3)
+    manager.append([sequence], [4])
+    assert list(sequence.block_table) == [0, 1]
+    assert priorities(sequence) == [90, 35]
+
+    manager = KVCacheManager(4, 2, CacheConfig(policy="priority", enable_partial_reuse=True))
+    serve(manager, [1, 2], retention)
+    manager.pending_copies()  # the step is run
+    sequence = manager.admit(
+        TokenContent([1, 2]), 1
+    )  # the last token is always computed, here in the same block
+    assert manager.stats().stolen_blocks == 1
+    assert list(sequence.block_table) == [0]
+    assert priorities(sequence) == [35]
+
+
 def test_the_lowest_priority_goes_first_and_the_oldest_of_equals() -> None:
     manager = manager_of(5)
     for i, priority in enumerate((50, 0, 35, 0, 100)):

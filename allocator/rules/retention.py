@@ -11,6 +11,7 @@ from hypothesis.stateful import precondition, rule
 from allocator.eviction import Priority
 from allocator.retention import DEFAULT_PRIORITY, Retention, RetentionConfig, TokenRange
 from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine
+from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, PromptSpec, State
 
 WISHES = st.builds(Retention, st.sampled_from([0, 20, 35, 50, 100]), st.sampled_from([None, None, 1, 2, 5]))
@@ -65,11 +66,13 @@ class Keeping:
         self.ends: dict[State, int] = {}
         self.unsure: set[State] = set()
         self._undated: set[State] = set()  # held by a transfer perhaps, and so without an end yet
-        self.evicted: set[State] = set()  # by the last call
-        self._blocks: dict[State, int] = {}
         self._idle: set[State] = set()
         self._touched: set[State] = set()
-        self._log: list[tuple[State, set[Retention]]] = []
+        self._log: list[tuple[State, set[Retention] | None]] = []  # None where the history's block was lost
+
+    def lose(self, states: Iterable[State]) -> None:
+        """Note histories whose cached blocks were taken, be it for others or by their only holder to write in."""
+        self._log += [(state, None) for state in states]
 
     def note(self, stories: Iterable[Any]) -> None:
         """Note what sequences have come to hold by the last call."""
@@ -85,14 +88,10 @@ class Keeping:
 
     def settle(self, cached: dict[State, int], held: set[State], *, in_flight: bool) -> None:
         """Draw conclusions, between steps."""
-        for state in self.evicted:  # whatever is cached under it now was computed anew
-            self._forget(state)
-        self.evicted.clear()
         for state, wishes in self._log:
-            if self._blocks.get(state) != cached.get(state):
+            if wishes is None:  # whatever is cached under it later is computed anew
                 self._forget(state)
-                self._blocks[state] = cached.get(state, -1)
-            if wishes:
+            elif wishes:
                 self._forget(state)
                 if len(wishes) > 1:
                     self.unsure.add(state)
@@ -115,7 +114,7 @@ class Keeping:
         for state in [*self.ends]:
             if state not in idle:
                 del self.ends[state]
-        self._blocks, self._idle, self._touched = cached, idle, set(held)
+        self._idle, self._touched = idle, set(held)
 
     def _forget(self, state: State) -> None:
         self.said.pop(state, None)
@@ -146,6 +145,7 @@ class RetentionRules(ManagerMachine):
         """Make the manager, and watch what its policy takes."""
         super().begin(*arguments)
         self.keeping = Keeping()
+        self.cached_before: set[int] = set()
         watched = self.manager.pool.policy
         choose, note = watched.victim, watched.evicted
         chosen: dict[Any, list[State]] = {}
@@ -158,8 +158,8 @@ class RetentionRules(ManagerMachine):
             return extent, count
 
         def evicted(extent: Any, count: int) -> None:
-            if extent in chosen:  # else its only holder wrote into it
-                self.keeping.evicted.update(chosen.pop(extent)[-count:])
+            if extent in chosen:  # else its only holder is about to write into it: see `note`
+                self.keeping.lose(chosen.pop(extent)[-count:])
             note(extent, count)
 
         watched.victim, watched.evicted = victim, evicted
@@ -181,6 +181,22 @@ class RetentionRules(ManagerMachine):
                 assert priority(mine) <= priority(other), (
                     f"a block of priority {priority(mine)} goes before one of {priority(other)}"
                 )
+
+    def refusing(self, *arguments: Any, **options: Any) -> Any:
+        """Call as expected, and remember which blocks were cached before."""
+        self.cached_before = self.cached_blocks()
+        return super().refusing(*arguments, **options)
+
+    def note(self, sequence: KVSequence, slots: list[int], states: list[State]) -> None:
+        """Remember what a step is going to write where, and what was cached in a block that it goes on in.
+
+        Such a block was taken back after a truncation, or stolen: it may be cached again at once, even with the
+        same content, but nothing has been said of it then.
+        """
+        super().note(sequence, slots, states)
+        block, offset = divmod(slots[0], self.size)
+        if offset and block in self.cached_before:
+            self.keeping.lose([self.shadow.block(block)])
 
     def admit_prompt(self, prompt: Prompt, *arguments: Any, **options: Any) -> bool:
         """Admit a prompt, and remember what it wants kept."""
