@@ -27,13 +27,14 @@ from sim.stored import StoredColumns
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 REQUESTS, TIMELINE, EVENTS = "requests.parquet", "timeline.parquet", "events.parquet"
+PERFETTO = "timeline.perfetto-trace"
 FIGURES = "figures"
 FIGURE_FILES = tuple(
     f"{FIGURES}/{name}.{ending}"
     for name in ("utilization", "latency", "block_map")
     for ending in ("png", "svg")
 )
-RUN_FILES = (MANIFEST, SUMMARY, REQUESTS, TIMELINE, EVENTS, *FIGURE_FILES)
+RUN_FILES = (MANIFEST, SUMMARY, REQUESTS, TIMELINE, EVENTS, PERFETTO, *FIGURE_FILES)
 """All that a run may leave."""
 
 _STAGING_PREFIX = ".unfinished-"

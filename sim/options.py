@@ -119,6 +119,8 @@ class Replay:
     ] = "llama-2-7b"
     figures: bool = True
     """Draw figures/*.png and *.svg."""
+    perfetto: bool = False
+    """Write timeline.perfetto-trace: requests, pool and preemptions over time, to open in https://ui.perfetto.dev."""
     reading: ReadOptions = field(default_factory=ReadOptions)
     """How a trace file is read, and which part of it. Of a synthetic workload, too, --num-requests are replayed,
     1,000 unless said otherwise."""

@@ -47,7 +47,9 @@ def replay(arguments: list[str]) -> None:
             )
         with folder.scratch() as scratch:
             finished = _simulate(spec, trace, scratch)
-            summary = write_run(finished, folder, draw=options.figures, began=began)
+            summary = write_run(
+                finished, folder, draw=options.figures, began=began, perfetto=options.perfetto
+            )
         paths = folder.publish()
 
     from sim.report import print_report
@@ -63,9 +65,11 @@ def _simulate(spec: RunSpec, trace: Trace, scratch: Path) -> Run:
         return run(spec, trace, progress, scratch)
 
 
-def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) -> dict[str, Any]:
+def write_run(
+    finished: Run, folder: ResultFolder, *, draw: bool, began: float, perfetto: bool = False
+) -> dict[str, Any]:
     """Stage all files of a run in a result folder and return its summary; `began` is a perf_counter reading."""
-    from sim.export import FIGURES
+    from sim.export import FIGURES, PERFETTO
     from sim.manifest import Manifest
 
     folder.write_tables(finished.result)
@@ -73,6 +77,10 @@ def write_run(finished: Run, folder: ResultFolder, *, draw: bool, began: float) 
         from sim.figures import write_figures
 
         write_figures(finished.result, finished.spec.engine, folder.staging / FIGURES)
+    if perfetto:
+        from sim.perfetto import write_perfetto
+
+        write_perfetto(finished.result, folder.staging / PERFETTO)
     folder.write_manifest(
         Manifest(finished.spec, finished.trace.sha256).document(
             num_requests=len(finished.trace),
