@@ -130,6 +130,11 @@ class Progressions:
         """The largest of them; None when there are none."""
         return int(self.last.max()) if self.first.size else None
 
+    def count_at_most(self, limit: int) -> int:
+        """How many of them are at most `limit`."""
+        reached = np.clip((limit - self.first) // self.increment + 1, 0, self.steps)
+        return exact_dot(reached, self.weight)
+
     def percentile(self, percent: int) -> int | None:
         """Return the nearest-rank percentile: the smallest x with at least percent % of the numbers ≤ x.
 

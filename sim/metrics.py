@@ -132,14 +132,14 @@ def _float_summary(ascending: NDArray[np.float64]) -> dict[str, float | None]:
     count = ascending.size
     if not count:
         return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
-    found = {"mean": _fsum(ascending) / count}
+    found = {"mean": float_sum(ascending) / count}
     for percent in (50, 90, 99):
         found[f"p{percent}"] = float(ascending[-(-percent * count // 100) - 1])
     found["max"] = float(ascending[-1])
     return found  # type: ignore[return-value]
 
 
-def _fsum(values: NDArray[np.float64]) -> float:
+def float_sum(values: NDArray[np.float64]) -> float:
     """Return the exactly rounded sum of floats, a piece of which at a time becomes a list."""
     pieces = np.split(values, range(_PIECE, values.size, _PIECE))
     return math.fsum(chain.from_iterable(map(np.ndarray.tolist, pieces)))
@@ -185,7 +185,7 @@ class _Stretches:
             return None
         at_first = np.divide(top[0][busy], np.maximum(bottom[0][busy], 1))
         at_last = np.divide(top[1][busy], bottom[1][busy])
-        return _fsum(w0 * at_first + w1 * at_last) / time
+        return float_sum(w0 * at_first + w1 * at_last) / time
 
 
 def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class Replay:
     """Draw figures/*.png and *.svg."""
     perfetto: bool = False
     """Write timeline.perfetto-trace: requests, pool and preemptions over time, to open in https://ui.perfetto.dev."""
+    prometheus: Path | None = None
+    """File for the final counters in Prometheus' text format, under the names of vLLM's /metrics."""
     reading: ReadOptions = field(default_factory=ReadOptions)
     """How a trace file is read, and which part of it. Of a synthetic workload, too, --num-requests are replayed,
     1,000 unless said otherwise."""

@@ -31,10 +31,13 @@ def replay(arguments: list[str]) -> None:
     spec = options.spec(manifest.spec if manifest else None)
 
     from sim.export import ResultFolder
+    from sim.prometheus import check_writable, write_prometheus
     from sim.runner import load_trace, memory_budget
 
     memory_budget(spec)  # an impossible configuration is found out before a long trace is read
     with ResultFolder(options.out) as folder:
+        if options.prometheus is not None:
+            check_writable(options.prometheus)
         trace = load_trace(spec.trace)
         if manifest and spec.trace.workload is None and trace.sha256 != manifest.trace_sha256:
             raise ValueError(
@@ -51,6 +54,8 @@ def replay(arguments: list[str]) -> None:
                 finished, folder, draw=options.figures, began=began, perfetto=options.perfetto
             )
         paths = folder.publish()
+        if options.prometheus is not None:
+            write_prometheus(finished.result, spec, options.prometheus)
 
     from sim.report import print_report
 

@@ -122,6 +122,15 @@ class StoredColumns(Mapping[str, NDArray[np.generic]]):
         return totals
 
 
+def counts_at_most(values: Ints, weights: Ints, limits: Sequence[int]) -> list[int]:
+    """Return how many values, each counting `weights` times, are at most as large as each of ascending limits."""
+    # the first limit that is not below a value
+    first = np.searchsorted(np.array(limits, dtype=np.int64), values)
+    counts = np.zeros(len(limits) + 1, dtype=np.int64)
+    np.add.at(counts, first, weights)
+    return [int(count) for count in np.cumsum(counts[:-1])]
+
+
 class StoredTimes:
     """Durations with weights, in the two columns of a table on disk."""
 
@@ -142,6 +151,11 @@ class StoredTimes:
             high, low = values >> 32, values & 0xFFFFFFFF
             total += (int((high * weights).sum()) << 32) + int((low * weights).sum())
         return count, total
+
+    def counts_at_most(self, limits: Sequence[int]) -> list[int]:
+        """Return how many durations are at most as long as each of ascending limits."""
+        found = [counts_at_most(*part, limits) for part in self._parts()]
+        return [sum(counts) for counts in zip(*found, strict=True)] or [0] * len(limits)
 
     def at_ranks(self, ranks: Sequence[int]) -> list[int]:
         """Return the values at these ranks, from 1, of all in ascending order.
