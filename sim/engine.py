@@ -278,7 +278,6 @@ class Replica:
         s of them end after s · first + increment · s (s − 1) / 2.
         """
         scheduler, arrivals = self.scheduler, self.arrivals
-        decoding = scheduler.num_decoding
         increment = self._step_increment(slope)
         first = base + slope * scheduler.context + increment
         if scheduler.window_keys is not None:
