@@ -30,6 +30,7 @@ from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
 from sim.stored import ColumnFiles, StoredColumns, StoredTimes
 from sim.stream import RequestStream
+from sim.timeline import Timeline
 
 _FIELDS = (
     "request_id",
@@ -79,8 +80,8 @@ _LIFETIMES = ("lifetime", "idle_before_evict", "reuse_gap")
 class Recorder:
     """Columns in the making; one instance a run.
 
-    stretch  adds a timeline row; the values come in the order of TIMELINE_COLUMNS
-    gap      notes an inter-token gap that a preemption caused, or prompts that went first
+    timeline  its rows
+    gap       notes an inter-token gap that a preemption caused, or prompts that went first
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Recorder:
         if folder is not None:
             self._files = {kind: ColumnFiles(folder / kind, columns) for kind, columns in names.items()}
         self._requests = IntRows(names["requests"], self._files.get("requests"))
-        self._timeline = IntRows(names["timeline"], self._files.get("timeline"))
+        self.timeline = Timeline(manager.num_blocks, manager.tokens_per_block, self._files.get("timeline"))
         self._pauses = IntRows(names["pauses"], self._files.get("pauses"))
         self._paused: dict[Job, int] = {}
         self._lifetimes: dict[str, list[Durations]] = {kind: [] for kind in _LIFETIMES}
@@ -110,7 +111,6 @@ class Recorder:
         self._causes = [""]
         self._sequences: dict[int, int] = {}
         self._map = _MapSampler(manager, map_samples, requests) if map_samples else None
-        self.stretch = self._timeline.append
         self.gap = self._gaps.append
 
     def started(self, job: Job) -> None:
@@ -179,7 +179,7 @@ class Recorder:
     def pack(self) -> None:
         """Keep the rows in less memory; to be called now and then."""
         self._requests.pack()
-        self._timeline.pack()
+        self.timeline.rows.pack()
         self._pauses.pack()
         lifetimes = self._manager.pool.lifetimes
         if lifetimes is not None and len(lifetimes) > _MOST_LIFETIMES:
@@ -234,10 +234,10 @@ class Recorder:
         codes = found.pop(_CODE).astype(np.int64)
         found["status"] = np.where(codes == 0, FINISHED, REJECTED)
         found["reject_cause"] = np.array(self._causes, dtype=np.str_)[codes]
-        return {name: found[name] for name in _ORDER}, self._timeline.columns(), self._pauses.columns()
+        return {name: found[name] for name in _ORDER}, self.timeline.rows.columns(), self._pauses.columns()
 
     def _stored_columns(self) -> tuple[Columns, Columns, Columns]:
-        for rows in (self._requests, self._timeline, self._pauses):
+        for rows in (self._requests, self.timeline.rows, self._pauses):
             rows.pack(1)
         for files in self._files.values():
             files.close()

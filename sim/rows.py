@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.stored import ColumnFiles
+
+Table = NDArray[np.int64]
+"""int64 [rows, columns]"""
 
 _ROWS = 8192
 
@@ -18,21 +21,40 @@ class IntRows:
 
     `append` takes a row as a tuple and costs what appending to a list costs; `pack`, to be called now and then,
     turns what has come together into arrays of 8 bytes a number, or writes it to `files`, if there are any.
+
+    With `complete`, a row that is appended has `width` numbers only, from which, many rows at a time, that function
+    makes those that `names` asks for.
     """
 
-    def __init__(self, names: Sequence[str], files: ColumnFiles | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        files: ColumnFiles | None = None,
+        *,
+        width: int | None = None,
+        complete: Callable[[Table], Table] | None = None,
+    ) -> None:
         self.names = names
         self._files = files
+        self._width = len(names) if width is None else width
+        self._complete = complete
         self._rows: list[tuple[int, ...]] = []
-        self._packed: list[NDArray[np.int64]] = []
+        self._packed: list[Table] = []
+        self._num_packed = 0
         self.append = self._rows.append
+
+    def __len__(self) -> int:
+        return self._num_packed + len(self._rows)
 
     def pack(self, at_least: int = _ROWS) -> None:
         """Pack the rows appended since, if there are that many."""
-        rows, width = self._rows, len(self.names)
+        rows, width = self._rows, self._width
         if len(rows) >= at_least:
             table = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * width).reshape(-1, width)
+            self._num_packed += len(rows)
             rows.clear()
+            if self._complete is not None:
+                table = self._complete(table)
             if self._files is None:
                 self._packed.append(table)
             else:

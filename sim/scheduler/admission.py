@@ -6,6 +6,7 @@ The rules are TensorRT-LLM's capacity scheduler policies (GUARANTEED_NO_EVICT, M
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from allocator.manager import KVCacheManager, PrefixMatch
 from sim.scheduler.config import EngineConfig
@@ -13,7 +14,12 @@ from sim.scheduler.job import Job
 
 
 class AdmissionRule(ABC):
-    """Decide on one job, given what the running ones have been promised."""
+    """Decide on one job, given what the running ones have been promised.
+
+    promises_the_end  whether that is all blocks until they finish; else until their prompts are computed
+    """
+
+    promises_the_end: ClassVar[bool] = True
 
     def __init__(self, manager: KVCacheManager) -> None:
         self._manager = manager
@@ -31,13 +37,6 @@ class AdmissionRule(ABC):
         """Return the same for a job that comes back from host memory.
 
         held  blocks of its table;  needed  those that have to be taken for it now
-        """
-
-    @abstractmethod
-    def blocks_promised(self, outstanding: int, prompts: int) -> int:
-        """Return the blocks that are available now but promised to running jobs.
-
-        outstanding  what they will take until they finish;  prompts  until their prompts are computed
         """
 
 
@@ -62,12 +61,11 @@ class GuaranteedNoEvict(AdmissionRule):
     def blocks_at_return(self, job: Job, held: int, needed: int) -> int:
         return job.final_blocks - held + needed
 
-    def blocks_promised(self, outstanding: int, prompts: int) -> int:
-        return outstanding
-
 
 class MaxUtilization(AdmissionRule):
     """Admit whatever prompt fits now; when decoding runs out of blocks, somebody is preempted."""
+
+    promises_the_end = False
 
     def least_blocks(self, job: Job) -> int:
         return -(-job.final_tokens // self._manager.tokens_per_block)
@@ -78,9 +76,6 @@ class MaxUtilization(AdmissionRule):
     def blocks_at_return(self, job: Job, held: int, needed: int) -> int:
         target = job.request.prompt_tokens + job.generated
         return -(-target // self._manager.tokens_per_block) - held + needed
-
-    def blocks_promised(self, outstanding: int, prompts: int) -> int:
-        return prompts
 
 
 class StaticBatch(GuaranteedNoEvict):

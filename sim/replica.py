@@ -1,0 +1,363 @@
+"""Replica: scheduler, cache and clock of one engine, as a process that takes one step after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from itertools import islice
+from typing import Any
+
+from sim.arrivals import NEVER, Arrivals
+from sim.cost import StepBatch, StepCost, StepWork
+from sim.recorder import Recorder
+from sim.request import Request
+from sim.scheduler.job import Job
+from sim.scheduler.plan import Plan
+from sim.scheduler.scheduler import Scheduler
+from sim.stretch import Stretch, steps_until
+
+
+class Replica:
+    """One engine. `run` is its life; `arrivals` are the requests that it serves.
+
+    There is no process for arrivals: whenever a step ends, the replica takes in what has arrived by then, in trace
+    order.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        scheduler: Scheduler,
+        recorder: Recorder,
+        cost: StepCost,
+        skipping: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.recorder = recorder
+        self.cost = cost
+        self._skipping = skipping
+        self._progress = progress
+        self._done = 0
+        self._needs_work: bool = getattr(cost, "needs_work", False)
+        self._affine: dict[int, tuple[int, int] | None] = {}
+        self._window_slopes: tuple[int, ...] = getattr(cost, "window_slopes", ())
+        manager = scheduler.manager
+        self._manager = manager
+        self._pool = manager.pool
+        self._tables = manager.tables
+        self._events = manager.events
+        self._has_partial_reuse = manager.pool.partial is not None
+        self._append_row = recorder.timeline.append
+        map_due_ps = recorder.map_due_ps
+        self._map_due_ps = NEVER if map_due_ps is None else map_due_ps
+        self.arrivals = Arrivals(requests, self._reject_turn)
+
+    def run(self, timeout: Callable[[int], Any]) -> Generator[Any, Any, None]:
+        """Step until every request is finished or rejected; yield a `timeout` for each step, or stretch of steps."""
+        scheduler, arrivals, pool, events = self.scheduler, self.arrivals, self._pool, self._events
+        running, waiting, batch = scheduler.running, scheduler.waiting, scheduler.batch
+        skipping = self._skipping
+        now = 0
+        while True:
+            if arrivals.next_ps <= now:
+                self.take_arrivals(now)
+            if not running and not waiting:
+                next_ps = arrivals.next_ps
+                if next_ps == NEVER:
+                    arrivals.close()
+                    return
+                yield timeout(next_ps - now)
+                now = next_ps
+                continue
+            pool.now = now
+            if events is not None:
+                events.move(now)
+            idle = scheduler.idle_steps() if skipping else 0
+            affine = self.decode_affine(len(scheduler.decoding)) if idle else None
+            plan = None
+            if affine is not None:
+                end = self._coast(now, idle, *affine)
+                yield timeout(end - now)
+                now = end
+            else:
+                plan = self.schedule(now)
+                first_ps = self.step_ps(plan)
+                if plan.is_quiet:
+                    stretch = Stretch(self, plan, now, first_ps)
+                    if skipping:
+                        stretch.skip()
+                    yield timeout(stretch.end_ps - now)
+                    now = stretch.end_ps
+                    while not skipping and stretch.step():
+                        yield timeout(stretch.end_ps - now)
+                        now = stretch.end_ps
+                    stretch.record()
+                else:
+                    yield timeout(first_ps)
+                    now += first_ps
+                    self.record(plan, now - first_ps, now, 1, first_ps, 0, None)
+            if events is not None:
+                events.move(now)
+            if scheduler.end_tick == batch.tick:
+                self.end_decodes(now)
+            if plan is not None and plan.completed:
+                self.end_prefills(plan, now)
+            if now >= self._map_due_ps:
+                self.recorder.sample_map(now, scheduler)
+                self._map_due_ps = self.recorder.map_due_ps or 0
+
+    # ---------------------------------------------------------------- arrivals
+
+    def take_arrivals(self, now_ps: int) -> None:
+        """Queue, or reject, every request that has arrived by `now_ps`."""
+        arrivals, scheduler = self.arrivals, self.scheduler
+        while arrivals.next_ps <= now_ps:
+            arrival_ps, request = arrivals.pop()
+            job = Job(request, request.num_samples)
+            cause = scheduler.reject_cause(job)
+            if cause:
+                self._reject(request, arrival_ps, cause)
+            else:
+                job.arrival_ps = arrival_ps
+                scheduler.waiting.append(job)
+
+    def _reject(self, request: Request, arrival_ps: int, cause: str) -> None:
+        self.recorder.rejected(request, arrival_ps, cause)
+        self._count_done()
+        self.arrivals.rejected(request)
+
+    def _reject_turn(self, turn: Request) -> None:
+        self._reject(turn, turn.arrival_ps, "follows_rejected")
+
+    def _count_done(self) -> None:
+        self._done += 1
+        if not self._done & 63:
+            self.recorder.pack()
+            if self._progress is not None:
+                self._progress(self._done)
+
+    # ---------------------------------------------------------------- steps
+
+    def schedule(self, now_ps: int) -> Plan:
+        """Return what the step that begins now computes."""
+        plan = self.scheduler.schedule()
+        if plan.admitted or plan.preempted:
+            self._note_plan(plan, now_ps)
+        if plan.chunks and not plan.decoding and self.scheduler.decoding:
+            self._note_stall(now_ps)
+        return plan
+
+    def decode_affine(self, sequences: int) -> tuple[int, int] | None:
+        """Return the cost model's answer, asked once for each batch size."""
+        try:
+            return self._affine[sequences]
+        except KeyError:
+            self._affine[sequences] = found = self.cost.decode_affine(sequences)
+            return found
+
+    def step_ps(self, plan: Plan) -> int:
+        """Return how long a step takes that has just been scheduled."""
+        manager = self._manager
+        batch = StepBatch(plan.decoding, plan.context, plan.chunks, window_keys=plan.window_keys)
+        copies = manager.pending_copies()
+        if len(copies):
+            batch.copied_tokens = int(copies[:, 2].sum())
+        if plan.moved:
+            batch.swapped_tokens = plan.moved * manager.tokens_per_block
+        if self._needs_work:
+            batch.work = StepWork(
+                list(islice(self.scheduler.decoding, plan.decoding)), plan.prefilling, copies
+            )
+        return self.cost.step(batch)
+
+    def _coast(self, start: int, steps: int, base: int, slope: int) -> int:
+        """Take up to `steps` steps in which there is nothing to do but decode; record them, return their end.
+
+        They end early with the first arrival that could be admitted.
+        """
+        arrivals = self.arrivals
+        first, increment = self.coast_ps(base, slope)
+        end = start + steps * first + increment * (steps * (steps - 1) // 2)
+        if arrivals.next_ps < end and self.scheduler.accepts_arrivals():
+            steps = steps_until(arrivals.next_ps - start, first, increment)
+            end = start + steps * first + increment * (steps * (steps - 1) // 2)
+        self.take_coast(start, end, steps, first, increment)
+        return end
+
+    def coast_ps(self, base: int, slope: int) -> tuple[int, int]:
+        """Return how long the next step takes if it only decodes, and by how much those like it after it take longer.
+
+        A step takes base + slope · context, so that s of them take s · first + increment · s (s − 1) / 2.
+        """
+        scheduler = self.scheduler
+        increment = slope * len(scheduler.decoding)
+        first = base + slope * scheduler.context + increment
+        if scheduler.window_keys is not None:
+            longer = self._weighted(scheduler.window_keys.growing)
+            return first + self._weighted(scheduler.window_keys.keys) + longer, increment + longer
+        return first, increment
+
+    def step_increment(self, slope: int) -> int:
+        """Return by how much a step of all decoding sequences takes longer than the one before, picoseconds."""
+        return self.coast_ps(0, slope)[1]
+
+    def _weighted(self, keys: Iterable[int]) -> int:
+        """Return how long it takes to attend to so many keys in each of the cost's windows."""
+        return sum(slope * count for slope, count in zip(self._window_slopes, keys, strict=True))
+
+    def take_coast(self, start: int, end: int, steps: int, first: int, increment: int) -> None:
+        """Take steps in which there is nothing to do but decode, and record them; the last one begins by now."""
+        scheduler, manager, pool = self.scheduler, self._manager, self._pool
+        later = scheduler.coast(steps)
+        if self._has_partial_reuse:
+            manager.end_step()
+        last_start = end - first - increment * (steps - 1)
+        if self.arrivals.next_ps <= last_start:
+            self.take_arrivals(last_start)
+        if self._is_shared():
+            self._note_shared()
+        self._append_row(
+            (
+                start,
+                steps,
+                len(scheduler.running),
+                len(scheduler.waiting),
+                len(scheduler.decoding),
+                0,
+                0,
+                first,
+                increment if steps > 1 else 0,
+                pool.num_free,
+                pool.num_evictable,
+                manager.logical_blocks,
+                manager.logical_tokens,
+                later,
+                pool.evicted_blocks,
+            )
+        )
+
+    # ---------------------------------------------------------------- ends of steps
+
+    def end_decodes(self, now_ps: int) -> None:
+        """Account for the decoding jobs that have all their tokens now."""
+        for job in self.scheduler.end_decodes():
+            self._finish(job, now_ps)
+
+    def end_prefills(self, plan: Plan, now_ps: int) -> None:
+        """Account for the tokens sampled at the ends of prompts."""
+        scheduler = self.scheduler
+        for job in plan.completed:
+            job.generated += 1
+            if job.generated == 1:
+                job.first_ps = now_ps
+            if job.last_ps >= 0:
+                self.recorder.gap(now_ps - job.last_ps)
+                job.last_ps = -1
+            if job.generated == job.request.output_tokens:
+                scheduler.finish(job)
+                self._finish(job, now_ps)
+            else:
+                scheduler.begin_decoding(job)
+
+    def _finish(self, job: Job, now_ps: int) -> None:
+        if self.recorder.finished(job, now_ps):
+            self.arrivals.finished(job.request, now_ps)
+            self._count_done()
+
+    # ---------------------------------------------------------------- what is noted of steps
+
+    def _note_plan(self, plan: Plan, now_ps: int) -> None:
+        for job in plan.preempted:
+            self.recorder.paused(job, now_ps)
+            if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
+                job.last_ps = now_ps
+        for job in plan.admitted:
+            if job.preemptions:
+                self.recorder.resumed(job, now_ps)
+            if self._events is not None:
+                self.recorder.started(job)
+            if job.admit_ps < 0 and job.origin is None:  # only a request's first admission counts
+                match = job.match
+                assert match is not None
+                job.admit_ps = now_ps
+                job.query_blocks = match.query_blocks
+                job.hit_blocks, job.hit_tokens = match.hit_blocks, match.hit_tokens
+
+    def _note_stall(self, now_ps: int) -> None:
+        """Note when the batch, which has to wait while prompts are computed, had its last tokens."""
+        for job in self.scheduler.decoding:
+            if job.last_ps < 0:
+                job.last_ps = now_ps
+
+    def _end_stall(self, now_ps: int, decoded: int) -> int:
+        """Note the gaps of those that had to wait; return how many of the `decoded` those are.
+
+        They are among the first of the batch: who came back from host memory in this step decodes from the next on.
+        """
+        late = 0
+        for job in islice(self.scheduler.decoding, decoded):
+            if job.last_ps >= 0:
+                late += 1
+                self.recorder.gap(now_ps - job.last_ps)
+                job.last_ps = -1
+        return late
+
+    def record(
+        self,
+        plan: Plan,
+        start: int,
+        end: int,
+        steps: int,
+        first: int,
+        increment: int,
+        at_first: tuple[int, int] | None,
+    ) -> None:
+        """Write the timeline row of steps that end now; `at_first` are referenced blocks and written slots then."""
+        scheduler, manager, pool = self.scheduler, self._manager, self._pool
+        decoding = plan.decoding
+        free, evictable = pool.num_free, pool.num_evictable
+        later = 0
+        late = self._end_stall(end, decoding) if plan.resumes else 0
+        # a prompt that waits for blocks waits through all of its steps
+        out_of_blocks = steps if plan.out_of_blocks else 0
+        if at_first is not None:
+            later = pool.num_blocks - free - evictable - at_first[0]
+            later_tokens = at_first[1] - manager.kv_tokens + (steps - 1) * decoding
+            self._note_shared(late, later_tokens, len(plan.preempted), out_of_blocks)
+        elif late or plan.preempted or out_of_blocks or self._is_shared():
+            self._note_shared(late, 0, len(plan.preempted), out_of_blocks)
+        self._append_row(
+            (
+                start,
+                steps,
+                len(scheduler.running),
+                len(scheduler.waiting),
+                decoding,
+                len(plan.chunks),
+                plan.prefill_tokens,
+                first,
+                increment if steps > 1 else 0,
+                free,
+                evictable,
+                manager.logical_blocks,
+                manager.logical_tokens,
+                later,
+                pool.evicted_blocks,
+            )
+        )
+
+    def _is_shared(self) -> bool:
+        """Return whether blocks are shared in ways that a row of the timeline has to tell apart."""
+        tables = self._tables
+        return bool(self._pool.shared or tables.twinned or tables.copies.num_held)
+
+    def _note_shared(
+        self, late: int = 0, later_tokens: int = 0, preemptions: int = 0, out_of_blocks: int = 0
+    ) -> None:
+        """Note what the next row of the timeline is to say apart from its numbers."""
+        manager, pool = self._manager, self._pool
+        referenced, logical = pool.num_referenced, manager.logical_blocks
+        unwritten = logical * manager.tokens_per_block - manager.logical_tokens
+        shared_slots = manager.kv_tokens - (referenced * manager.tokens_per_block - unwritten)
+        beside = manager.saved_blocks - (logical - referenced)
+        self.recorder.timeline.note(late, shared_slots, later_tokens, beside, preemptions, out_of_blocks)
