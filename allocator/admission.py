@@ -12,7 +12,7 @@ from allocator.checks import as_int
 from allocator.coasting import Coasting
 from allocator.content import Content
 from allocator.event_log import ADMITTED, HIT, NOBODY, TAKEN
-from allocator.matching import PrefixMatch, find_match
+from allocator.matching import PrefixMatch, find_match, no_match
 from allocator.pool import OutOfBlocks
 from allocator.prefix import Extent
 from allocator.quotas import Quotas, Tenant
@@ -33,14 +33,7 @@ class Admission(Coasting):
         far as what the next query attends to is cached.
         """
         if not self.reuse:
-            size = self.tokens_per_block
-            full, rest = divmod(content.num_prompt_tokens, size)
-            misses = {"cold": full} if full else {}
-            if rest:
-                misses["short_of_block"] = 1
-            return PrefixMatch(
-                self.index, content, salt, size, [], None, 0, full + (rest > 0), misses, self.index.version
-            )
+            return no_match(self.index, content, salt, self.tokens_per_block, "cold")
         if self.windowed is not None:
             return find_windowed_match(
                 self.windowed.index, content, salt, self.windowed.window, self._prefilling
@@ -71,10 +64,15 @@ class Admission(Coasting):
         if not self.is_current(match):
             match = self.lookup(match.content, match.salt)
         size = self.tokens_per_block
-        num_tokens = as_int("num_tokens", num_tokens, 0)
+        if type(num_tokens) is not int or num_tokens < 0:
+            num_tokens = as_int("num_tokens", num_tokens, 0)
         needed = -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks
-        needed += match.evictable_blocks + match.copied_blocks
-        return needed if self.pool.tier is None else needed + match.host_blocks
+        return needed if match.is_empty else needed + self._blocks_tied(match)
+
+    def _blocks_tied(self, match: PrefixMatch) -> int:
+        """Return how many blocks a match's hits make unavailable, or need beside those that are missed."""
+        blocks = match.evictable_blocks + match.copied_blocks
+        return blocks if self.pool.tier is None else blocks + match.host_blocks
 
     def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
         """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them.
@@ -146,26 +144,22 @@ class Admission(Coasting):
             match = self.lookup(content, salt)
         elif match.content is not content or match.salt != salt:
             raise ValueError("match must come from a lookup of the same content and salt")
-        num_tokens = as_int("num_tokens", num_tokens, 1)
-        hit_blocks, hit_tokens = match.hit_blocks, match.hit_tokens
-        tokens = hit_tokens + num_tokens
-        if tokens > content.num_prompt_tokens:
-            left = content.num_prompt_tokens - hit_tokens
+        if type(num_tokens) is not int or num_tokens < 1:
+            num_tokens = as_int("num_tokens", num_tokens, 1)
+        size, pool, events = self.tokens_per_block, self.pool, self.events
+        prompt, hit_blocks = content.num_prompt_tokens, match.hit_blocks
+        tokens = match.hit_tokens + num_tokens
+        if tokens > prompt:
+            left = prompt - match.hit_tokens
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
-        if retention is not None and not isinstance(retention, RetentionConfig):
-            raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
-        if retention is not None and self.windowed is not None:
-            raise ValueError(f"retention ({retention!r}) must be None in a cache with a window")
+        if retention is not None:
+            self._check_retention(retention)
         if now is not None:
-            now = as_int("now", now, self.pool.now)
-        new_blocks = -(-tokens // self.tokens_per_block) - hit_blocks
-        needed = new_blocks + match.evictable_blocks
-        if match.partial is not None:
-            needed += match.copied_blocks
-        if self.pool.tier is not None:
-            needed += match.host_blocks
-        if needed > self.pool.available:
-            raise OutOfBlocks(needed, self.pool.available)
+            now = as_int("now", now, pool.now)
+        new_blocks = -(-tokens // size) - hit_blocks
+        needed = new_blocks if match.is_empty else new_blocks + self._blocks_tied(match)
+        if needed > pool.available:
+            raise OutOfBlocks(needed, pool.available)
         account = None
         if tenant is not None:
             account = self._account(tenant)
@@ -173,55 +167,44 @@ class Admission(Coasting):
         if now is not None:
             self._pass_time(now)
 
-        history = content.history(self.tokens_per_block)
+        history = content.history(size)
         # Without reuse, each sequence has a root of its own, and nothing is ever found: only a fork has to know
         # which full blocks are shared, and has them indexed before.
         family, label = (content.family(), salt) if self.reuse else (None, history)
-        root = self.index.root(family, label, history.key_width)
+        root: Extent = self.index.root(family, label, history.key_width)
         root.references += 1
-        anchor: Extent = root
-        table = array("i")
-        arriving: list[Extent] = []
-        for extent, blocks in match.path:
-            if blocks * extent.width < len(extent.keys):
-                extent = self.pool.split(extent, blocks)
-            if not extent.ids:
-                arriving.append(extent)
-                continue
-            self.pool.hit(extent)
-            table.extend(extent.ids)
-            anchor = extent
-        if arriving and self.pool.tier is not None:
-            table.extend(self.pool.tier.onboard(arriving, count=not readmission))
-            anchor = arriving[-1]
-        events, number = self.events, NOBODY
+        number = NOBODY
         if events is not None:
             number = events.new_sequence()
-            events.add(ADMITTED, number, value=content.num_prompt_tokens)
+        if match.is_empty:
+            anchor, table = root, array("i")
+        else:
+            anchor, table = self._take_hits(match, root, not readmission)
+        if events is not None:
+            events.add(ADMITTED, number, value=prompt)
             if table:
-                events.add_blocks(HIT, number, -1, hit_blocks * self.tokens_per_block, table)
+                events.add_blocks(HIT, number, -1, hit_blocks * size, table)
         if match.partial is not None:
             # The cut above has left the block as the first one of its extent.
-            extent, partial_tokens = match.partial.extent, match.partial.num_tokens
-            table.append(self.tables.reuse_part(extent, partial_tokens, number))
+            table.append(self.tables.reuse_part(match.partial.extent, match.partial.num_tokens, number))
             new_blocks -= 1
-        fresh = self.pool.take(new_blocks)
+        fresh = pool.take(new_blocks)
         table.extend(fresh)
 
-        sequence = KVSequence(history, salt, content.num_prompt_tokens, anchor, table, tokens)
+        sequence = KVSequence(history, salt, prompt, anchor, table, tokens)
         sequence.hit_blocks = hit_blocks
         if match.partial is not None:
             sequence.partial_tokens = match.partial.num_tokens
         if self.windowed is not None:
-            self.windowed.begin(sequence, root, (extent for extent, _ in match.path), hit_tokens)
-            self._logical_tokens -= sequence.left * self.tokens_per_block
+            self.windowed.begin(sequence, root, (extent for extent, _ in match.path), match.hit_tokens)
+            self._logical_tokens -= sequence.left * size
         if events is not None:
             sequence.number = number
             events.add_blocks(TAKEN, number, -1, num_tokens, fresh)
         if retention is not None:
-            sequence.retention = plan = retention.plan(content.num_prompt_tokens, self.tokens_per_block)
+            sequence.retention = plan = retention.plan(prompt, size)
             if plan is not None:
-                retain_hits(self.pool, anchor, plan)
+                retain_hits(pool, anchor, plan)
         self.sequences[sequence] = None
         self._logical_blocks += len(table)
         if account is not None:
@@ -230,11 +213,36 @@ class Admission(Coasting):
         self._logical_tokens += tokens
         if self.indexes_full:
             self._index_prompt(sequence)
-        if tokens < content.num_prompt_tokens:
+        if tokens < prompt:
             self._note_prefilling(sequence, True)
         if not readmission:
             self._count(match)
         return sequence
+
+    def _check_retention(self, retention: RetentionConfig) -> None:
+        if not isinstance(retention, RetentionConfig):
+            raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
+        if self.windowed is not None:
+            raise ValueError(f"retention ({retention!r}) must be None in a cache with a window")
+
+    def _take_hits(self, match: PrefixMatch, root: Extent, count: bool) -> tuple[Extent, array[int]]:
+        """Reference what a match found; return the deepest extent, and the blocks. `count` hits on the host or not."""
+        pool, anchor = self.pool, root
+        table = array("i")
+        arriving: list[Extent] = []
+        for extent, blocks in match.path:
+            if blocks * extent.width < len(extent.keys):
+                extent = self.pool.split(extent, blocks)
+            if not extent.ids:
+                arriving.append(extent)
+                continue
+            pool.hit(extent)
+            table.extend(extent.ids)
+            anchor = extent
+        if arriving and pool.tier is not None:
+            table.extend(pool.tier.onboard(arriving, count=count))
+            anchor = arriving[-1]
+        return anchor, table
 
     def set_quota(self, tenant: Hashable, num_blocks: int | None) -> None:
         """Let a tenant's sequences have at most `num_blocks` table entries; None lifts the quota.
@@ -243,6 +251,7 @@ class Admission(Coasting):
         """
         if self.quotas is None:
             self.quotas = Quotas()
+            self._note_features()
         self.quotas.set(tenant, num_blocks)
 
     def tenant_blocks(self, tenant: Hashable) -> int:
@@ -252,6 +261,7 @@ class Admission(Coasting):
     def _account(self, tenant: Hashable) -> Tenant:
         if self.quotas is None:
             self.quotas = Quotas()
+            self._note_features()
         return self.quotas[tenant]
 
     def extend(self, sequence: KVSequence, num_tokens: int) -> NDArray[np.int64]:

@@ -69,8 +69,8 @@ class Batch(Sequence[KVSequence]):
         self._order: Rows | None = None  # the members' rows, unless they have changed since
         self._pack = Struct("").pack  # packs a step's ids
         self._slots: LastSlots | None = None  # None until somebody asks for slots
-        self.past_ticks: list[int] = []  # the tick after each coast, and the manager's time then
-        self.past_times: list[int] = []
+        self.coasted = False  # whether members may have to catch up
+        self.coasted_at = 0  # the manager's time of the last coast
         self.catch_up: Callable[[KVSequence], None] = _nothing  # see Coasting
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class Batch(Sequence[KVSequence]):
             if sequence.host is not None:
                 state = "swapped out"
             raise ValueError(f"{sequence} must not be {state}")
-        tokens = sequence.num_tokens
+        tokens = sequence.base_tokens
         if tokens < sequence.num_prompt_tokens:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
         if self._free_rows:
@@ -111,9 +111,9 @@ class Batch(Sequence[KVSequence]):
         else:
             row = self._num_rows
             self._num_rows += 1
-        residue = (self.tick - tokens) % self.tokens_per_block
         sequence.batch = self
-        sequence.num_tokens = tokens
+        sequence.base_tokens = tokens - self.tick
+        residue = (self.tick - tokens) % self.tokens_per_block
         self._members[sequence] = row
         self._order = None
         bucket = self._buckets.get(residue)
@@ -143,10 +143,9 @@ class Batch(Sequence[KVSequence]):
 
     def discard(self, sequence: KVSequence) -> None:
         """Take a member out whose history nobody is going to read."""
-        tokens = sequence.num_tokens
-        residue = (self.tick - tokens) % self.tokens_per_block
+        residue = -sequence.base_tokens % self.tokens_per_block
         sequence.batch = None
-        sequence.num_tokens = tokens
+        sequence.base_tokens += self.tick
         self._free_rows.append(self._members.pop(sequence))
         self._order = None
         bucket = self._buckets[residue]
@@ -160,8 +159,7 @@ class Batch(Sequence[KVSequence]):
         if not self._members:  # so that rows are handed out in order again
             self._free_rows.clear()
             self._num_rows = 0
-            self.past_ticks.clear()
-            self.past_times.clear()
+            self.coasted = False
         if self.log is not None:
             self.log.add(LEFT, sequence.number, self.number)
 
@@ -245,15 +243,14 @@ class Batch(Sequence[KVSequence]):
         return np.frombuffer(packed, np.int32) if are_token_ids(packed) else None
 
     def catch_up_all(self) -> None:
-        """Let every member catch up, and forget when it coasted."""
+        """Let every member catch up."""
         for sequence in self._members:
             self.catch_up(sequence)
-        self.past_ticks.clear()
-        self.past_times.clear()
+        self.coasted = False
 
     def settle(self, sequence: KVSequence) -> None:
         """Write a member's token ids that are still in the ring to its history."""
-        if self.past_ticks:
+        if self.coasted:
             self.catch_up(sequence)
         if self.ring.named:
             tokens = sequence.num_tokens

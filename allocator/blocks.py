@@ -35,7 +35,8 @@ class OutOfBlocks(Exception):
 class FreeBlocks:
     """`num_blocks` blocks, numbered from 0: free ones are taken first, the last freed first.
 
-    What takes content away from blocks when too few are free is the business of a subclass: `_evict`.
+    What takes content away from blocks when too few are free is the business of a subclass: `_evict`. It can put a
+    whole victim below the free blocks, as a *stock* from which blocks are taken when those are used up.
     """
 
     name = "GPU"
@@ -45,69 +46,90 @@ class FreeBlocks:
         if num_blocks > MAX_BLOCKS:
             raise ValueError(f"num_blocks ({num_blocks}) must be at most {MAX_BLOCKS}: block ids are int32")
         self.num_blocks = num_blocks
+        self.num_free = num_blocks  # without content worth keeping
         self.num_evictable = 0
         self.evicted_blocks = 0
         self.limbo: dict[int, None] = {}  # freed, but pinned by a copy or transfer that may still use them
         self._pins: dict[int, int] = {}
         self._freed = array("i")  # a stack
+        self._stocked = 0  # the lowest of its blocks, which are a victim's and evictable till they are taken
         self._fresh = 0  # blocks from here on have never been used
-
-    @property
-    def num_free(self) -> int:
-        """Return the number of blocks without content worth keeping."""
-        return len(self._freed) + self.num_blocks - self._fresh
 
     @property
     def available(self) -> int:
         """Return how many blocks `take` could give."""
-        return len(self._freed) + self.num_blocks - self._fresh + self.num_evictable
+        return self.num_free + self.num_evictable
 
     def free_ids(self) -> NDArray[np.int32]:
         """Return all free blocks, int32 [num_free], the next to be taken last."""
         never_used = np.arange(self.num_blocks - 1, self._fresh - 1, -1, dtype=np.int32)
-        return np.concatenate([never_used, np.array(self._freed, dtype=np.int32)])
+        return np.concatenate([never_used, np.array(self._freed[self._stocked :], dtype=np.int32)])
 
     def take(self, count: int) -> array[int]:
         """Return `count` blocks, evicting as needed. Raises OutOfBlocks, with nothing changed."""
         freed = self._freed
         left = len(freed) - count
-        if left >= 0:
-            taken = freed[left:]
-            del freed[left:]
-            taken.reverse()
-            return taken
-        if count > self.available:
-            raise OutOfBlocks(count, self.available, self.name)
-        taken = freed[::-1]
-        del freed[:]
-        count = -left
-        fresh = min(count, self.num_blocks - self._fresh)
-        if fresh:
-            taken.frombytes(np.arange(self._fresh, self._fresh + fresh, dtype=np.int32).tobytes())
-            self._fresh += fresh
-            count -= fresh
-        while count:
-            evicted = self._evict(count)
-            count -= len(evicted)
-            if not count and not taken:
-                return evicted
-            taken.extend(evicted)
+        if left < 0:
+            return self._take_more(count)
+        taken = freed[left:]
+        del freed[left:]
+        taken.reverse()
+        self.num_free -= count
+        if left < self._stocked:
+            self._stock_taken(self._stocked - left, taken)
         return taken
 
-    def _evict(self, wanted: int) -> array[int]:
-        """Take between 1 and `wanted` blocks from what is evictable; called only while something is."""
+    def _take_more(self, count: int) -> array[int]:
+        """Do what `take` does where there are fewer blocks on the stack."""
+        if count > self.available:
+            raise OutOfBlocks(count, self.available, self.name)
+        freed = self._freed
+        taken = self.take(len(freed)) if freed else array("i")
+        while True:
+            wanted = count - len(taken)
+            fresh = min(wanted, self.num_blocks - self._fresh)
+            if fresh:
+                self._fresh += fresh
+                freed.frombytes(
+                    np.arange(self._fresh - 1, self._fresh - fresh - 1, -1, dtype=np.int32).tobytes()
+                )
+            else:
+                self._evict(wanted)
+            if len(freed) >= wanted:
+                last = self.take(wanted)
+                return taken + last if taken else last
+            taken.extend(self.take(len(freed)))
+
+    def _evict(self, wanted: int) -> None:
+        """Put between 1 and `wanted` blocks of what is evictable on the empty stack, or a victim's blocks as a stock.
+
+        Called only while something is evictable.
+        """
         raise NotImplementedError
+
+    def _stock_taken(self, count: int, taken: array[int]) -> None:
+        """Note that the last `count` blocks taken were evictable till now, and not free."""
+        raise NotImplementedError
+
+    def free_evicted(self, ids: array[int]) -> None:
+        """Put blocks that have just lost their content on the stack, the first of them to be taken first."""
+        self._freed.extend(ids[::-1])
+        self.num_free += len(ids)
 
     def give(self, ids: Iterable[int]) -> None:
         """Take back uncached blocks that nobody holds any more, the next to be reused last."""
         if not self._pins:
-            self._freed.extend(array("i", ids) if not isinstance(ids, array) else ids)
+            if not isinstance(ids, array):
+                ids = array("i", ids)
+            self._freed.extend(ids)
+            self.num_free += len(ids)
             return
         for block in ids:
             if block in self._pins:
                 self.limbo[block] = None
             else:
                 self._freed.append(block)
+                self.num_free += 1
 
     def pin(self, block: int) -> None:
         """Keep a block from being reused until `unpin`, whoever frees it."""
@@ -137,3 +159,4 @@ class FreeBlocks:
             elif block in limbo:
                 del limbo[block]
                 self._freed.append(block)
+                self.num_free += 1

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
+from itertools import chain, islice
 
 from allocator.batch import Batch
 from allocator.decoding import Decoding
 from allocator.prefix import Extent
 from allocator.sequence import KVSequence
-
-_LONGEST_PAST = 4096
-"""Coasts that a batch remembers before everybody is caught up."""
 
 
 class Coasting(Decoding):
@@ -19,8 +16,8 @@ class Coasting(Decoding):
 
     A block that fills while coasting goes into the index only when its sequence leaves the batch, is forked, or
     advances in another way: *catches up*. Till then it counts as what it is, a referenced block, and nobody misses
-    it, since its content is the sequence's own. The batch remembers when its ticks passed, for the dates at which
-    the blocks were filled.
+    it, since its content is the sequence's own. Where lifetimes are collected, the sequence keeps the dates at which
+    its blocks were filled.
     """
 
     def batch(self) -> Batch:
@@ -47,71 +44,62 @@ class Coasting(Decoding):
         that no block that fills repeats a cached one, and nobody looks for it before the sequence is released.
         """
         pool = self.pool
-        if (
-            pool.notes_cached
-            or pool.partial is not None
-            or batch.unready
-            or batch.ring.named
-            or self.quotas is not None
-            or self.events is not None
-            or self.windowed is not None
-        ):
+        if self.steps_matter or batch.unready or batch.ring.named:
             later = batch.growth(num_tokens) - batch.growth(1)
             self.advance(batch, num_tokens)
             return later
         batch.forget_slots()
         starts, growth, first = batch.starts(num_tokens)
         if growth:
+            members = chain.from_iterable(starts)
             stock = pool.take(growth)
-            taken = 0
-            for bucket in starts:
-                for sequence in bucket:
-                    sequence.table.append(stock[taken])
-                    taken += 1
+            if pool.lifetimes is None:
+                for sequence, block in zip(members, stock, strict=True):
+                    sequence.table.append(block)
+            else:
+                before, now = (
+                    batch.coasted_at,
+                    pool.now,
+                )  # of the coast before were the ticks before the first
+                for sequence, block in zip(islice(members, first), stock, strict=False):
+                    sequence.table.append(block)
+                    sequence.dates.append(before)
+                for sequence, block in zip(members, stock[first:], strict=True):
+                    sequence.table.append(block)
+                    sequence.dates.append(now)
             self._logical_blocks += growth
         batch.tick += num_tokens
-        batch.past_ticks.append(batch.tick)
-        batch.past_times.append(pool.now)
+        batch.coasted = True
+        batch.coasted_at = pool.now
         self._logical_tokens += num_tokens * len(batch)
-        if len(batch.past_ticks) > _LONGEST_PAST:
-            batch.catch_up_all()
         return growth - first
 
     def catch_up(self, sequence: KVSequence) -> None:
         """Put the blocks that filled while a member of a batch coasted into the index."""
-        batch = sequence.batch
+        batch, anchor = sequence.batch, sequence.anchor
         assert batch is not None
-        size, tokens = self.tokens_per_block, sequence.num_tokens
-        full, first = tokens // size, sequence.anchor.end
+        tokens = sequence.base_tokens + batch.tick
+        full, first = tokens // self.tokens_per_block, anchor.end
+        dates, sequence.dates = sequence.dates, []
         if full <= first or not self.indexes_full:
             return
+        tables = self.tables
         if self.pool.lifetimes is None:
-            self.tables.index_full(sequence, full)
+            tables.index_full(sequence, full)
             return
-        filled = (
-            batch.tick - tokens + (first + 1) * size
-        )  # the tick after which the first of the blocks was full
-        dates = _dates(batch, range(filled, filled + (full - first) * size, size))
+        if tokens % self.tokens_per_block == 0:
+            dates.append(batch.coasted_at)  # nobody has started the block after it
+        del dates[: first - full]  # starting its first block said when one was filled that is in the index
         if sequence.retention is None:
-            self.tables.index_full(sequence, full)
+            tables.index_full(sequence, full)
             _date(sequence.anchor, dates)
         else:  # blocks of one extent are retained alike
             for block in range(first, full):
-                self.tables.index_full(sequence, block + 1)
+                tables.index_full(sequence, block + 1)
                 _date(sequence.anchor, dates[block - first : block - first + 1])
 
 
-def _dates(batch: Batch, ticks: range) -> array[int]:
-    """Return at what times ticks passed in which a batch coasted."""
-    dates = array("q")
-    at = 0
-    for tick in ticks:
-        at = bisect_left(batch.past_ticks, tick, at)
-        dates.append(batch.past_times[at])
-    return dates
-
-
-def _date(extent: Extent, dates: array[int]) -> None:
+def _date(extent: Extent, dates: list[int]) -> None:
     """Say when the last blocks of an extent were filled."""
     assert extent.born is not None
-    extent.born[-len(dates) :] = dates
+    extent.born[-len(dates) :] = array("q", dates)

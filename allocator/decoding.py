@@ -224,7 +224,7 @@ class Decoding(ManagerState):
     ) -> None:
         if batch.live is not self.sequences or batch.log is not self.events:
             raise ValueError(f"a batch of {len(batch)} sequences must be this manager's own")
-        if batch.past_ticks:
+        if batch.coasted:
             batch.catch_up_all()
         ids = rows = None
         if tokens is not None:

@@ -147,7 +147,7 @@ class HostPool(FreeBlocks):
             self.events.add_blocks(FORGOTTEN, NOBODY, -1, -1, ids)
         return ids
 
-    def _evict(self, wanted: int) -> array[int]:
+    def _evict(self, wanted: int) -> None:
         extent = next(iter(self.order))
         assert extent.host is not None
-        return self.forget(extent, min(wanted, len(extent.host)))
+        self.free_evicted(self.forget(extent, min(wanted, len(extent.host))))

@@ -30,7 +30,7 @@ def check_invariants(manager: KVCacheManager) -> None:
     In a windowed cache, what concerns tree and tables is in `windowed_invariants`.
     """
     for sequence in manager.sequences:
-        if sequence.batch is not None and sequence.batch.past_ticks:
+        if sequence.batch is not None and sequence.batch.coasted:
             sequence.batch.catch_up_all()
     if manager.windowed is None:
         cached = _check_tree(manager)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,9 @@ class Lifetimes:
     notes the moments as they are; the durations are computed when somebody wants them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
+        """Take what lets a pool complete the eviction of the victim that it is emptying."""
+        self._settle = settle
         self._evictions = array("q")  # now, blocks, last use; a triple for each eviction from an extent
         self._born = array("q")  # when each evicted block was filled, eviction by eviction
         self._hits = array("q")  # now, blocks, last use
@@ -54,24 +56,28 @@ class Lifetimes:
         """Note a hit on an extent that nobody referenced."""
         self._hit((now, len(extent.ids), extent.touched))
 
-    def evicted(self, extent: Extent, num_blocks: int, now: int, after: int = 0) -> None:
-        """Note the eviction, `now`, of the last `num_blocks` blocks of `extent` but for `after` that went before.
+    def evicted(self, extent: Extent, num_blocks: int, now: int) -> None:
+        """Note the eviction, `now`, of the last `num_blocks` blocks of `extent`, which are still there."""
+        self.taken(extent, num_blocks, now)
+        self.gone(extent, num_blocks)
 
-        Its blocks are all still there.
-        """
-        born = extent.born
-        assert born is not None
-        end = len(born) - after
-        gone = born[end - num_blocks : end]
-        gone.reverse()  # the last goes first
-        self._born.extend(gone)
+    def taken(self, extent: Extent, num_blocks: int, now: int) -> None:
+        """Note half of an eviction: that `num_blocks` blocks of `extent` went now. `gone` has to follow."""
         self._evicted((now, num_blocks, extent.touched))
+
+    def gone(self, extent: Extent, num_blocks: int) -> None:
+        """Note the other half: `num_blocks`, the last ones of `extent` and still there, are all that went of it."""
+        assert extent.born is not None
+        born = extent.born[-num_blocks:]
+        born.reverse()  # the last goes first
+        self._born.extend(born)
 
     def take(self) -> dict[str, Durations]:
         """Return and forget the durations, by name, in the order in which they ended.
 
         Equal ones that follow each other are joined.
         """
+        self._settle()
         evictions, hits = (
             np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (self._evictions, self._hits)
         )

@@ -20,6 +20,7 @@ class PrefixMatch:
     repeated      the extent with the one cached block that has to be computed again for the last token's sake,
                   if there is one: the sequence will hold it beside its own
     hit_blocks    whole blocks found, on the GPU or in host memory
+    hit_tokens    tokens of the prompt that need not be computed
     query_blocks  ceil(num_prompt_tokens / tokens_per_block): what hit_blocks and the misses sum up to
     miss_blocks   cause -> blocks, see allocator.stats.MISS_CAUSES; causes without blocks are left out
     partial       with partial reuse, the block of which the first tokens are hit as well; it counts as missed,
@@ -37,6 +38,7 @@ class PrefixMatch:
     path: list[tuple[Extent, int]]
     repeated: Extent | None
     hit_blocks: int
+    hit_tokens: int
     query_blocks: int
     miss_blocks: dict[str, int]
     version: int
@@ -47,15 +49,14 @@ class PrefixMatch:
     idle: int = 0
 
     @property
+    def is_empty(self) -> bool:
+        """Return whether nothing is hit."""
+        return not self.hit_tokens
+
+    @property
     def partial_tokens(self) -> int:
         """Return how many of the hit tokens lie in a block that is hit in part."""
         return 0 if self.partial is None else self.partial.num_tokens
-
-    @property
-    def hit_tokens(self) -> int:
-        """Return how many tokens of the prompt need not be computed."""
-        tokens = self.hit_blocks * self.tokens_per_block
-        return tokens if self.partial is None else tokens + self.partial.num_tokens
 
     @property
     def evictable_blocks(self) -> int:
@@ -106,13 +107,18 @@ def find_match(
 ) -> PrefixMatch:
     """Look a prompt up. Changes nothing."""
     prompt = content.num_prompt_tokens
-    query_blocks = -(-prompt // tokens_per_block)
     full = prompt // tokens_per_block
-    usable = (prompt - 1) // tokens_per_block  # the last token is always computed
-    keys = content.prompt_keys(tokens_per_block)
     salts = index.roots.get(content.family(), _NO_SALTS)
     root = salts.get(salt)
+    if partial_reuse is None and len(salts) == (root is not None):
+        key = content.first_key(tokens_per_block) if full else b""
+        if root is None or not ((root.children and key in root.children) or prefilling.begins(root, key)):
+            cause = "unknown" if index.forgot else "cold"
+            return no_match(index, content, salt, tokens_per_block, cause)
 
+    query_blocks = -(-prompt // tokens_per_block)
+    usable = (prompt - 1) // tokens_per_block  # the last token is always computed
+    keys = content.prompt_keys(tokens_per_block)
     walked = index.match(root, keys) if root is not None else []
     path: list[tuple[Extent, int]] = []
     hit_blocks = live = known = held = idle = on_host = 0
@@ -159,7 +165,7 @@ def find_match(
             if isolated > reached:
                 misses["isolated"] = isolated - reached
                 reached = isolated
-        if prefilling and root is not None:
+        if root is not None:
             in_flight, ahead = prefilling.ahead(root, walked, keys)
             if in_flight > live:
                 computed_by = ahead
@@ -179,6 +185,7 @@ def find_match(
         path,
         repeated,
         hit_blocks,
+        hit_blocks * tokens_per_block + (0 if partial is None else partial.num_tokens),
         query_blocks,
         misses,
         index.version,
@@ -188,6 +195,18 @@ def find_match(
         held,
         idle,
     )
+
+
+def no_match(
+    index: PrefixIndex, content: Content, salt: Hashable, tokens_per_block: int, cause: str
+) -> PrefixMatch:
+    """Return the match of a prompt of which nothing is cached, remembered or about to be computed."""
+    full, rest = divmod(content.num_prompt_tokens, tokens_per_block)
+    misses = {cause: full} if full else {}
+    if rest:
+        misses["short_of_block"] = 1
+    blocks = full + (rest > 0)
+    return PrefixMatch(index, content, salt, tokens_per_block, [], None, 0, 0, blocks, misses, index.version)
 
 
 def _live_blocks(index: PrefixIndex, root: Extent, keys: bytes) -> int:

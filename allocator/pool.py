@@ -50,11 +50,10 @@ class BlockPool(FreeBlocks):
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
         self.notes_cached = type(policy).cached is not EvictionPolicy.cached
+        self._notes_exposed = type(policy).exposed is not EvictionPolicy.exposed
         # A policy that empties one victim before it chooses the next need not be asked block by block. It has to
         # say so itself: a subclass may choose differently.
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
-        self._drained: list[tuple[int, int]] = []  # (now, blocks) of each part of the victim that is gone
-        self._gone = 0  # blocks of them all
         index.settle = self.settle
         self._windowed = index.windowed
         policy.attached(self.num_blocks)
@@ -70,39 +69,39 @@ class BlockPool(FreeBlocks):
         """Return the number of blocks held by tables, or by the twins and pending copies that need them."""
         return self.num_blocks - self.num_free - self.num_evictable - self.num_in_transfer
 
-    def _evict(self, wanted: int) -> array[int]:
-        extent = self.index.draining
-        if extent is None:
-            policy = self.policy
-            chosen = policy.victim(wanted)
-            if not self._can_be_taken(chosen, wanted):
-                raise ValueError(
-                    f"policy {type(policy).__name__} chose {chosen!r}: a victim must be an extent without references "
-                    f"and cached children, and between 1 and {wanted} of its blocks"
-                )
-            extent, count = chosen
-            if not self.drains or count == len(extent.ids) or self.tier is not None:
-                return self._evict_from(extent, count)
-            self.index.draining = extent
-            self.index.version += 1  # a match that leads through it is not current any more
-        return self._drain(extent, wanted)
+    def _evict(self, wanted: int) -> None:
+        policy, index = self.policy, self.index
+        chosen = policy.victim(wanted)
+        if not self._can_be_taken(chosen, wanted):
+            raise ValueError(
+                f"policy {type(policy).__name__} chose {chosen!r}: a victim must be an extent without references "
+                f"and cached children, and between 1 and {wanted} of its blocks"
+            )
+        extent, count = chosen
+        if self.drains and self.tier is None:
+            self._freed.extend(extent.ids)
+            self._stocked = len(extent.ids)
+            index.draining = extent
+            index.version += 1  # a match that leads through it is not current any more
+        else:
+            self.free_evicted(self._evict_from(extent, count))
 
-    def _drain(self, extent: Extent, wanted: int) -> array[int]:
-        """Take blocks from a victim, and leave it to `settle` to tell index and policy."""
-        left = len(extent.ids) - self._gone
-        count = min(wanted, left)
-        ids = extent.ids[left - count : left]
-        ids.reverse()
-        self._drained.append((self.now, count))
-        self._gone += count
+    def _stock_taken(self, count: int, taken: array[int]) -> None:
+        """Note that the last `count` blocks taken were the victim's; `settle` will tell index and policy."""
+        index = self.index
+        extent = index.draining
+        assert extent is not None
+        self._stocked -= count
+        self.num_free += count  # it was not from the free ones that they were taken
         self.num_evictable -= count
         self.evicted_blocks += count
+        if self.lifetimes is not None:
+            self.lifetimes.taken(extent, count, self.now)
         if self.events is not None:
-            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)
-        index = self.index
-        if count == left or (not index.forgot and index.ghost_blocks + self._gone > index.ghost_capacity):
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, taken[-count:])
+        gone = len(extent.ids) - self._stocked
+        if not self._stocked or (not index.forgot and index.ghost_blocks + gone > index.ghost_capacity):
             self.settle()
-        return ids
 
     def settle(self) -> None:
         """Let index and policy know how much of the victim that is being emptied is gone.
@@ -114,14 +113,13 @@ class BlockPool(FreeBlocks):
         if extent is None:
             return
         self.index.draining = None
-        gone = 0
-        for now, count in self._drained:
+        gone = len(extent.ids) - self._stocked
+        del self._freed[: self._stocked]
+        self._stocked = 0
+        if gone:
             if self.lifetimes is not None:
-                self.lifetimes.evicted(extent, count, now, gone)
-            gone += count
-        self._drained.clear()
-        self._gone = 0
-        self._trim(extent, gone)
+                self.lifetimes.gone(extent, gone)
+            self._trim(extent, gone)
 
     def _evict_from(self, extent: Extent, count: int) -> array[int]:
         if self.lifetimes is not None:
@@ -145,7 +143,11 @@ class BlockPool(FreeBlocks):
             if extent.retention is not None:
                 self.expiries.discard(extent)
                 extent.retention = None
-            if not self._windowed and self._is_exposed(parent):
+            if (
+                (self._notes_exposed or partial is not None)
+                and not self._windowed
+                and self._is_exposed(parent)
+            ):
                 self.policy.exposed(parent)
                 if partial is not None:
                     partial.changed(parent)
@@ -256,7 +258,7 @@ class BlockPool(FreeBlocks):
             if extent.retention is not None:
                 self.expiries.released(extent, self.now)
             self.policy.released(extent)
-            if not extent.live_children or self._windowed:
+            if self._notes_exposed and (not extent.live_children or self._windowed):
                 self.policy.exposed(extent)
             if self.partial is not None:
                 self.partial.changed(extent)

@@ -24,6 +24,11 @@ class Prefilling:
     def __iter__(self) -> Iterator[KVSequence]:
         return iter(self._places)
 
+    def begins(self, root: Extent, key: bytes) -> bool:
+        """Return whether a listed sequence is going to fill a first block with this key."""
+        keys = self._at.get(root)
+        return keys is not None and key in keys
+
     def put(self, sequence: KVSequence) -> None:
         """List a sequence, or list it anew where its prefill has got to."""
         if sequence in self._places:

@@ -73,7 +73,7 @@ class Extent:
         self.ids = ids
         self.host: array[int] | None = None
         self.host_references = 0
-        self.start = parent.end if parent is not None else 0
+        self.start: int = 0 if parent is None else parent.start + len(parent.keys) // width
         self.references = 0
         self.live_children = 0
         self.sealed = False
@@ -182,17 +182,17 @@ class PrefixIndex:
         """Return the extents that `keys` leads through and how many blocks of each; ghosts come last."""
         path: list[tuple[Extent, int]] = []
         width = root.width
-        total = len(keys) // width
-        node, at = root, 0
-        while at < total and node.children:
-            child = node.children.get(keys[at * width : (at + 1) * width])
+        node, base, total = root, 0, len(keys)
+        while base < total and node.children:
+            child = node.children.get(keys[base : base + width])
             if child is None:
                 break
-            matched = common_blocks(child.keys, keys, at, width)
-            path.append((child, matched))
-            at += matched
-            if matched * width < len(child.keys):
+            whole = len(child.keys)
+            if not keys.startswith(child.keys, base):
+                path.append((child, common_blocks(child.keys, keys, base // width, width)))
                 break
+            path.append((child, whole // width))
+            base += whole
             node = child
         if self.draining is not None and path and (path[-1][0] is self.draining or not path[-1][0].ids):
             self.settle()
@@ -284,15 +284,18 @@ class PrefixIndex:
     def trim(self, extent: Extent, num_blocks: int) -> array[int]:
         """Take the last `num_blocks` blocks out of the index, leave ghosts, and return the ids tail first."""
         keep = len(extent.ids) - num_blocks
-        ids = extent.ids[keep:]
-        ids.reverse()
-        del extent.ids[keep:]
-        if extent.born is not None:
-            del extent.born[keep:]
         self.version += 1
-        if keep == 0:
+        if keep:
+            ids = extent.ids[keep:]
+            del extent.ids[keep:]
+            if extent.born is not None:
+                del extent.born[keep:]
+        else:
             assert extent.parent is not None
             extent.parent.live_children -= 1
+            ids, extent.ids = extent.ids, array("i")
+            extent.born = None
+        ids.reverse()
         self._bury(extent, keep)
         return ids
 
@@ -310,7 +313,7 @@ class PrefixIndex:
 
     def _bury(self, extent: Extent, keep: int) -> None:
         """Leave ghosts of all but the first `keep` blocks of an extent, which it has just lost."""
-        self.ghost_blocks += extent.num_blocks - keep
+        self.ghost_blocks += len(extent.keys) // extent.width - keep
         if keep == 0:
             if self.ghost_capacity:
                 self._become_ghost(extent)
@@ -321,7 +324,8 @@ class PrefixIndex:
             del extent.keys[keep * extent.width :]
             if self.ghost_capacity:
                 self._leave_ghost(extent, tail)
-        self._forget()
+        if self.ghost_blocks > self.ghost_capacity:
+            self._forget()
 
     def remove(self, extent: Extent) -> None:
         """Take a childless extent out without leaving a ghost."""
@@ -352,7 +356,7 @@ class PrefixIndex:
         return ghost
 
     def _become_ghost(self, extent: Extent) -> None:
-        below = self._recent_child(extent)
+        below = self._recent_child(extent) if extent.children else None
         if below is None:
             self._list(extent)
             return

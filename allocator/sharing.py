@@ -40,7 +40,7 @@ class Sharing(Admission):
         return self._fork(sequence, n)
 
     def _fork(self, sequence: KVSequence, n: int) -> list[KVSequence]:
-        if sequence.batch is not None and sequence.batch.past_ticks:
+        if sequence.batch is not None and sequence.batch.coasted:
             self.catch_up(sequence)
         tokens = sequence.num_tokens
         if not self.indexes_full and tokens // self.tokens_per_block > sequence.anchor.end:
@@ -144,19 +144,22 @@ class Sharing(Admission):
 
     def release(self, sequence: KVSequence) -> None:
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
-        self._check_live(sequence)
-        if sequence.batch is not None:
-            if sequence.batch.past_ticks:
+        if sequence not in self.sequences:
+            self._check_live(sequence)
+        batch = sequence.batch
+        if batch is not None:
+            if batch.coasted:
                 self.catch_up(sequence)
-            sequence.batch.discard(sequence)
+            batch.discard(sequence)
         if self.events is not None:
             self.events.add(FREED, sequence.number)
         self.tables.release(sequence)
         self._logical_blocks -= len(sequence.table)
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table)
-        self._logical_tokens -= sequence.num_tokens - sequence.left * self.tokens_per_block
-        self._note_prefilling(sequence, False)
+        self._logical_tokens -= sequence.base_tokens - sequence.left * self.tokens_per_block
+        if sequence in self._prefilling:
+            self._note_prefilling(sequence, False)
         del self.sequences[sequence]
         sequence.released = True
 

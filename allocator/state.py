@@ -78,7 +78,7 @@ class ManagerState:
             )
             self.pool.drains = False  # candidates have to know at once what is gone
         if lifetimes:
-            self.pool.lifetimes = Lifetimes()
+            self.pool.lifetimes = Lifetimes(self.pool.settle)
         self.sequences: dict[KVSequence, None] = {}
         self.tables = Tables(self.pool, self.index, tokens_per_block)
         self.windowed: WindowedTables | None = None  # the same tables, where front blocks leave
@@ -93,7 +93,19 @@ class ManagerState:
         self.events: EventLog | None = None
         if events:
             self._start_log()
+        self._note_features()
         self._truncated = False  # a table may end in a cached block of which it uses only a part
+
+    def _note_features(self) -> None:
+        """Note what is switched on, so that what is called often has to look at one thing only."""
+        pool = self.pool
+        self.steps_matter = (  # to somebody, so that many must not be taken as one
+            pool.notes_cached
+            or pool.partial is not None
+            or self.windowed is not None
+            or self.quotas is not None
+            or self.events is not None
+        )
 
     def _start_log(self) -> None:
         log = EventLog()
@@ -105,6 +117,7 @@ class ManagerState:
         if self.pool.tier is not None:
             log.add(HOST, value=self.pool.tier.host.num_blocks)
             self.pool.tier.log_to(log)
+        self._note_features()
 
     def _pass_time(self, now: int) -> None:
         self.pool.pass_time(now)

@@ -89,7 +89,7 @@ class Tables:
     def index_alike(self, sequence: KVSequence, full: int) -> None:
         """Do what `index_full` does for blocks that are to be retained alike."""
         anchor = sequence.anchor
-        first = anchor.end
+        first = anchor.start + len(anchor.keys) // anchor.width
         keys = sequence.settled_history.keys(first, full)
         ids = sequence.table[first:full]
         if anchor.references == 1 and not anchor.sealed and not anchor.children:
@@ -313,4 +313,5 @@ class Tables:
         self.free_private(sequence, 0)
         root = self.pool.drop_path(sequence.anchor)
         root.references -= 1
-        self.index.discard_if_unused(root)
+        if not root.children:
+            self.index.discard_if_unused(root)

@@ -66,6 +66,7 @@ def find_windowed_match(
         [(node, 1) for node in held],
         None,
         hit,
+        hit * size,
         -(-prompt // size),
         misses,
         index.version,

@@ -166,8 +166,7 @@ def test_without_room_nothing_changes() -> None:
     assert batch.tick == 0
 
 
-def test_a_long_coast_is_remembered_within_bounds() -> None:
-    """Whoever never leaves is caught up now and then."""
+def test_whoever_never_leaves_remembers_when_its_blocks_were_filled() -> None:
     manager = KVCacheManager(2000, 4, lifetimes=True)
     batch = manager.batch()
     sequence = manager.admit(UniqueContent(4), 4)
@@ -176,9 +175,42 @@ def test_a_long_coast_is_remembered_within_bounds() -> None:
         manager.now = now
         assert manager.writes_in_place(batch)
         manager.coast(batch, 1)
-    assert len(batch.past_ticks) <= 4097
     manager.release(sequence)
     assert sequence.table
     extent = next(iter(manager.index.extents()))
     assert extent.born is not None
     assert extent.born.tolist() == [0] + [4 * block + 3 for block in range(1500)]
+
+
+def test_beams_that_die_after_coasting_leave_what_they_filled_in_the_cache() -> None:
+    def free_after(coasts: bool) -> tuple[int, int]:
+        manager = KVCacheManager(40, 2)
+        batch = manager.batch()
+        sequence = manager.admit(UniqueContent(4), 4)
+        beams = [sequence, *manager.fork(sequence, 1)]
+        for beam in beams:
+            batch.add(beam)
+        assert manager.writes_in_place(batch)
+        if coasts:
+            manager.coast(batch, 5)
+        else:
+            manager.advance(batch, 5)
+        manager.reorder_beams(beams, [1, 1])
+        manager.check_invariants()
+        return manager.pool.num_free, manager.pool.num_evictable
+
+    assert free_after(coasts=True) == free_after(coasts=False) == (33, 2)
+
+
+def test_every_eviction_has_a_lifetime_even_of_a_victim_that_is_not_empty_yet() -> None:
+    manager = KVCacheManager(8, 2, lifetimes=True)
+    manager.release(manager.admit(UniqueContent(12), 12))
+    manager.now = 5
+    manager.admit(UniqueContent(8), 8)
+    lifetimes = manager.pool.lifetimes
+    assert lifetimes is not None
+    durations = {
+        name: (values.tolist(), weights.tolist()) for name, (values, weights) in lifetimes.take().items()
+    }
+    assert manager.stats().evicted_blocks == 2
+    assert durations == {"lifetime": ([5], [2]), "idle_before_evict": ([5], [2]), "reuse_gap": ([], [])}

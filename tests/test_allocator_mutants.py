@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         "stale_entry_after_eviction",
         "prefix.py",
-        "        ids.reverse()\n        del extent.ids[keep:]\n",
-        "        ids.reverse()\n",
+        "            ids = extent.ids[keep:]\n            del extent.ids[keep:]\n",
+        "            ids = extent.ids[keep:]\n",
         "ReuseMachine",
     ),
     Mutant(
@@ -297,8 +297,8 @@ MUTANTS = [
     Mutant(
         "eviction_not_logged",
         "pool.py",
-        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)\n        index = self.index\n",
-        "            pass\n        index = self.index\n",
+        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, taken[-count:])\n",
+        "            pass\n",
         "EventsMachine",
     ),
     Mutant(
@@ -395,8 +395,8 @@ MUTANTS = [
     Mutant(
         "source_of_a_part_not_counted_as_needed",
         "admission.py",
-        "        needed += match.evictable_blocks + match.copied_blocks\n",
-        "        needed += match.evictable_blocks\n",
+        "        blocks = match.evictable_blocks + match.copied_blocks\n",
+        "        blocks = match.evictable_blocks\n",
         "PartialMachine",
     ),
     Mutant(
@@ -589,8 +589,8 @@ MUTANTS = [
     Mutant(
         "hits_on_the_host_take_no_room",
         "admission.py",
-        "            needed += match.host_blocks\n",
-        "            pass\n",
+        "blocks if self.pool.tier is None else blocks + match.host_blocks",
+        "blocks",
         "TierMachine",
     ),
     Mutant(
@@ -671,7 +671,7 @@ MUTANTS = [
     Mutant(
         "hit_keeps_its_old_retention",
         "admission.py",
-        "                retain_hits(self.pool, anchor, plan)\n",
+        "                retain_hits(pool, anchor, plan)\n",
         "                pass\n",
         "RetentionMachine",
     ),

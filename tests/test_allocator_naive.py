@@ -15,6 +15,7 @@ from allocator.content import Content
 from allocator.fuzz import AllocatorMachine, PartialMachine, ReuseMachine, SharingMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks, QuotaExceeded
 from allocator.oracle_partial import unit_tokens
+from allocator.prefix import Extent
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt
 
@@ -41,14 +42,19 @@ class Pair:
         self.twins: dict[KVSequence, NaiveSequence] = {}
         self.part: Any = None  # the block of which the prompt looked up last hits a part
         self.evicted: list[int] = []  # histories, as the shadow numbers them
-        evict = real.pool._evict
+        evict, stock_taken = real.pool._evict_from, real.pool._stock_taken
 
-        def noted(wanted: int) -> Any:
-            ids = evict(wanted)
+        def noted(extent: Extent, count: int) -> Any:
+            ids = evict(extent, count)
             self.evicted += [machine.shadow.block(block) for block in ids]
             return ids
 
-        real.pool._evict = noted  # type: ignore[method-assign]
+        def noted_of_stock(count: int, taken: Any) -> None:
+            stock_taken(count, taken)
+            self.evicted += [machine.shadow.block(block) for block in taken[-count:]]
+
+        real.pool._evict_from = noted  # type: ignore[method-assign]
+        real.pool._stock_taken = noted_of_stock  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
