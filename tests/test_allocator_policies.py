@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -310,39 +309,6 @@ def test_an_lfu_that_never_counts_is_an_lru() -> None:
     program = random_program(0)
     assert disagreement(program, LFUThatNeverCounts(), REFERENCES["lru"](program.num_blocks)) is None
     assert disagreement(program, LFUThatNeverCounts(), REFERENCES["lfu"](program.num_blocks)) is not None
-
-
-def lines_run(policy: EvictionPolicy, num_blocks: int) -> int:
-    """Return how many lines of the policies' code 200 requests run in a full pool, half of them hitting."""
-    manager = KVCacheManager(num_blocks, 1, policy=policy)
-    prompts = [TokenContent([i, i, i]) for i in range(num_blocks // 2 + 200)]
-    lines = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal lines
-        if event == "call" and "eviction" not in frame.f_code.co_filename:
-            return None
-        lines += event == "line"
-        return trace
-
-    for i, prompt in enumerate(prompts):
-        if i == num_blocks // 2:
-            before = sys.gettrace()
-            sys.settrace(trace)
-        manager.release(manager.admit(prompt, 3))
-        if i % 2:
-            again = prompts[i - i % 3]
-            manager.release(manager.admit(again, 3 - manager.lookup(again).hit_tokens))
-    sys.settrace(before)
-    assert manager.stats().evicted_blocks > num_blocks // 4
-    assert manager.stats().hit_blocks > num_blocks // 4
-    return lines
-
-
-@pytest.mark.parametrize("name", sorted(CLASSES))
-def test_cost_does_not_grow_with_the_pool(name: str) -> None:
-    small, large = lines_run(CLASSES[name](), 300), lines_run(CLASSES[name](), 6000)
-    assert large < 1.3 * small
 
 
 def beside_reference(name: str) -> Any:
