@@ -22,11 +22,14 @@ def blocks_in_no_table(tables: Tables) -> int:
     """Return how many referenced blocks stand in no table. O(extents of the sequences that hold twins)."""
     if not tables.twinned and not tables.copies.num_held:
         return 0
+    tier = tables.pool.tier
     if not tables.holds_prefixes:
         sources = Counter(tables.copies.held_extents())
-        return sum(len(extent.ids) for extent, times in sources.items() if times == extent.references)
+        moved = Counter(() if tier is None else tier.queue.gpu_held())
+        return sum(
+            len(extent.ids) for extent, times in sources.items() if times + moved[extent] == extent.references
+        )
     copying = _references(tables.copies.held_extents())
-    tier = tables.pool.tier
     moving = _references(() if tier is None else tier.queue.gpu_held())
     beside = _twins(tables.twinned)
     hidden = 0

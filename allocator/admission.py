@@ -241,7 +241,10 @@ class Admission(Coasting):
             anchor = extent
         if arriving and pool.tier is not None:
             table.extend(pool.tier.onboard(arriving, count=count))
-            anchor = arriving[-1]
+            if self.windowed is None:
+                return arriving[-1], table
+            # There, what comes from the host may lie before what the GPU has.
+            return match.path[-1][0], array("i", [node.ids[0] for node, _ in match.path])
         return anchor, table
 
     def set_quota(self, tenant: Hashable, num_blocks: int | None) -> None:

@@ -65,6 +65,7 @@ __all__ = [
     "TierMachine",
     "WindowEventsMachine",
     "WindowMachine",
+    "WindowTierMachine",
     "run_machine",
 ]
 
@@ -128,6 +129,14 @@ class PartialMachine(ReuseRules, EventRules, PartialRules):
 
 class WindowMachine(WindowRules, ReuseRules, SharingRules, BatchRules):
     """Attention windows of 2 to 9 tokens with up to 3 sinks, in every program."""
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window."""
+        return 2 + drawn % 8
+
+
+class WindowTierMachine(WindowRules, TierRules, SharingRules, BatchRules):
+    """A host tier behind a windowed cache, in every program."""
 
     def choose_window(self, drawn: int) -> int | None:
         """Return a window."""

@@ -74,7 +74,8 @@ class HostPool(FreeBlocks):
     With `keep_cached` False, what nobody needs any more is freed at once (block reuse off).
 
     An extent is held through `host_references`, which count along its whole path; so children become evictable
-    before their parents, and the least recently offloaded extent is never one with content below it.
+    before their parents, and the least recently offloaded extent is never one with content below it. In a windowed
+    cache it is single blocks that are held, and in whatever order they go, what is below stays within reach.
     """
 
     name = "host"
@@ -87,16 +88,18 @@ class HostPool(FreeBlocks):
         self.order: OrderedDict[Extent, None] = OrderedDict()  # evictable, the next to be taken first
 
     def acquire_path(self, extent: Extent) -> None:
-        """Hold an extent and all those above it."""
-        for each in extent.path():
+        """Hold an extent and, unless the cache is windowed, all those above it."""
+        for each in self.index.held_with(extent):
             if not each.host_references and each.host is not None and not each.ids:
                 self.num_evictable -= len(each.host)
                 self.order.pop(each, None)  # a head that was cut off was never listed itself
             each.host_references += 1
 
     def drop_path(self, extent: Extent) -> None:
-        """Let go of an extent and all those above it, the deepest first."""
-        for each in list(extent.path()):  # one that is removed loses its parent's children, so walk first
+        """Let go of what `acquire_path` holds, the deepest first."""
+        for each in list(
+            self.index.held_with(extent)
+        ):  # one that is removed loses its parent's children, so walk first
             each.host_references -= 1
             if not each.host_references and each.host is not None:
                 self._unneeded(each)
@@ -120,7 +123,7 @@ class HostPool(FreeBlocks):
 
     def _list(self, extent: Extent) -> None:
         """Make an extent the last to be taken; one offloaded just before, below it, becomes part of it."""
-        if extent.children and len(extent.children) == 1 and self.order:
+        if not self.index.windowed and extent.children and len(extent.children) == 1 and self.order:
             (child,) = extent.children.values()
             if next(reversed(self.order)) is child and len(child.keys) < _MERGED_EXTENT_BYTES:
                 del self.order[child]

@@ -65,7 +65,7 @@ def check_invariants(manager: KVCacheManager) -> None:
     evictable = sum(1 for extent in cached.values() if not extent.references)
     assert pool.num_evictable == evictable, f"{evictable} blocks are evictable, not {pool.num_evictable}"
     transfers = [] if pool.tier is None else pool.tier.queue.gpu_held()
-    needed = Counter(each for held in transfers for each in held.path())
+    needed = Counter(each for held in transfers for each in manager.index.held_with(held))
     transferred = sum(len(extent.ids) for extent in needed if extent.references == needed[extent])
     in_transfer = len(pool.limbo) + transferred
     assert pool.num_in_transfer == in_transfer, f"{in_transfer} blocks are in transfer"

@@ -22,6 +22,8 @@ def check_host(manager: KVCacheManager, tier: HostTier) -> None:
     - the host would evict children before their parents;
     - neither end of a transfer is free on either side, and each is pinned once for each transfer;
     - a swapped-out sequence has no GPU block, and host blocks for exactly its tokens.
+
+    In a windowed cache, single blocks are held and evicted, in no order, and a sequence has what its table had.
     """
     held = _check_tree(manager, tier)
     private = _check_swapped(manager, tier)
@@ -55,10 +57,11 @@ def check_host(manager: KVCacheManager, tier: HostTier) -> None:
 def _check_tree(manager: KVCacheManager, tier: HostTier) -> dict[int, Extent]:
     """Check the tree as far as the host is concerned; return the extent of each host block in it."""
     references: Counter[Extent] = Counter()
+    windowed = manager.windowed is not None
     for sequence in tier.swapped:
-        references.update(sequence.anchor.path())
+        references.update(manager.tables.held_extents(sequence))
     for extent in tier.queue.host_held():
-        references.update(extent.path())
+        references.update(manager.index.held_with(extent))
     held: dict[int, Extent] = {}
     evictable = []
     for extent in manager.index.extents():
@@ -70,7 +73,8 @@ def _check_tree(manager: KVCacheManager, tier: HostTier) -> dict[int, Extent]:
         parent = extent.parent
         assert parent is not None
         assert len(extent.host) == extent.num_blocks, f"{extent} is only partly held by the host"
-        assert parent.parent is None or parent.ids or parent.host is not None, f"{extent} is out of reach"
+        is_reached = parent.parent is None or parent.ids or parent.host is not None
+        assert is_reached or windowed, f"{extent} is out of reach"
         if extent.ids:
             assert extent.host_references, f"{extent} is held by both tiers, but nobody needs it on the host"
             assert extent.sealed, f"{extent} could outgrow what the host holds"
@@ -82,7 +86,7 @@ def _check_tree(manager: KVCacheManager, tier: HostTier) -> dict[int, Extent]:
             held[block] = extent
     place = {extent: i for i, extent in enumerate(tier.host.order)}
     assert set(place) == set(evictable), "the host's eviction order is not what it can evict"
-    for extent in evictable:
+    for extent in [] if windowed else evictable:
         assert extent.parent is not None
         assert place.get(extent.parent, len(place)) > place[extent], f"{extent} would outlive its parent"
     return held
@@ -96,12 +100,13 @@ def _check_swapped(manager: KVCacheManager, tier: HostTier) -> list[int]:
         assert sequence not in manager.sequences
         assert not sequence.released
         assert not sequence.table
-        assert not sequence.twins
+        assert not sequence.twins or manager.windowed is not None
         assert sequence.batch is None
         assert sequence.host is not None
         private += sequence.host
         table = tier.host_table(sequence)
-        assert len(table) == -(-sequence.num_tokens // size), f"{sequence} has lost blocks on the host"
+        blocks = -(-sequence.num_tokens // size) - sequence.left
+        assert len(table) == blocks, f"{sequence} has lost blocks on the host"
         assert len(set(table)) == len(table), f"{sequence} holds a host block twice"
         full = min(sequence.num_tokens // size, sequence.anchor.end)
         assert full == sequence.num_tokens // size or not manager.indexes_full, (

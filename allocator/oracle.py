@@ -148,10 +148,10 @@ class Oracle(Recount):
         self.num_sinks = num_sinks if window is not None else 0
         self.attended = Attended(self.window, self.num_sinks, tokens_per_block)
         self.partial = self.partials[partial % len(self.partials)] if window is None else ""
-        self.host_blocks = (
-            host_blocks if self.serves_host and self.partial != "steal" and window is None else 0
-        )
+        self.host_blocks = host_blocks if self.serves_host and self.partial != "steal" else 0
         self.keeps_log = self.logging[log % len(self.logging)]
+        if self.keeps_log and window is not None:
+            self.host_blocks = 0
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.num_blocks = num_blocks

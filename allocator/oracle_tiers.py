@@ -108,7 +108,10 @@ class HostOracle:
 
     def can_read(self, sequence: KVSequence) -> bool:
         """Return whether what a sequence holds alone is there, and not only once the pending lists have run."""
-        own = self.oracle.table(sequence)[sequence.anchored :]
+        table = self.oracle.table(sequence)
+        own = table[sequence.anchored - sequence.left :]
+        if self.oracle.window is not None:  # there, a twin's block goes and comes back as well
+            own = [block for block in table if block not in self.oracle.cached_blocks()]
         filling = {block for _, block in self.manager.host_tier.queue.pending_swap_ins()}
         return filling.isdisjoint(own)
 
@@ -181,13 +184,14 @@ class HostOracle:
             table = self.table(sequence)
             tables |= set(table)
             assert sequence.num_tokens == story.length
-            assert len(table) == -(-story.length // oracle.size)
-            assert self.shadow.read(table, story.length) == story.states, (
+            positions = oracle.positions_held(story)
+            assert len(table) == -(-len(positions) // oracle.size)
+            assert self.shadow.read(table, len(positions)) == [story.states[p] for p in positions], (
                 f"{sequence} was not kept on the host"
             )
             assert not self.oracle.table(sequence), f"{sequence} is swapped out, but has GPU blocks"
         cached, states = self.cached_blocks(), self.states()
-        if oracle.reuse:
+        if oracle.reuse and oracle.window is None:
             reachable = oracle.cached_states().keys() | states.keys()
             for state in states:
                 before = self.shadow.block_before(state)
@@ -210,6 +214,8 @@ class HostOracle:
     def most_held(self) -> int:
         """Return how many cached GPU blocks that no sequence holds what is in flight may hold. Between steps."""
         ends, shadow, cached = self.gpu_ends(), self.oracle.shadow, self.oracle.cached_blocks()
+        if self.oracle.window is not None:
+            return len(ends & cached)
         held = self.prefixes([shadow.block(block) for block in ends & cached])
         return sum(block in ends or shadow.block(block) in held for block in cached)
 
@@ -224,6 +230,9 @@ class HostOracle:
         if not oracle.reuse:  # equal content is not shared, so what is held cannot be told by content
             return 0, len(table)
         states, cached = self.states(), oracle.cached_blocks()
+        if oracle.window is not None:
+            needed = sum(block not in cached or oracle.shadow.block(block) not in states for block in table)
+            return needed, needed
         full = oracle.stories[sequence].full_states()
         # a last block that is partly used can be cached all the same: then all of it is moved or held
         known = full + [oracle.shadow.block(block) for block in table[len(full) :] if block in cached]
@@ -233,10 +242,15 @@ class HostOracle:
     def gpu_needed(self, sequence: KVSequence) -> tuple[int, int]:
         """Return the fewest and the most blocks by which swapping in lessens what is available."""
         oracle, story = self.oracle, self.swapped[sequence]
-        total = -(-story.length // oracle.size)
+        total = -(-story.length // oracle.size) - sequence.left
         if not oracle.reuse:
             return 0, total
         tables = {block for s in oracle.stories for block in oracle.table(s)}
+        if oracle.window is not None:
+            here, there = oracle.cached_states(), self.cached_blocks()
+            known = [self.shadow.block(block) for block in self.table(sequence) if block in there]
+            total -= sum(state in here and here[state] in tables for state in known)
+            return total, total
         held = {state for other in oracle.stories.values() for state in other.full_states()}
         cached = oracle.cached_states()
         full = story.full_states()

@@ -69,7 +69,10 @@ class WindowOracle:
 
     def held_positions(self, sequence: KVSequence) -> list[int]:
         """Return the positions in the blocks that a sequence holds: those its last step needs, and later ones."""
-        story = self.stories[sequence]
+        return self.positions_held(self.stories[sequence])
+
+    def positions_held(self, story: Story) -> list[int]:
+        """Return the same of the sequence with this story, which may be swapped out."""
         size, length = self.size, story.length
         blocks = self.attended.blocks(story.step, length)
         return [p for block in blocks for p in range(block * size, min((block + 1) * size, length))]

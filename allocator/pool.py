@@ -275,7 +275,7 @@ class BlockPool(FreeBlocks):
 
     def acquire_path(self, extent: Extent, references: int = 1) -> None:
         """Add references to an extent and, unless the cache is windowed, all those above it."""
-        for each in (extent,) if self._windowed else extent.path():
+        for each in self.index.held_with(extent):
             self.acquire(each, references)
 
     def drop_path(self, extent: Extent) -> Extent:

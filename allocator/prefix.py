@@ -178,6 +178,10 @@ class PrefixIndex:
             if not salts:
                 del self.roots[root.family]
 
+    def held_with(self, extent: Extent) -> Iterator[Extent]:
+        """Yield what is held by whoever holds an extent: all that is on its path, the deepest first."""
+        return extent.path()
+
     def match(self, root: Extent, keys: bytes) -> list[tuple[Extent, int]]:
         """Return the extents that `keys` leads through and how many blocks of each; ghosts come last."""
         path: list[tuple[Extent, int]] = []

@@ -20,6 +20,7 @@ from allocator.tables import Tables
 from allocator.tiers import HostTier
 from allocator.windowed_index import WindowedIndex
 from allocator.windowed_tables import WindowedTables
+from allocator.windowed_tiers import WindowedHostTier
 from allocator.windows import AttentionWindow
 
 
@@ -69,9 +70,10 @@ class ManagerState:
                 f"num_host_blocks ({num_host_blocks}) needs copy_on_partial_reuse, if any partial reuse"
             )
         if self.window is not None:
-            _refuse_with_a_window(config, num_host_blocks)
+            _refuse_with_a_window(config, events and num_host_blocks > 0)
         if num_host_blocks:
-            self.pool.tier = HostTier(self.pool, num_host_blocks, config.offload_min_priority)
+            behind = HostTier if self.window is None else WindowedHostTier
+            self.pool.tier = behind(self.pool, num_host_blocks, config.offload_min_priority)
         if config.enable_partial_reuse:
             self.pool.partial = PartialReuse(
                 self.index, num_blocks, copy=config.copy_on_partial_reuse, has_host=num_host_blocks > 0
@@ -137,12 +139,9 @@ class ManagerState:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
 
 
-def _refuse_with_a_window(config: CacheConfig, num_host_blocks: int) -> None:
+def _refuse_with_a_window(config: CacheConfig, events: bool) -> None:
     """Raise ValueError for what a windowed cache cannot do."""
-    options: dict[str, object] = {
-        "enable_partial_reuse": config.enable_partial_reuse,
-        "num_host_blocks": num_host_blocks,
-    }
+    options: dict[str, object] = {"enable_partial_reuse": config.enable_partial_reuse, "events": events}
     for name, value in options.items():
         if value:
             raise ValueError(f"{name} ({value}) must be {type(value)()} with a window ({config.window})")

@@ -10,7 +10,6 @@ from allocator.event_log import FREED
 from allocator.retaining import retain_hits
 from allocator.sequence import KVSequence
 from allocator.sharing import Sharing
-from allocator.tables import root_of
 from allocator.tiers import HostTier
 from allocator.transfers import Transfers
 
@@ -40,7 +39,7 @@ class Swapping(Sharing):
         if sequence.batch is not None:
             raise ValueError(f"{sequence} must leave its batch before it is swapped out")
         awaited = {block for _, block in tier.queue.pending_swap_ins()}
-        for block in sequence.table[sequence.anchor.end :]:
+        for block in self.tables.swapped_alone(sequence):
             if block in awaited or self.tables.copies.is_destination(block):
                 raise ValueError(
                     f"block {block} is still to be filled: take pending_swaps() and pending_copies() first"
@@ -49,10 +48,9 @@ class Swapping(Sharing):
         if needed > available:
             raise OutOfBlocks(needed, available, tier.host.name)
         tier.save(sequence)
-        self.tables.free_private(sequence, 0)
-        self.pool.drop_path(sequence.anchor)
+        self.tables.vacate(sequence)
         self._logical_blocks -= len(sequence.table)
-        self._logical_tokens -= sequence.num_tokens
+        self._logical_tokens -= sequence.context_len
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table)
         self._note_prefilling(sequence, False)
@@ -71,7 +69,7 @@ class Swapping(Sharing):
         if needed > available:
             raise OutOfBlocks(needed, available)
         if sequence.tenant is not None:
-            blocks = -(-sequence.num_tokens // self.tokens_per_block)
+            blocks = -(-sequence.context_len // self.tokens_per_block)
             sequence.tenant.require(blocks)
             sequence.tenant.blocks += blocks
         tier.restore(sequence)
@@ -79,7 +77,7 @@ class Swapping(Sharing):
             retain_hits(self.pool, sequence.anchor, sequence.retention)
         self.sequences[sequence] = None
         self._logical_blocks += len(sequence.table)
-        self._logical_tokens += sequence.num_tokens
+        self._logical_tokens += sequence.context_len
         self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
 
     def blocks_to_swap_out(self, sequence: KVSequence) -> int:
@@ -104,12 +102,11 @@ class Swapping(Sharing):
         if sequence.host is None or self.pool.tier is None or sequence not in self.pool.tier.swapped:
             super().release(sequence)
             return
-        root = root_of(sequence)
+        root = self.tables.root_of(sequence)
         if self.events is not None:
             self.events.add(FREED, sequence.number)
         self.pool.tier.forget(sequence)
-        root.references -= 1
-        self.index.discard_if_unused(root)
+        self.tables.uproot(sequence, root)
         sequence.released = True
 
     def is_arriving(self, sequence: KVSequence) -> bool:

@@ -6,7 +6,7 @@ The manager decides what is done, checks that there is room, and counts; here bl
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from allocator.copies import PendingCopies
@@ -28,14 +28,6 @@ from allocator.pool import BlockPool
 from allocator.prefix import Extent, PrefixIndex
 from allocator.retaining import index_retained
 from allocator.sequence import KVSequence
-
-
-def root_of(sequence: KVSequence) -> Extent:
-    """Return the root above a sequence's anchor."""
-    extent = sequence.anchor
-    while extent.parent is not None:
-        extent = extent.parent
-    return extent
 
 
 class Tables:
@@ -272,7 +264,7 @@ class Tables:
     def share(self, sequence: KVSequence, holders: int) -> None:
         """Let `holders` more sequences hold all that `sequence` holds."""
         self.pool.acquire_path(sequence.anchor, holders)
-        root_of(sequence).references += holders
+        self.root_of(sequence).references += holders
         for position in self.private_positions(sequence):
             self.pool.share(sequence.table[position], holders)
 
@@ -315,3 +307,24 @@ class Tables:
         root.references -= 1
         if not root.children:
             self.index.discard_if_unused(root)
+
+    def root_of(self, sequence: KVSequence) -> Extent:
+        """Return the root above a sequence's anchor."""
+        extent = sequence.anchor
+        while extent.parent is not None:
+            extent = extent.parent
+        return extent
+
+    def uproot(self, sequence: KVSequence, root: Extent) -> None:
+        """Let a sequence that holds nothing any more, of which this is the root, have no place in the tree."""
+        root.references -= 1
+        self.index.discard_if_unused(root)
+
+    def swapped_alone(self, sequence: KVSequence) -> Sequence[int]:
+        """Return the blocks that swapping a sequence out moves for itself alone, as the index does not have them."""
+        return sequence.table[sequence.anchor.end :]
+
+    def vacate(self, sequence: KVSequence) -> None:
+        """Give back all that a sequence has on the GPU, as the host has it; it keeps its place in the tree."""
+        self.free_private(sequence, 0)
+        self.pool.drop_path(sequence.anchor)

@@ -110,7 +110,9 @@ class HostTier:
         count    whether this counts as a hit
         """
         pool, blocks = self.pool, array("i")
-        self.host.acquire_path(extents[-1])  # what is evicted now must not displace it
+        ends = self._covering(extents)
+        for end in ends:
+            self.host.acquire_path(end)  # what is evicted now must not displace it
         wanted = sum(extent.num_blocks for extent in extents)
         taken = pool.take(wanted)
         if self.events is not None:
@@ -123,11 +125,16 @@ class HostTier:
                 pool.lifetimes.reused(extent, pool.now)
             pool.policy.hit(extent)
             blocks.extend(ids)
-        self.queue.hold(extents[-1])
-        self.host.drop_path(extents[-1])
+        for end in ends:
+            self.queue.hold(end)
+            self.host.drop_path(end)
         self.onboarded_blocks += wanted
         self.hit_blocks += wanted if count else 0
         return blocks
+
+    def _covering(self, extents: Sequence[Extent]) -> Sequence[Extent]:
+        """Return by which of a path's extents, in order, all of them are held."""
+        return extents[-1:]
 
     def _revive(self, extent: Extent, ids: array[int]) -> None:
         """Give an extent that only the host holds GPU blocks, one reference, and the transfers that fill them."""
@@ -242,13 +249,13 @@ class HostTier:
 
     def num_gpu_blocks_held(self) -> int:
         """Return how many cached GPU blocks only transfers hold."""
-        held = _references(self.queue.gpu_held())
+        held = self._references(self.queue.gpu_held())
         return sum(len(extent.ids) for extent, count in held.items() if extent.references == count)
 
     def stats(self) -> HostStats:
         """Return a snapshot of the host's counters and block states. O(extents that transfers hold)."""
         host = self.host
-        held = _references(self.queue.host_held())
+        held = self._references(self.queue.host_held())
         in_transfer = len(host.limbo) + sum(
             len(extent.host or ()) for extent, count in held.items() if extent.host_references == count
         )
@@ -266,10 +273,9 @@ class HostTier:
             swapped_in_blocks=self.swapped_in_blocks,
         )
 
-
-def _references(extents: Iterable[Extent]) -> Counter[Extent]:
-    """Return how often holding these extents, each with its path, counts on each extent."""
-    counts: Counter[Extent] = Counter()
-    for extent in extents:
-        counts.update(extent.path())
-    return counts
+    def _references(self, extents: Iterable[Extent]) -> Counter[Extent]:
+        """Return how often holding these extents, each with its path, counts on each extent."""
+        counts: Counter[Extent] = Counter()
+        for extent in extents:
+            counts.update(self.index.held_with(extent))
+        return counts

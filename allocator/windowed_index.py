@@ -6,12 +6,14 @@ block (the keys on the way to it) must outlast the blocks above it: a node stays
 
     while it holds a block,  is remembered as a ghost,  has children,  or is where some sequence is *anchored*
 
-and of these only the first two can be hit or known; the others are kept for what hangs below them.
+and of these only the first two can be hit or known; the others are kept for what hangs below them. A node holds a
+block on the GPU, on the host, or on both; which of the two, and whether its neighbours do, is all one to a hit.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 from allocator.prefix import Extent, PrefixIndex
 
@@ -25,6 +27,10 @@ class WindowedIndex(PrefixIndex):
         self.numbers: dict[Extent, int] | None = None  # of nodes in the event log, if there is one
         self._numbered = 0
         self.anchors: dict[Extent, int] = {}  # sequences whose last full block a node stands for
+
+    def held_with(self, extent: Extent) -> Iterator[Extent]:
+        """Yield the node alone: whoever needs those above it holds them himself."""
+        yield extent
 
     def anchor(self, node: Extent, sequences: int = 1) -> None:
         """Keep a node for sequences that go on from it."""
@@ -68,7 +74,7 @@ class WindowedIndex(PrefixIndex):
 
     def is_known(self, node: Extent) -> bool:
         """Return whether a node's content is cached, or remembered to have been."""
-        return bool(node.ids) or node in self._ghosts
+        return bool(node.ids) or node.host is not None or node in self._ghosts
 
     def attach(self, parent: Extent, keys: bytes, ids: array[int]) -> Extent:
         """Hang a new block below `parent`."""
@@ -91,6 +97,19 @@ class WindowedIndex(PrefixIndex):
         ids = self._empty(extent)
         if extent.born is not None:
             extent.born = None
+        self._leave_ghost_of(extent)
+        return ids
+
+    def trim_host(self, extent: Extent, num_blocks: int) -> array[int]:
+        """Do what `trim` does to a node that only the host holds; return its host block's id."""
+        assert extent.host is not None
+        ids, extent.host = extent.host, None
+        self.version += 1
+        self._leave_ghost_of(extent)
+        return ids
+
+    def _leave_ghost_of(self, extent: Extent) -> None:
+        """Remember what a node held that holds nothing any more."""
         if self.ghost_capacity:
             self._ghosts[extent] = None
             self.ghost_blocks += 1
@@ -102,11 +121,13 @@ class WindowedIndex(PrefixIndex):
             oldest, _ = self._ghosts.popitem(last=False)
             self.ghost_blocks -= 1
             self._prune(oldest)
-        return ids
 
     def remove(self, extent: Extent) -> None:
-        """Take the block out without leaving a ghost."""
-        self._empty(extent)
+        """Take the block, if it has one, out without leaving a ghost."""
+        if extent.ids:
+            self._empty(extent)
+        else:
+            self.version += 1
         self._prune(extent)
 
     def _empty(self, node: Extent) -> array[int]:
@@ -119,7 +140,7 @@ class WindowedIndex(PrefixIndex):
     def _prune(self, node: Extent) -> None:
         """Take a node that nothing needs out of the tree, and those above it that nothing needs any more."""
         while node.parent is not None and not (
-            node.ids or node.children or node in self._ghosts or node in self.anchors
+            node.ids or node.host is not None or node.children or node in self._ghosts or node in self.anchors
         ):
             parent = node.parent
             self._detach(node)

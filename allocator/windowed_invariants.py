@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 def check_windowed_tree(manager: KVCacheManager, index: WindowedIndex) -> dict[int, Extent]:
     """Check the tree of single blocks and its references; return the node of each cached block.
 
-    - a node is referenced by exactly the sequences (and pending copies) that hold its block;
+    - a node is referenced by exactly the sequences (and pending copies, and transfers) that hold its block;
     - one without a block is a ghost, or is needed by nodes below it or by sequences anchored at it;
     - ghosts are counted and in bounds.
     """
     references: Counter[Extent] = Counter()
     anchors: Counter[Extent] = Counter()
     roots: Counter[Extent] = Counter()
+    tier = manager.pool.tier
     for sequence in manager.sequences:
         references.update(node for node in sequence.held if node is not None)
+    for sequence in (*manager.sequences, *(() if tier is None else tier.swapped)):
         anchors[sequence.anchor] += 1
         assert sequence.root is not None
         roots[sequence.root] += 1
     references.update(manager.tables.copies.held_extents())
+    references.update(() if tier is None else tier.queue.gpu_held())
     assert index.anchors == dict(anchors), "nodes are kept for other sequences than are anchored there"
 
     cached: dict[int, Extent] = {}
@@ -48,7 +51,7 @@ def check_windowed_tree(manager: KVCacheManager, index: WindowedIndex) -> dict[i
             cached[node.ids[0]] = node
         else:
             assert not node.references
-            ghosts += index.is_known(node)
+            ghosts += node.host is None and index.is_known(node)
             assert index.is_known(node) or node.children or node in anchors, f"nothing needs {node}"
     assert not references, f"{list(references)} are held, but not in the tree"
     for salts in index.roots.values():

@@ -71,6 +71,7 @@ def find_windowed_match(
         misses,
         index.version,
         computed_by=computed_by,
+        host_blocks=sum(not node.ids for node in held),
     )
 
 
@@ -79,7 +80,7 @@ def deepest_hit(nodes: list[Extent], window: AttentionWindow) -> int:
     size, sinks = window.tokens_per_block, window.sink_blocks
     deepest = in_a_row = 0
     for depth, node in enumerate(nodes, 1):
-        if node.ids:
+        if node.ids or node.host is not None:
             in_a_row += 1
             if in_a_row >= depth - window.first_needed(depth * size):
                 deepest = depth

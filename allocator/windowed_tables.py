@@ -121,6 +121,8 @@ class WindowedTables(Tables):
                 child.references = 1
                 pool.cached(child, 1)
                 sequence.held.append(child)
+                if child.host is not None and pool.tier is not None:
+                    pool.tier.recomputed(child)
                 if self.events is not None:
                     place = index.number(node), index.number(child)
                     self.events.add_block(PLACED, sequence.number, *place, block[0])
@@ -151,7 +153,9 @@ class WindowedTables(Tables):
 
     def _can_take_back(self, sequence: KVSequence) -> bool:
         node = sequence.anchor
-        return node.references == 1 and not node.live_children and self.index.anchors[node] == 1
+        if node.host_references or node.live_children:
+            return False
+        return node.references == 1 and self.index.anchors[node] == 1
 
     def _take_back(self, sequence: KVSequence) -> None:
         node = sequence.anchor
@@ -179,15 +183,32 @@ class WindowedTables(Tables):
     def release(self, sequence: KVSequence) -> None:
         """Give back all that a sequence holds, the front of its window first and the sinks last."""
         self.free_private(sequence, 0)
+        self._drop_held(sequence)
+        self.uproot(sequence, self.root_of(sequence))
+
+    def _drop_held(self, sequence: KVSequence) -> None:
         sinks = self.window.sink_blocks
         for node in (*sequence.held[sinks:], *sequence.held[:sinks]):
             if node is not None:
                 self.pool.drop(node)
-        root = sequence.root
-        assert root is not None
+
+    def root_of(self, sequence: KVSequence) -> Extent:
+        assert sequence.root is not None
+        return sequence.root
+
+    def uproot(self, sequence: KVSequence, root: Extent) -> None:
         self.index.release(sequence.anchor)
-        root.references -= 1
-        self.index.discard_if_unused(root)
+        super().uproot(sequence, root)
+
+    def swapped_alone(self, sequence: KVSequence) -> Sequence[int]:
+        return [sequence.table[sequence.index_of(each)] for each in self.private_positions(sequence)]
+
+    def vacate(self, sequence: KVSequence) -> None:
+        """Give back all that a sequence has on the GPU; it still knows which positions are those of twins."""
+        twins = set(sequence.twins)
+        self.free_private(sequence, 0)
+        sequence.twins = twins
+        self._drop_held(sequence)
 
 
 class Gain:
@@ -211,7 +232,7 @@ class Gain:
         for logical in range(window.sink_blocks + before, window.sink_blocks + after):
             at = logical - sequence.left
             if at >= len(sequence.held):  # still to be filled, by then this sequence's alone
-                gained += 1
+                gained += at >= len(sequence.table) or not pool.pins(sequence.table[at])
                 continue
             node = sequence.held[at]
             if node is not None:

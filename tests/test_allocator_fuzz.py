@@ -15,6 +15,7 @@ from allocator.fuzz import (
     SharingMachine,
     TierMachine,
     WindowMachine,
+    WindowTierMachine,
     run_machine,
 )
 from allocator.retention import RetentionConfig, TokenRange
@@ -28,6 +29,7 @@ TestSharing = SharingMachine.TestCase
 TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase
 TestWindow = WindowMachine.TestCase
+TestWindowTier = WindowTierMachine.TestCase
 TestQuota = QuotaMachine.TestCase
 TestPolicy = PolicyMachine.TestCase
 TestRetention = RetentionMachine.TestCase

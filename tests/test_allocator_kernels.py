@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allocator.config import CacheConfig
 from allocator.content import TokenContent
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
 from allocator.shadow import ShadowKV, Story
@@ -111,8 +112,10 @@ class Device:
                 np.testing.assert_array_equal(found[which], expected)
 
     def held(self, sequence: KVSequence) -> list[int]:
-        """Return the histories of the tokens whose blocks a sequence has: all of them."""
-        return self.stories[sequence].states
+        """Return the histories of the tokens whose blocks a sequence has: all of them, or those of its window."""
+        first = sequence.sink_blocks * SIZE
+        gone = range(first, first + sequence.left * SIZE)
+        return [state for at, state in enumerate(self.stories[sequence].states) if at not in gone]
 
 
 def test_a_sequence_comes_back_from_the_host_as_it_went() -> None:
@@ -151,6 +154,12 @@ def test_evicted_content_comes_back_on_a_hit() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_programs_read_what_they_wrote(seed: int) -> None:
     run_program(KVCacheManager(9, SIZE, num_host_blocks=12), seed)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 5])
+def test_random_programs_of_a_windowed_cache_read_what_they_wrote(num_sinks: int) -> None:
+    config = CacheConfig(window=6, num_sinks=num_sinks)
+    run_program(KVCacheManager(9, SIZE, config, num_host_blocks=12), num_sinks)
 
 
 def run_program(manager: KVCacheManager, seed: int, steps: int = 60) -> None:

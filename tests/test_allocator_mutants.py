@@ -414,6 +414,27 @@ MUTANTS = [
         "ReuseMachine",
     ),
     Mutant(
+        "node_that_the_host_holds_forgotten",
+        "windowed_index.py",
+        "node.ids or node.host is not None or node.children",
+        "node.ids or node.children",
+        "WindowTierMachine",
+    ),
+    Mutant(
+        "twins_forgotten_by_swapping_out",
+        "windowed_tables.py",
+        "        sequence.twins = twins\n",
+        "",
+        "WindowTierMachine",
+    ),
+    Mutant(
+        "block_from_the_host_out_of_its_place",
+        "admission.py",
+        'array("i", [node.ids[0] for node, _ in match.path])\n',
+        "table\n",
+        "WindowTierMachine",
+    ),
+    Mutant(
         "overlap_that_is_not_the_best",
         "overlap.py",
         "                if units > most:\n",

@@ -378,15 +378,7 @@ def test_quotas_count_what_tables_hold() -> None:
     assert manager.tenant_blocks("a") == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_host_blocks": 4}, r"num_host_blocks \(4\) must be 0 with a window \(8\)"),
-    ],
-)
-def test_what_a_windowed_cache_cannot_do_is_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        KVCacheManager(8, 2, CacheConfig(window=8), **options)
+def test_what_a_windowed_cache_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match=r"enable_partial_reuse \(True\) must be False with a window"):
         KVCacheManager(8, 2, CacheConfig(window=8, enable_partial_reuse=True))
     manager = KVCacheManager(8, 2, CacheConfig(window=8))

@@ -100,6 +100,7 @@ class SharingRules(ManagerMachine):
             if not self.append_to(self.batch, 1, bits, 0):
                 break
             self.flush()
+            self.check_all()  # what a beam has said and cached outlasts it
             self.reorder(sequence, len(beams), parents)
         if self.append_to(self.batch, 1, bits, 0):
             self.flush()

@@ -85,7 +85,7 @@ class TierRules(ManagerMachine):
             return
         if keep and not self.hold:
             self.flush()
-            length = 1 + keep % story.length
+            length = max(1 + keep % story.length, self.least_length(sequence))
             if length < story.length:
                 self.manager.truncate(sequence, length)
                 story.truncate(length)
