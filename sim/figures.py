@@ -14,7 +14,9 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from sim import style as look
+from sim.binning import binned
 from sim.block_map import block_map
+from sim.cluster.figures import replica_utilization
 from sim.distributions import Ints
 from sim.metrics import Latencies, int_column, latency_figures
 from sim.quantities import rough_percent_text, seconds_text
@@ -34,7 +36,7 @@ def write_figures(result: RunResult, engine: EngineConfig, folder: Path) -> list
     drawn: dict[str, Figure] = {}
     with look.styled():
         if result.timeline["steps"].size:
-            drawn["utilization"] = utilization(result)
+            drawn["utilization"] = replica_utilization(result) if result.replicas else utilization(result)
         if (result.requests["status"] == "finished").any():
             drawn["latency"] = latency(result, engine)
         if result.block_map is not None and result.block_map.times_ps.size:
@@ -43,23 +45,6 @@ def write_figures(result: RunResult, engine: EngineConfig, folder: Path) -> list
 
 
 # ---------------------------------------------------------------------------- the pool and the queue over time
-
-
-def _binned(result: RunResult, values: Floats, idle: Floats | float, edges: Floats) -> Floats:
-    """Return the time-weighted mean of a row-wise constant quantity in each bin between `edges` (ps).
-
-    `idle` is its value in the gap before each row: one number, or one a row.
-    """
-    starts, ends = (int_column(result.timeline, name).astype(np.float64) for name in ("start_ps", "end_ps"))
-    before = np.concatenate(([0.0], ends[:-1]))
-    area = np.empty(2 * values.size + 1)
-    area[0] = 0.0
-    area[1::2] = (starts - before) * idle
-    area[2::2] = (ends - starts) * values
-    moments = np.empty_like(area)
-    moments[0], moments[1::2], moments[2::2] = 0.0, starts, ends
-    means: Floats = np.diff(np.interp(edges, moments, np.cumsum(area))) / np.diff(edges)
-    return means
 
 
 def utilization(result: RunResult) -> Figure:
@@ -75,11 +60,10 @@ def utilization(result: RunResult) -> Figure:
     # Between rows nothing runs, so nothing is referenced. How much is cached then is not recorded; it is at
     # least what the rows beside the gap have.
     beside = np.maximum(evictable, np.concatenate(([0.0], evictable[:-1])))
-    referenced = _binned(result, (first + last) / 2, 0.0, edges) / num_blocks
-    cached = _binned(result, evictable, beside, edges) / num_blocks
+    referenced = binned(rows, (first + last) / 2, 0.0, edges) / num_blocks
+    cached = binned(rows, evictable, beside, edges) / num_blocks
     running, waiting = (
-        _binned(result, int_column(rows, name).astype(np.float64), 0.0, edges)
-        for name in ("running", "waiting")
+        binned(rows, int_column(rows, name).astype(np.float64), 0.0, edges) for name in ("running", "waiting")
     )
 
     figure = look.slide(_utilization_title(result), _utilization_subtitle(result))

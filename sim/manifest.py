@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from allocator.config import BuildConfig, CacheConfig, ModelSpec
+from sim.cluster.config import ClusterConfig
 from sim.hardware import GPUSpec
 from sim.scheduler.config import EngineConfig
 from sim.timing import TimingConfig
@@ -50,7 +51,10 @@ class TraceSource:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run, entirely: the same RunSpec and the same trace bytes give the same result bytes."""
+    """A run, entirely: the same RunSpec and the same trace bytes give the same result bytes.
+
+    Raises ValueError for parts that do not go together.
+    """
 
     trace: TraceSource
     model: ModelSpec
@@ -59,6 +63,13 @@ class RunSpec:
     cache: CacheConfig
     engine: EngineConfig
     timing: TimingConfig = field(default_factory=TimingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        if self.engine.events and self.cluster.num_replicas > 1:
+            raise ValueError(
+                f"events ({self.engine.events}) must be False with several replicas ({self.cluster.num_replicas})"
+            )
 
 
 @dataclass(frozen=True)

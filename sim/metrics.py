@@ -189,11 +189,15 @@ class _Stretches:
 
 
 def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
-    """Return the figures about the pool over time: utilisation, fragmentation, sharing."""
+    """Return the figures about the pool over time: utilisation, fragmentation, sharing.
+
+    Of several replicas, each with a pool of its own, each one's time counts.
+    """
     rows, cache = result.timeline, result.cache
-    num_blocks, tokens_per_block = cache.num_blocks, cache.tokens_per_block
+    pools = max(len(result.replicas), 1)
+    num_blocks, tokens_per_block = cache.num_blocks // pools, cache.tokens_per_block
     clock = _Stretches.of(rows)
-    idle = max(0, span_ps - exact_sum(clock.duration))
+    idle = max(0, span_ps * pools - exact_sum(clock.duration))
 
     def ends(name: str) -> tuple[Ints, Ints]:
         return int_column(rows, f"{name}_first"), int_column(rows, name)
@@ -202,7 +206,7 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
         peak = Progressions.weighted(np.append(last, 0), np.append(clock.duration, idle))
         p99, largest = peak.percentile(99), peak.max()
         return {
-            "mean": clock.integral(first, last) / span_ps / scale if span_ps else None,
+            "mean": clock.integral(first, last) / (span_ps * pools) / scale if span_ps else None,
             "p99": None if p99 is None else p99 / scale,
             "max": None if largest is None else largest / scale,
         }
@@ -234,6 +238,34 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
             "max": int(saved.max()) if saved.size else None,
         },
     }
+
+
+def _of_each_replica(result: RunResult, span_ps: int) -> dict[str, Any]:
+    """Return {"replicas": figures of each}, in the order of their numbers; of one that is alone, nothing."""
+    found = []
+    for number, part in enumerate(result.replicas):
+        here = np.asarray(result.requests["replica"]) == number
+        done = here & finished_mask(result)
+        output = int_column(result.requests, "output_tokens")[done]
+        busy = exact_sum(
+            int_column(part.timeline, "end_ps") - int_column(part.timeline, "start_ps"),
+        )
+        use, cache = _occupancy(part, span_ps)["kv_utilization"]["block"], part.cache
+        found.append(
+            {
+                "replica": number,
+                "requests": int(here.sum()),
+                "finished": int(done.sum()),
+                "output_tokens": exact_sum(output * int_column(result.requests, "num_samples")[done]),
+                "busy": busy / span_ps if span_ps else None,
+                "kv_utilization": {"mean": use["mean"], "max": use["max"]},
+                "hit_rate_tokens": cache.hit_tokens / cache.query_tokens if cache.query_tokens else None,
+                "hit_rate_blocks": cache.hit_blocks / cache.query_blocks if cache.query_blocks else None,
+                "evicted_blocks": int(cache.evicted_blocks),
+                "preemptions": exact_sum(int_column(part.timeline, "preemptions")),
+            }
+        )
+    return {"replicas": found} if found else {}
 
 
 def _rejections(result: RunResult) -> dict[str, int]:
@@ -303,6 +335,11 @@ def summarise(
     block_lifetime_s, block_idle_before_evict_s, block_reuse_gap_s
                                    of the cache's blocks: from filled to evicted, from last use to evicted,
                                    from last use to next hit
+    replicas                       with several, of each: the requests that were routed to it, how many finished, and
+                                   their output tokens; busy, the share of measured_s in which a step was in progress;
+                                   kv_utilization by block, hit rates, evicted blocks and preemptions, as above. What
+                                   is not of one replica is of all: counts are sums, and of kv_utilization and
+                                   internal_fragmentation each replica's time counts
     """
     ends = int_column(result.timeline, "end_ps")
     end_ps = int(ends.max()) if ends.size else 0
@@ -369,4 +406,5 @@ def summarise(
         "block_lifetime_s": times("lifetime"),
         "block_idle_before_evict_s": times("idle_before_evict"),
         "block_reuse_gap_s": times("reuse_gap"),
+        **_of_each_replica(result, span_ps),
     }

@@ -12,6 +12,7 @@ import tyro
 
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig, load_model
 from sim.calibration import Calibration
+from sim.cluster.config import ClusterConfig
 from sim.command_line import option_value, parse_dataclass
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
@@ -136,6 +137,8 @@ class Replay:
     """The GPU: a preset, and figures in place of the preset's (or all of them, for a GPU of another name)."""
     timing: TimingOptions = field(default_factory=TimingOptions)
     """How long a step takes."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """How many engines serve the trace, and which request goes to which."""
     workload: WorkloadShape = field(default_factory=WorkloadShape)
     """What a synthetic workload is drawn from, with TRACE `synthetic`: sessions arrive at random, begin with a
     shared system prompt if there are any, and go on for some turns, each prompt holding all that was said."""
@@ -157,6 +160,7 @@ class Replay:
             engine=spec.engine,
             hardware=GPUOptions.of(spec.gpu),
             timing=TimingOptions(spec.timing.cost),
+            cluster=spec.cluster,
             workload=WorkloadShape() if workload is None else workload.shape,
         )
 
@@ -168,7 +172,14 @@ class Replay:
         model = known.model if known and known.model.name == self.model else load_model(self.model)
         timing = self.timing.resolve(known.timing if known else None)
         return RunSpec(
-            self._source(), model, self.hardware.resolve(), self.build, self.cache, self.engine, timing
+            self._source(),
+            model,
+            self.hardware.resolve(),
+            self.build,
+            self.cache,
+            self.engine,
+            timing,
+            self.cluster,
         )
 
     def _source(self) -> TraceSource:

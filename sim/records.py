@@ -103,6 +103,9 @@ class RunResult:
         request_id, sample (from 0; a prompt's own sequence is its first sample's), paused_ps, resumed_ps.
 
     `gaps_ps` are the inter-token gaps that span a preemption, which no `itl_tokens` covers.
+
+    Of several replicas, `replicas` has the result of each, what it served alone; requests and timeline then have a
+    column `replica` (-1 for a turn that never arrived), and `cache` has sums (see sim.cluster.results).
     """
 
     requests: Columns
@@ -115,3 +118,4 @@ class RunResult:
     sequences: dict[int, int] = field(default_factory=dict)
     pauses: Columns = field(default_factory=dict)
     wall_s: float = 0.0
+    replicas: tuple[RunResult, ...] = ()

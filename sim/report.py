@@ -88,6 +88,32 @@ def _warm_up(summary: dict[str, Any]) -> str:
     return f"; not counted: the first {seconds_text(left_out['s'])}, {left_out['requests']:,} requests"
 
 
+def _replicas(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what tells several replicas apart: the least and the most of each."""
+    replicas = summary.get("replicas")
+    if not replicas:
+        return []
+
+    def span(text: Callable[[Any], str], *names: str) -> str:
+        values = []
+        for figures in replicas:
+            for name in names:
+                figures = figures[name]
+            values.append(figures)
+        known = [value for value in values if value is not None]
+        return f"{text(min(known))} to {text(max(known))}" if known else NONE
+
+    return [
+        (
+            "replicas",
+            f"{len(replicas)}, {run.spec.cluster.routing}\n"
+            f"requests {span('{:,}'.format, 'requests')}; busy {span(percent_text, 'busy')}\n"
+            f"of blocks in use, mean {span(percent_text, 'kv_utilization', 'mean')}; "
+            f"hit rate {span(percent_text, 'hit_rate_tokens')} of tokens",
+        )
+    ]
+
+
 def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the summary as (label, value) pairs, what a serving engineer asks first on top."""
     use, waste = summary["kv_utilization"], summary["internal_fragmentation"]
@@ -131,6 +157,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['preemptions']:,}, {summary['recomputed_tokens']:,} tokens recomputed",
         ),
         ("evicted blocks", f"{summary['evicted_blocks']:,}"),
+        *_replicas(run, summary),
         (
             "wall time",
             f"{summary['wall_s']:.2f} s simulating, {summary['total_wall_s']:.2f} s in all",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from allocator.config import MemoryBudget
 from sim.bounds import CacheBound, infinite_cache
+from sim.cluster.cluster import simulate_cluster
 from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
 from sim.metrics import finished_mask
@@ -53,7 +54,7 @@ def run(
     """Simulate `spec` on its trace, or on `trace` where it is loaded already.
 
     `progress` is called now and then with the number of requests that are done. Of more than MOST_IN_MEMORY
-    requests, the records are kept in files of `folder`, if given.
+    requests, the records are kept in files of `folder`, if given and there is one replica.
     """
     budget = memory_budget(spec)
     loaded = load_trace(spec.trace) if trace is None else trace
@@ -66,6 +67,19 @@ def run(
             spec.cache.tensor_parallel_size,
         )
     )
+    if spec.cluster.num_replicas > 1:
+        result = simulate_cluster(
+            loaded.requests,
+            spec.build,
+            spec.cache,
+            spec.engine,
+            spec.cluster,
+            num_blocks=budget.num_blocks,
+            num_host_blocks=budget.num_host_blocks,
+            cost=cost,
+            progress=progress,
+        )
+        return Run(spec, loaded, budget, result)
     result = simulate(
         loaded.requests,
         spec.build,

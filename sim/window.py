@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.cluster.results import merged_stats, merged_timeline
 from sim.distributions import Ints, exact_sum
 from sim.records import Columns, RunResult
 from sim.request import PS_PER_S
@@ -47,6 +48,8 @@ class Window:
         """
         if self.start_ps <= 0 and bool(self.counted.all()):
             return result
+        if result.replicas:
+            return self._cut_each(result)
         requests = {name: np.asarray(column)[self.counted] for name, column in result.requests.items()}
         admitted = np.asarray(requests["status"]) == "finished"
         timeline = _from(result.timeline, self.start_ps)
@@ -63,6 +66,20 @@ class Window:
             evicted_blocks=exact_sum(np.asarray(timeline["evicted_blocks"]).astype(np.int64)),
         )
         return dataclasses.replace(result, requests=requests, timeline=timeline, cache=cache)
+
+    def _cut_each(self, result: RunResult) -> RunResult:
+        """Return what `cut` does, of several replicas: each is cut by itself."""
+        parts = []
+        for part in result.replicas:
+            ids = np.asarray(part.requests["request_id"]).astype(np.int64)
+            parts.append(Window(self.start_ps, self.counted[ids]).cut(part))
+        return dataclasses.replace(
+            result,
+            requests={name: np.asarray(column)[self.counted] for name, column in result.requests.items()},
+            timeline=merged_timeline([part.timeline for part in parts]),
+            cache=merged_stats([part.cache for part in parts]),
+            replicas=tuple(parts),
+        )
 
 
 def _from(rows: Columns, start_ps: int) -> Columns:

@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from result_cases import NaiveEngine, results
 
 from sim import block_map, figures, quantities, style
+from sim.binning import binned
 from sim.metrics import summarise
 from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
 from sim.request import PS_PER_S
@@ -89,7 +90,7 @@ def test_bins_keep_the_time_weighted_mean(run: RunResult) -> None:
     edges = np.linspace(0, end, 38)
     used = rows["referenced_blocks"].astype(np.float64)
     durations = rows["end_ps"] - rows["start_ps"]
-    found = figures._binned(run, used, 0.0, edges)
+    found = binned(run.timeline, used, 0.0, edges)
     assert found.mean() == pytest.approx((used * durations).sum() / end)
     assert found.max() <= used.max() + 1e-9
 

@@ -18,6 +18,8 @@ import pytest
 import sim.runner
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
 from allocator.eviction import POLICIES
+from sim.cluster.config import ClusterConfig
+from sim.cluster.routing import ROUTING
 from sim.command_line import option_value
 from sim.export import ResultFolder
 from sim.hardware import GPU_PRESETS, GPUSpec
@@ -274,7 +276,7 @@ def another(value: object, kind: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", [BuildConfig, CacheConfig, EngineConfig, WorkloadShape, GPUOptions, ReadOptions]
+    "kind", [BuildConfig, CacheConfig, EngineConfig, ClusterConfig, WorkloadShape, GPUOptions, ReadOptions]
 )
 def test_every_field_is_a_flag(kind: type) -> None:
     chosen = {
@@ -287,6 +289,7 @@ def test_every_field_is_a_flag(kind: type) -> None:
         "num_sinks": "0",
         "kv_cache_free_gpu_mem_fraction": "0.5",
         "turns_mean": "1.5",
+        "routing": "least_loaded",
         "session_tokens_max": "90000",
     }
     part = {GPUOptions: "hardware", ReadOptions: "reading"}.get(
@@ -311,7 +314,7 @@ def test_the_help_lists_every_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse(["--help"])
     words = set(re.findall(r"[\w.-]+\w", capsys.readouterr().out))
-    for names in (GPU_PRESETS, MODEL_PRESETS, POLICIES, FORMATS, LENGTH_MODELS):
+    for names in (GPU_PRESETS, MODEL_PRESETS, POLICIES, FORMATS, LENGTH_MODELS, ROUTING):
         assert set(names) <= words
 
 

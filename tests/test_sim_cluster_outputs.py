@@ -1,0 +1,140 @@
+"""What `python -m sim.replay --num-replicas N` leaves: tables, summary, figures, and a manifest that reruns it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from sim.cluster.figures import replica_utilization
+from sim.cluster.results import merged_stats
+from sim.manifest import Manifest
+from sim.metrics import summarise
+from sim.replay import main
+from sim.runner import Run, run
+from sim.style import styled
+from sim.window import Window
+
+BASE = ["synthetic", "--num-requests", "80", "--user-tokens-max", "600", "--output-tokens-max", "120"]
+SHARED = [*BASE, "--system-prompts", "4", "--turns-mean", "2", "--session-tokens-max", "2048"]
+TIGHT = ["--model", "llama-3-8b", "--num-blocks", "180", "--tokens-per-block", "16", "--requests-per-s", "30"]
+CLUSTER = [*SHARED, *TIGHT, "--num-replicas", "3", "--routing", "longest_prefix"]
+TABLES = ("requests.parquet", "timeline.parquet")
+
+
+def replay(arguments: list[str], out: Path) -> dict:
+    assert main([*arguments, "--out", str(out)]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cluster") / "out"
+    replay(CLUSTER, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> Run:
+    """The same run, in memory."""
+    return run(Manifest.read(folder / "manifest.json").spec)
+
+
+def test_the_files(folder: Path) -> None:
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    figures = [f"figures/{name}.{end}" for name in ("latency", "utilization") for end in ("png", "svg")]
+    assert found == sorted([*figures, "manifest.json", "summary.json", *TABLES])
+
+
+def test_rows_say_whose_they_are(folder: Path) -> None:
+    requests, timeline = (pl.read_parquet(folder / name) for name in TABLES)
+    assert requests["replica"].value_counts().height == 3
+    assert timeline["replica"].unique().sort().to_list() == [0, 1, 2]
+    assert timeline["start_ps"].is_sorted()
+    for replica in range(3):  # a replica takes one step at a time
+        rows = timeline.filter(pl.col("replica") == replica)
+        assert (rows["start_ps"][1:] >= rows["end_ps"][:-1]).all()
+
+
+def test_the_summary_is_the_sum_of_its_replicas(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    requests, timeline = (pl.read_parquet(folder / name) for name in TABLES)
+    replicas = summary["replicas"]
+    assert [each["replica"] for each in replicas] == [0, 1, 2]
+    for name in ("requests", "finished", "output_tokens", "evicted_blocks", "preemptions"):
+        assert sum(each[name] for each in replicas) == summary[name], name
+    means = [each["kv_utilization"]["mean"] for each in replicas]
+    assert sum(means) / 3 == pytest.approx(summary["kv_utilization"]["block"]["mean"])
+    assert (
+        max(each["kv_utilization"]["max"] for each in replicas) == (summary["kv_utilization"]["block"]["max"])
+    )
+    assert summary["evicted_blocks"] > 0
+    for each in replicas:
+        mine = requests.filter(pl.col("replica") == each["replica"])
+        assert each["hit_rate_tokens"] == mine["hit_tokens"].sum() / mine["prompt_tokens"].sum()
+        rows = timeline.filter(pl.col("replica") == each["replica"])
+        busy = (rows["end_ps"] - rows["start_ps"]).sum() / 1e12
+        assert each["busy"] == pytest.approx(busy / summary["simulated_s"])
+    used = (timeline["referenced_blocks"] * (timeline["end_ps"] - timeline["start_ps"])).sum()
+    mean = used / 180 / 3 / (summary["simulated_s"] * 1e12)
+    assert summary["kv_utilization"]["block"]["mean"] == pytest.approx(mean, rel=0.02)
+    assert summary["throughput_tokens_per_s"] == summary["output_tokens"] / summary["simulated_s"]
+
+
+def test_a_manifest_reruns_it(folder: Path, tmp_path: Path) -> None:
+    replay(["--from-manifest", str(folder / "manifest.json")], tmp_path)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "summary.json":
+            assert path.read_bytes() == (tmp_path / path.relative_to(folder)).read_bytes(), path
+    first, second = (json.loads((place / "summary.json").read_text()) for place in (folder, tmp_path))
+    for summary in (first, second):
+        del summary["wall_s"], summary["total_wall_s"]
+    assert first == second
+    assert json.loads((tmp_path / "manifest.json").read_text())["config"]["cluster"]["num_replicas"] == 3
+
+
+def test_skipping_events_changes_no_byte(folder: Path, tmp_path: Path) -> None:
+    replay([*CLUSTER, "--no-event-skipping", "--no-figures"], tmp_path)
+    for name in TABLES:
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_warm_up_is_taken_off_each_replica(done: Run) -> None:
+    engine = dataclasses.replace(done.spec.engine, warm_up_requests=30)
+    whole, late = summarise(done.result, done.spec.engine), summarise(done.result, engine)
+    assert (whole["requests"], late["requests"]) == (80, 50)
+    assert sum(each["requests"] for each in late["replicas"]) == 50
+    assert late["measured_s"] < whole["measured_s"]
+    for each in late["replicas"]:
+        assert 0 < each["busy"] <= 1
+        assert each["kv_utilization"]["mean"] <= each["kv_utilization"]["max"]
+    cut = Window.of(done.result, engine).cut(done.result)
+    assert cut.cache == merged_stats([part.cache for part in cut.replicas])
+    assert late["hit_tokens"] == int(np.asarray(done.result.requests["hit_tokens"])[30:].sum())
+
+
+def test_each_replica_has_a_line_of_the_picture(done: Run) -> None:
+    with styled():
+        pools, queue = replica_utilization(done.result).axes[:2]
+    image = pools.get_images()[0].get_array()
+    assert image.shape[0] == 3
+    summary = summarise(done.result, done.spec.engine)
+    for line, each in zip(image.mean(axis=1), summary["replicas"], strict=True):
+        assert line == pytest.approx(each["kv_utilization"]["mean"], rel=0.02)
+    assert max(queue.lines[1].get_ydata()) > 0
+
+
+def test_events_of_several_replicas_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CLUSTER, "--events", "--out", str(tmp_path / "x")]) == 2
+    assert "events (True) must be False with several replicas (3)" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_report_names_the_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replay([*BASE, "--num-replicas", "2", "--no-figures"], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "replicas 2, round_robin requests 40 to 40; busy " in said
