@@ -75,7 +75,11 @@ def check_cluster(result: RunResult, scenario: ClusterScenario) -> None:
         rows = np.isin(part.requests["request_id"], np.flatnonzero(nowhere), invert=True)
         at_home = {name: column[rows] for name, column in part.requests.items()}
         assert at_home["request_id"].tolist() == np.flatnonzero(requests["replica"] == number).tolist()
-        check_conservation(dataclasses.replace(part, requests=at_home), share)
+        pauses = {
+            **part.pauses,
+            "request_id": np.searchsorted(at_home["request_id"], part.pauses["request_id"]),
+        }
+        check_conservation(dataclasses.replace(part, requests=at_home, pauses=pauses), share)
 
 
 def assert_same_cluster(one: RunResult, other: RunResult) -> None:

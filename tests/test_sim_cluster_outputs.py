@@ -128,6 +128,13 @@ def test_each_replica_has_a_line_of_the_picture(done: Run) -> None:
     assert max(queue.lines[1].get_ydata()) > 0
 
 
+def test_the_perfetto_trace_has_a_group_of_tracks_for_each(tmp_path: Path) -> None:
+    replay([*CLUSTER, "--no-figures", "--perfetto"], tmp_path)
+    trace = (tmp_path / "timeline.perfetto-trace").read_bytes()
+    assert all(f"replica {number}".encode() in trace for number in range(3))
+    assert b"replica 3" not in trace
+
+
 def test_events_of_several_replicas_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*CLUSTER, "--events", "--out", str(tmp_path / "x")]) == 2
     assert "events (True) must be False with several replicas (3)" in capsys.readouterr().err

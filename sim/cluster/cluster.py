@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from allocator.config import BuildConfig, CacheConfig
 from sim.arrivals import NEVER, Arrivals
@@ -19,9 +19,6 @@ from sim.records import RunResult
 from sim.request import Request
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    import simpy
 
 NOWHERE = -1
 """The replica of a turn that never arrives, as its predecessor was rejected."""
@@ -62,7 +59,7 @@ def simulate_cluster(
         cost=cost,
         progress=progress,
     )
-    wall_s = run_clock(running.run)
+    wall_s = run_clock(lambda environment: running.run(environment.timeout))
     return running.result(wall_s)
 
 
@@ -104,9 +101,9 @@ class Cluster:
             )
         self._unseen = [ReplicaView.unseen(replica.number) for replica in self.replicas]
 
-    def run(self, environment: simpy.Environment) -> Generator[simpy.Event, Any, None]:
-        """Let time pass until every request is finished or rejected."""
-        replicas, arrivals, timeout = self.replicas, self._arrivals, environment.timeout
+    def run(self, timeout: Callable[[int], Any]) -> Generator[Any, Any, None]:
+        """Let time pass until every request is finished or rejected; yield a `timeout` up to each moment."""
+        replicas, arrivals = self.replicas, self._arrivals
         now = 0
         while True:
             for replica in replicas:

@@ -31,6 +31,7 @@ def merge(parts: Sequence[RunResult], placed: ArrayLike, wall_s: float) -> RunRe
         gaps_ps=np.concatenate([part.gaps_ps for part in parts]),
         cache=merged_stats([part.cache for part in parts]),
         lifetimes=_lifetimes(parts),
+        pauses=_pauses([part.pauses for part in parts]),
         wall_s=wall_s,
         replicas=tuple(parts),
     )
@@ -42,6 +43,12 @@ def merged_timeline(timelines: Sequence[Columns]) -> dict[str, NDArray[np.generi
     lengths = [len(timeline["start_ps"]) for timeline in timelines]
     rows["replica"] = np.repeat(np.arange(len(timelines), dtype=np.int64), lengths)
     order = np.lexsort((rows["replica"], rows["start_ps"]))
+    return {name: column[order] for name, column in rows.items()}
+
+
+def _pauses(tables: Sequence[Columns]) -> dict[str, NDArray[np.generic]]:
+    rows = _joined(tables)
+    order = np.argsort(rows["resumed_ps"], kind="stable")
     return {name: column[order] for name, column in rows.items()}
 
 
