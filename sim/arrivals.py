@@ -28,8 +28,11 @@ class Arrivals:
         """Take the requests, and whom to tell about a turn whose predecessor was rejected: it does not arrive."""
         self.next_ps = NEVER
         self._orphaned = orphaned
-        self._requests: Iterator[Request] | None = iter(requests)
-        self._due: list[tuple[int, int, Request]] = []  # heap: time, place in the trace
+        self._requests: Iterator[Request] = iter(requests)
+        self._next: Request | None = None  # the one read last, if it is still to arrive and follows no other
+        self._due: list[
+            tuple[int, int, Request]
+        ] = []  # heap: time, place in the trace; turns that may arrive
         self._turns: dict[int, list[Request]] = {}
         self._ends = array("q")  # of each request read: when it finished
         self._read_ps = 0  # arrival of the request that was read last: those to come are not before it
@@ -40,7 +43,15 @@ class Arrivals:
 
         Raises ValueError if the requests are not numbered and sorted.
         """
-        arrival_ps, _, request = heappop(self._due)
+        request, due = self._next, self._due
+        if request is None or (due and due[0] < (request.arrival_ps, request.request_id, request)):
+            arrival_ps, _, turn = heappop(due)
+            if request is None and not (due and due[0][0] <= self._read_ps):
+                self._read()
+            else:
+                self.next_ps = self._soonest()
+            return arrival_ps, turn
+        arrival_ps = self._read_ps
         self._read()
         return arrival_ps, request
 
@@ -54,7 +65,7 @@ class Arrivals:
         if self._turns:
             for turn in self._turns.pop(request.request_id, ()):
                 heappush(self._due, (max(turn.arrival_ps, now_ps + turn.think_ps), turn.request_id, turn))
-                self.next_ps = self._due[0][0]
+            self.next_ps = self._soonest()
 
     def rejected(self, request: Request) -> None:
         """Note that a request will not run, nor will the turns that follow it."""
@@ -64,26 +75,32 @@ class Arrivals:
 
     def _read(self) -> None:
         """Read on until what arrives next is known: nothing unread comes before it."""
-        due, ends = self._due, self._ends
-        while self._requests is not None and (not due or due[0][0] > self._read_ps):
-            request = next(self._requests, None)
-            if request is None:
-                self._requests = None
-                break
+        ends, due = self._ends, self._due
+        for request in self._requests:
             row, arrival_ps, parent = request.request_id, request.arrival_ps, request.parent
             if row != len(ends) or arrival_ps < self._read_ps:
                 self._refuse(request)
             self._read_ps = arrival_ps
             ends.append(_ALIVE)
             if parent < 0:
-                heappush(due, (arrival_ps, row, request))
-            elif ends[parent] == _ALIVE:
+                self._next = request
+                self.next_ps = due[0][0] if due and due[0][0] < arrival_ps else arrival_ps
+                return
+            if ends[parent] == _ALIVE:
                 self._turns.setdefault(parent, []).append(request)
             elif ends[parent] == _REJECTED:
                 self._orphaned(request)
             else:
                 heappush(due, (max(arrival_ps, ends[parent] + request.think_ps), row, request))
-        self.next_ps = due[0][0] if due else NEVER
+            if due and due[0][0] <= arrival_ps:
+                break
+        self._next = None
+        self.next_ps = self._soonest()
+
+    def _soonest(self) -> int:
+        """Return when the next request arrives, of those that have been read."""
+        due_ps = self._due[0][0] if self._due else NEVER
+        return due_ps if self._next is None else min(due_ps, self._next.arrival_ps)
 
     def _refuse(self, request: Request) -> NoReturn:
         row = len(self._ends)

@@ -111,6 +111,7 @@ class RooflineCost:
         "_kv_ps",
         "_linear",
         "_linear_memo",
+        "_plain_layers",
         "_score_ps",
         "_swap_ps",
         "_windows",
@@ -136,6 +137,7 @@ class RooflineCost:
         self._linear = _Linear(model, gpu, tensor_parallel_size)
         self._linear_memo: dict[int, int] = {}
         self._windows = _window_groups(model)
+        self._plain_layers = model.num_layers if self._windows == [(None, model.num_layers)] else 0
         if model.kv_lora_rank:
             flops = 2 * model.num_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim)
         else:
@@ -163,7 +165,7 @@ class RooflineCost:
     def step(self, batch: StepBatch) -> int:
         """Return the duration of a step, picoseconds."""
         tokens = batch.decode_sequences
-        total = 0
+        total = self._full_slope * batch.decode_context
         for new_tokens, context in batch.prefills:
             tokens += new_tokens
             total += self._prefill(new_tokens, context)
@@ -171,7 +173,7 @@ class RooflineCost:
             total += self._moves(batch)
         if self.windows:
             total += self._in_windows(batch)
-        return total + self._full_slope * batch.decode_context + self._linear_ps(tokens)
+        return total + (self._linear_memo.get(tokens) or self._linear_ps(tokens))
 
     def _in_windows(self, batch: StepBatch) -> int:
         """Return the time of decoding attention in the layers with windows."""
@@ -195,6 +197,9 @@ class RooflineCost:
         return found
 
     def _prefill(self, new_tokens: int, context: int) -> int:
+        if self._plain_layers and 1 <= new_tokens <= context:
+            scores = new_tokens * (2 * context - new_tokens + 1) // 2
+            return round(self._plain_layers * max(scores * self._score_ps, context * self._kv_ps))
         total = 0.0
         for window, layers in self._windows:
             scores, keys = causal_scores(new_tokens, context, window)

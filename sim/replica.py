@@ -47,6 +47,8 @@ class Replica:
         self._tables = manager.tables
         self._events = manager.events
         self._has_partial_reuse = manager.pool.partial is not None
+        # Whether the cost of a step can depend on more than its tokens and keys.
+        self._is_special = self._needs_work or self._has_partial_reuse or bool(self._window_slopes)
         self._append_row = recorder.timeline.append
         map_due_ps = recorder.map_due_ps
         self._map_due_ps = NEVER if map_due_ps is None else map_due_ps
@@ -56,7 +58,7 @@ class Replica:
         """Step until every request is finished or rejected; yield a `timeout` for each step, or stretch of steps."""
         scheduler, arrivals, pool, events = self.scheduler, self.arrivals, self._pool, self._events
         running, waiting, batch = scheduler.running, scheduler.waiting, scheduler.batch
-        skipping = self._skipping
+        skipping, affines = self._skipping, self._affine
         now = 0
         while True:
             if arrivals.next_ps <= now:
@@ -72,11 +74,13 @@ class Replica:
             pool.now = now
             if events is not None:
                 events.move(now)
+            plan = affine = None
             idle = scheduler.idle_steps() if skipping else 0
-            affine = self.decode_affine(len(scheduler.decoding)) if idle else None
-            plan = None
+            if idle:
+                decoding = len(scheduler.decoding)
+                affine = affines[decoding] if decoding in affines else self.decode_affine(decoding)
             if affine is not None:
-                end = self._coast(now, idle, *affine)
+                end = self._coast(now, idle, affine)
                 yield timeout(end - now)
                 now = end
             else:
@@ -114,11 +118,11 @@ class Replica:
         while arrivals.next_ps <= now_ps:
             arrival_ps, request = arrivals.pop()
             job = Job(request, request.num_samples)
+            job.arrival_ps = arrival_ps
             cause = scheduler.reject_cause(job)
             if cause:
                 self._reject(request, arrival_ps, cause)
             else:
-                job.arrival_ps = arrival_ps
                 scheduler.waiting.append(job)
 
     def _reject(self, request: Request, arrival_ps: int, cause: str) -> None:
@@ -157,26 +161,26 @@ class Replica:
 
     def step_ps(self, plan: Plan) -> int:
         """Return how long a step takes that has just been scheduled."""
-        manager = self._manager
-        batch = StepBatch(plan.decoding, plan.context, plan.chunks, window_keys=plan.window_keys)
-        copies = manager.pending_copies()
-        if len(copies):
-            batch.copied_tokens = int(copies[:, 2].sum())
-        if plan.moved:
+        batch = StepBatch(plan.decoding, plan.context, plan.chunks)
+        if plan.copied or plan.moved or self._is_special:
+            manager = self._manager
+            copies = manager.pending_copies()
+            if len(copies):
+                batch.copied_tokens = int(copies[:, 2].sum())
             batch.swapped_tokens = plan.moved * manager.tokens_per_block
-        if self._needs_work:
-            batch.work = StepWork(
-                list(islice(self.scheduler.decoding, plan.decoding)), plan.prefilling, copies
-            )
+            batch.window_keys = plan.window_keys
+            if self._needs_work:
+                decoding = list(islice(self.scheduler.decoding, plan.decoding))
+                batch.work = StepWork(decoding, plan.prefilling, copies)
         return self.cost.step(batch)
 
-    def _coast(self, start: int, steps: int, base: int, slope: int) -> int:
+    def _coast(self, start: int, steps: int, affine: tuple[int, int]) -> int:
         """Take up to `steps` steps in which there is nothing to do but decode; record them, return their end.
 
         They end early with the first arrival that could be admitted.
         """
         arrivals = self.arrivals
-        first, increment = self.coast_ps(base, slope)
+        first, increment = self.coast_ps(*affine)
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and self.scheduler.accepts_arrivals():
             steps = steps_until(arrivals.next_ps - start, first, increment)
@@ -214,7 +218,7 @@ class Replica:
         last_start = end - first - increment * (steps - 1)
         if self.arrivals.next_ps <= last_start:
             self.take_arrivals(last_start)
-        if self._is_shared():
+        if pool.shared or self._tables.twinned:
             self._note_shared()
         self._append_row(
             (
@@ -267,10 +271,6 @@ class Replica:
     # ---------------------------------------------------------------- what is noted of steps
 
     def _note_plan(self, plan: Plan, now_ps: int) -> None:
-        for job in plan.preempted:
-            self.recorder.paused(job, now_ps)
-            if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
-                job.last_ps = now_ps
         for job in plan.admitted:
             if job.preemptions:
                 self.recorder.resumed(job, now_ps)
@@ -282,6 +282,10 @@ class Replica:
                 job.admit_ps = now_ps
                 job.query_blocks = match.query_blocks
                 job.hit_blocks, job.hit_tokens = match.hit_blocks, match.hit_tokens
+        for job in plan.preempted:  # also who came back in this very step
+            self.recorder.paused(job, now_ps)
+            if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
+                job.last_ps = now_ps
 
     def _note_stall(self, now_ps: int) -> None:
         """Note when the batch, which has to wait while prompts are computed, had its last tokens."""
@@ -324,7 +328,7 @@ class Replica:
             later = pool.num_blocks - free - evictable - at_first[0]
             later_tokens = at_first[1] - manager.kv_tokens + (steps - 1) * decoding
             self._note_shared(late, later_tokens, len(plan.preempted), out_of_blocks)
-        elif late or plan.preempted or out_of_blocks or self._is_shared():
+        elif late or plan.preempted or out_of_blocks or pool.shared or self._tables.twinned:
             self._note_shared(late, 0, len(plan.preempted), out_of_blocks)
         self._append_row(
             (
@@ -345,11 +349,6 @@ class Replica:
                 pool.evicted_blocks,
             )
         )
-
-    def _is_shared(self) -> bool:
-        """Return whether blocks are shared in ways that a row of the timeline has to tell apart."""
-        tables = self._tables
-        return bool(self._pool.shared or tables.twinned or tables.copies.num_held)
 
     def _note_shared(
         self, late: int = 0, later_tokens: int = 0, preemptions: int = 0, out_of_blocks: int = 0

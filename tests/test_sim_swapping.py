@@ -192,3 +192,15 @@ def test_a_job_comes_back_to_what_the_gpu_still_has() -> None:
         (30, 30, 1, 0, 0, 1, 0),
         (30, 40, 1, 1, 0, 1, 0),
     ]
+
+
+def test_who_comes_back_may_have_to_go_again_at_once() -> None:
+    """Three samples in a pool of two blocks, none of which is free in the step that brings one of them back."""
+    build = BuildConfig(4, 4, 32, tokens_per_block=2)
+    engine = dataclasses.replace(SWAP, mixed_steps=False)
+    scenario = Scenario(unlike((0, 2, 2, 3)), build, 2, engine=engine, num_host_blocks=1)
+    result = scenario.run()
+    assert_identical(result, scenario.run(skipping=False))
+    pauses = {name: np.asarray(column) for name, column in result.pauses.items()}
+    assert (pauses["paused_ps"] <= pauses["resumed_ps"]).all()
+    assert pauses["sample"].size == result.requests["preemptions"].sum()

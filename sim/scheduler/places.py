@@ -63,10 +63,10 @@ class Places:
 
     def begin_decoding(self, job: Job) -> None:
         """Let a job whose prompt is complete decode from the next step on, all its samples each by itself."""
-        if job.samples > 1:
-            self._fork(job)
-        else:
+        if job.samples == 1:
             self._join_batch(job, job.target)
+        else:
+            self._fork(job)
 
     def _fork(self, job: Job) -> None:
         """Let all samples of a job decode; the blocks they will need were counted when the job was admitted."""
@@ -135,29 +135,28 @@ class Places:
     def end_decodes(self) -> list[Job]:
         """Return the jobs that have all their tokens now, in the order of joining; their blocks are given back."""
         finished: list[Job] = []
-        tick = self.batch.tick
+        ends, decoding, tick = self._ends, self.decoding, self.batch.tick
         while self.end_tick == tick:
-            job = heappop(self._ends)[2]
-            self._leave(job, job.final_tokens)
+            job = heappop(ends)[2]
             job.generated = job.request.output_tokens
+            self._leave(job, job.final_tokens)
             self.finish(job)
             finished.append(job)
-            self._find_end()
+            if ends and decoding.get(ends[0][2]) == ends[0][1]:
+                self.end_tick = ends[0][0]
+            else:
+                self._find_end()
         return finished
 
     # ---------------------------------------------------------------- the end
 
     def finish(self, job: Job) -> None:
-        """Give back what a running job holds that has all its tokens."""
-        self._retire(job)
-        job.content = job.match = None
-
-    def _retire(self, job: Job) -> None:
-        """Give back what a running job holds."""
+        """Give back what a running job holds, for good or, if it was preempted, for now."""
         sequence = job.sequence
         assert sequence is not None
         self.manager.release(sequence)
         job.cow_copies += sequence.cow_copies
+        job.match = None
         self._forget(job)
 
     def _forget(self, job: Job) -> None:

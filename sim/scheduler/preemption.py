@@ -42,8 +42,7 @@ class Preemption(Places):
             del self._prefilling[job]
         job.written = sequence.num_tokens
         job.preemptions += 1
-        job.match = None
-        self._retire(job)
+        self.finish(job)
         self.waiting.put_back(job)
         plan.preempted.append(job)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from allocator.config import BuildConfig
-from allocator.manager import KVCacheManager, PrefixMatch
+from allocator.manager import KVCacheManager
 from sim.cost import StepCost
 from sim.scheduler.alike import StepsAlike
 from sim.scheduler.config import EngineConfig
@@ -104,10 +104,14 @@ class Scheduler(StepsAlike):
             copies = manager.tables.cow_copies
             self.decode()
             plan.copied = manager.tables.cow_copies - copies
-        else:
+        elif self._named or self.window_keys is not None:
             self.decode()
-        plan.decoding = decoding
-        self.count_keys(plan)
+        else:
+            self.context += decoding
+            manager.coast(batch, 1)
+        plan.decoding, plan.context = decoding, self.context
+        if self.window_keys is not None:
+            self.count_keys(plan)
 
     def _schedule_prefills(self, plan: Plan, budget: int) -> None:
         if self._prefilling:
@@ -137,20 +141,14 @@ class Scheduler(StepsAlike):
                 if chunk <= 0:
                     break
             manager.prefill(sequence, chunk)
-            self._plan_chunk(plan, job, chunk, computed + chunk)
+            if chunk == left:
+                del prefilling[job]
+                plan.completed.append(job)
+            plan.chunks.append((chunk, computed + chunk))
+            plan.prefilling.append(job)
+            plan.prefill_tokens += chunk
             budget -= chunk
         return budget
-
-    def _plan_chunk(self, plan: Plan, job: Job, chunk: int, computed: int) -> None:
-        """Note a chunk up to which so much of a prompt is computed."""
-        plan.chunks.append((chunk, computed))
-        plan.prefilling.append(job)
-        plan.prefill_tokens += chunk
-        if computed == job.target:
-            plan.completed.append(job)
-            self._prefilling.pop(job, None)
-        else:
-            self._prefilling[job] = None
 
     def _room(self, job: Job, plan: Plan) -> int:
         """Return how many more tokens a prefilling job finds blocks for; if none, at the cost of later prompts.
@@ -179,9 +177,9 @@ class Scheduler(StepsAlike):
             self._preempt(last, plan)
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        """Let waiting jobs start while the budget, the batch and the blocks last."""
-        waiting = self.waiting
-        if not self.running:
+        """Let waiting jobs start, each with the first chunk of its prompt, while budget, batch and blocks last."""
+        manager, waiting, running = self.manager, self.waiting, self.running
+        if not running:
             self._closed = False
         if self._closed:
             return
@@ -196,32 +194,33 @@ class Scheduler(StepsAlike):
             match = self._look_up(job)
             hits = match.hit_tokens
             left = job.target - hits
-            chunk = min(left, budget)
+            chunk = left if left < budget else budget
             if chunk < left and not self._chunked and not job.preemptions:
                 return
             if self._windowed is not None:
-                chunk = self._windowed.first_chunk(job, match, chunk, self.running)
+                chunk = self._windowed.first_chunk(job, match, chunk, running)
                 if not chunk:
                     return
-            elif self.running:
+            elif running:
                 if self._rule.blocks_for(job, match) > self._room_to_admit():
                     return
-            elif not self.manager.can_admit(match, chunk):
+            elif not manager.can_admit(match, chunk):
                 return
             waiting.pop_first()
-            self._start(job, match, chunk)
+            job.sequence = manager.admit(
+                match.content, chunk, match, match.salt, readmission=job.preemptions > 0
+            )
+            if job.written > hits:
+                job.recomputed_tokens += job.written - hits
+            self._final_blocks += job.final_blocks
+            self.sequences += job.samples
+            running[job] = None
+            if chunk == left:
+                plan.completed.append(job)
+            else:
+                self._prefilling[job] = None
             plan.admitted.append(job)
-            self._plan_chunk(plan, job, chunk, hits + chunk)
+            plan.chunks.append((chunk, hits + chunk))
+            plan.prefilling.append(job)
+            plan.prefill_tokens += chunk
             budget -= chunk
-
-    def _start(self, job: Job, match: PrefixMatch, chunk: int) -> None:
-        """Let a job run, with the first chunk of its prompt."""
-        assert job.content is not None
-        job.sequence = self.manager.admit(
-            job.content, chunk, match, job.request.salt, readmission=job.preemptions > 0
-        )
-        if job.written > match.hit_tokens:
-            job.recomputed_tokens += job.written - match.hit_tokens
-        self._final_blocks += job.final_blocks
-        self.sequences += job.samples
-        self.running[job] = None

@@ -55,8 +55,7 @@ class FirstCome(deque[Job]):
     def put_back(self, job: Job) -> None:
         self.appendleft(job)
 
-    def pop_first(self) -> Job:
-        return self.popleft()
+    pop_first = deque[Job].popleft
 
 
 class Least:
