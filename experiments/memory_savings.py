@@ -38,7 +38,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from allocator.checks import require_int
-from allocator.config import CacheConfig, load_model
+from allocator.config import MODEL_PRESETS, CacheConfig, load_model
 from allocator.content import UniqueContent
 from allocator.manager import KVCacheManager
 from allocator.reservation import ReservationPool
@@ -50,7 +50,7 @@ from sim import style
 from sim.command_line import parse_dataclass, run_command
 from sim.cost import RooflineCost, StepCost
 from sim.export import ResultFolder, write_json
-from sim.hardware import GPUSpec
+from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.traces import read_trace
 
 
@@ -82,10 +82,16 @@ class Config:
     """Block size of the paged memory; 16 is the paper's."""
     max_batch_size: int = 1024
     """Most requests that run at once; so high that only memory limits the batch."""
-    model: str = "opt-13b"
-    """Model whose step times are used: a preset, or a Hugging Face config.json."""
-    gpu: str = "a100-80gb"
-    """GPU whose step times are used."""
+    model: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"Model whose step times are used: {', '.join(MODEL_PRESETS)}, or the path of a "
+            "Hugging Face config.json."
+        ),
+    ] = "opt-13b"
+    gpu: Annotated[str, tyro.conf.arg(help=f"GPU whose step times are used: {', '.join(GPU_PRESETS)}.")] = (
+        "a100-80gb"
+    )
     out: Path = Path("results/memory_savings")
     """Folder for figures and figures' numbers (summary.json)."""
 

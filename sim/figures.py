@@ -66,7 +66,7 @@ def utilization(result: RunResult) -> Figure:
         binned(rows, int_column(rows, name).astype(np.float64), 0.0, edges) for name in ("running", "waiting")
     )
 
-    figure = look.slide(_utilization_title(result), _utilization_subtitle(result))
+    figure = look.slide(_utilization_title(result, float(referenced.mean())), _utilization_subtitle(result))
     pool, queue = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     pool.fill_between(middle, 0, referenced, color=look.BLUE, linewidth=0, label="referenced by a sequence")
     pool.fill_between(
@@ -120,20 +120,21 @@ def _mark_preemptions(axes: Axes, result: RunResult, end_ps: float) -> None:
         )
 
 
-def _utilization_title(result: RunResult) -> str:
+def _utilization_title(result: RunResult, mean: float) -> str:
+    """Say how full the pool was, `mean` of it on average over time, and what that led to."""
     peak = int(int_column(result.timeline, "referenced_blocks").max()) / result.cache.num_blocks
     preemptions = int(int_column(result.timeline, "preemptions").sum())
     queue = int(int_column(result.timeline, "waiting").max())
-    full = (
-        "Sequences fill the pool"
-        if peak > 0.995
-        else f"Sequences take up to {rough_percent_text(peak)} of the pool"
-    )
+    if mean > 0.9:
+        full = "Sequences fill the pool"
+    else:
+        at_most = "all of it at times" if peak > 0.995 else f"{rough_percent_text(peak)} at most"
+        full = f"Sequences hold {rough_percent_text(mean)} of the pool on average, {at_most}"
     if preemptions:
-        return f"{full}, at the price of {preemptions:,} preemption{'s' if preemptions > 1 else ''}"
+        return f"{full}: {preemptions:,} preemption{'s' if preemptions > 1 else ''}"
     if queue:
-        return f"{full}, and up to {queue:,} wait{'s' if queue == 1 else ''} for a place"
-    return f"{full}, and none waits"
+        return f"{full}; up to {queue:,} wait{'s' if queue == 1 else ''}"
+    return f"{full}; none waits"
 
 
 def _utilization_subtitle(result: RunResult) -> str:

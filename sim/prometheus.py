@@ -219,16 +219,6 @@ def _sample(name: str, labels: dict[str, str], value: float) -> str:
     return f"{name}{{{shown}}} {value}"
 
 
-def check_writable(path: Path) -> None:
-    """Raise ValueError if the file cannot be written, which is better known before a run than after it."""
-    if path.is_dir():
-        raise ValueError(f"prometheus ({path}) must be a file, and is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"prometheus ({path}) must lie in a folder that exists")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"prometheus ({path}) must lie in a folder that can be written")
-
-
 def write_prometheus(result: RunResult, spec: RunSpec, path: Path) -> None:
     """Write the text to a file, at once: whoever collects it sees all of it or what was there before.
 

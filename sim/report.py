@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sim.metrics import int_column
+from sim.overload import Overload
 from sim.quantities import NONE, percent_text, seconds_text
 
 if TYPE_CHECKING:
@@ -114,6 +115,19 @@ def _replicas(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _overload(run: Run) -> list[tuple[str, str]]:
+    found = Overload.of(run.result)
+    if found is None:
+        return []
+    return [
+        (
+            "overloaded",
+            f"{found.arrivals_per_s:,.3g} requests/s arrive, {found.finished_per_s:,.3g} finish; "
+            f"{found.waiting:,} wait\nat the last arrival: latencies grow with the length of the run",
+        )
+    ]
+
+
 def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the summary as (label, value) pairs, what a serving engineer asks first on top."""
     use, waste = summary["kv_utilization"], summary["internal_fragmentation"]
@@ -125,6 +139,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("model, GPU", f"{run.spec.model.name}, {run.spec.gpu.gpu_name}"),
         ("KV pool", _pool(run)),
         ("requests", _requests(run, summary)),
+        *_overload(run),
         (
             "simulated time",
             f"{seconds_text(summary['simulated_s'])} in {summary['steps']:,} steps{_warm_up(summary)}",

@@ -88,11 +88,20 @@ def slide(title: str, subtitle: str, size: tuple[float, float] = SLIDE) -> Figur
     return figure
 
 
+def words(figure: Figure) -> str:
+    """Return what a figure says in words: headline, subtitle, and the texts in its panels, a line each."""
+    texts = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
+    return "\n".join(text.get_text() for text in texts)
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg and return their paths; the bytes hold no date and no random ids."""
+    """Write `stem`.png and `stem`.svg and return their paths; the bytes hold no date and no random ids.
+
+    The PNG has the figure's words as its description, for whoever cannot see it.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     with styled():
-        figure.savefig(png, metadata={"Software": None})
+        figure.savefig(png, metadata={"Software": None, "Description": words(figure)})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return [png, svg]

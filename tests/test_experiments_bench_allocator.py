@@ -69,7 +69,7 @@ def test_a_wrong_slot_and_a_wrong_hit_are_noticed(small: Workload) -> None:
 
 def test_the_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    assert main(["--hard", "--requests", "40", "--runs", "1", "--json", str(file)]) == 0
+    assert main(["--hard", "--num-requests", "40", "--runs", "1", "--json", str(file)]) == 0
     ours = json.loads(file.read_text())[0]
     assert ours["name"] == "allocator"
     assert ours["workload"] == "hard"
@@ -92,7 +92,7 @@ def test_the_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--requests", "5", *arguments]) == 2
+    assert main(["--num-requests", "5", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

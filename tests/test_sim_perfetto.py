@@ -271,5 +271,7 @@ def test_the_command_writes_it_and_removes_a_stale_one(tmp_path: Path) -> None:
     assert len({s.path[0] for s in decoded.slices}) == finished > 25
     assert main(["--from-manifest", str(tmp_path / "manifest.json"), *flags[3:], "--perfetto"]) == 0
     assert path.read_bytes() == first
+    assert main([*flags, *tight, "--num-replicas", "2", "--perfetto"]) == 0
+    assert set(Decoded(path.read_bytes()).groups.values()) == {"replica 0", "replica 1"}
     assert main([*flags, *tight]) == 0
     assert not path.exists()

@@ -281,12 +281,13 @@ def test_counts_of_a_progression(first: int, increment: int, steps: int, weight:
     assert Progressions.of(*columns).count_at_most(limit) == expected
 
 
-def test_the_command_writes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicas", [[], ["--num-replicas", "2"]], ids=["one engine", "two replicas"])
+def test_the_command_writes_it(tmp_path: Path, replicas: list[str]) -> None:
     path = tmp_path / "metrics.prom"
-    flags = ["synthetic", "--num-requests", "40", "--num-blocks", "160", "--tokens-per-block", "16"]
+    flags = ["synthetic", "--num-requests", "80", "--num-blocks", "160", "--tokens-per-block", "16"]
     flags += ["--system-prompts", "2", "--admission", "max_utilization", "--no-figures"]
     path.write_text("of another run\n")
-    assert main([*flags, "--out", str(tmp_path / "out"), "--prometheus", str(path)]) == 0
+    assert main([*flags, *replicas, "--out", str(tmp_path / "out"), "--prometheus", str(path)]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["preemptions"] > 0
     assert summary["hit_tokens"] > 0
@@ -295,13 +296,12 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("", "must be a file, and is a folder"), ("none/m.prom", "must lie in a folder that exists")],
+    ("name", "reason"), [("", "Is a directory"), ("none/m.prom", "No such file or directory")]
 )
 def test_a_file_that_cannot_be_written_is_known_before_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, reason: str
 ) -> None:
     path = tmp_path / name
     assert main(["none.csv", "--out", str(tmp_path / "out"), "--prometheus", str(path)]) == 2
-    assert capsys.readouterr().err == f"error: prometheus ({path}) {message}\n"
+    assert capsys.readouterr().err == f"error: prometheus ({path}) cannot be written: {reason}\n"
     assert not (tmp_path / "out").exists()

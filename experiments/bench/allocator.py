@@ -54,7 +54,7 @@ class Config:
     """Serve the workload in which eviction decides: 300 prefixes by rank, 6,000 blocks, 32 running."""
     seed: int = 0
     """Seed of the workload."""
-    requests: int = REQUESTS
+    num_requests: int = REQUESTS
     """Requests of the workload."""
     runs: int = 5
     """Times that each manager serves it."""
@@ -82,7 +82,7 @@ class Timing:
 
 def check_workload(workload: Workload, config: Config) -> None:
     """Raise AssertionError if the default workload is not the one that published figures are about."""
-    if config.seed == 0 and config.requests == REQUESTS:
+    if config.seed == 0 and config.num_requests == REQUESTS:
         found, expected = workload.sha256(), PROMPTS_SHA256[workload.name]
         assert found.startswith(expected), f"the prompts' SHA-256 begins {found[:16]}, not {expected}"
 
@@ -126,14 +126,14 @@ def time_manager(
 
 def run(config: Config, console: Console) -> list[Timing]:
     """Time every manager there is, print the table, and write the figures if asked to."""
-    for name in ("requests", "runs"):
+    for name in ("num_requests", "runs"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} ({getattr(config, name)}) must be at least 1")
     if config.seed < 0:
         raise ValueError(f"seed ({config.seed}) must be at least 0")
     if config.json is not None:
         require_writable("json", config.json)
-    workload = make_workload(config.hard, config.seed, config.requests)
+    workload = make_workload(config.hard, config.seed, config.num_requests)
     check_workload(workload, config)
     timings = [time_manager(Ours, our_blocks_per_s, workload, config.runs)]
     try:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from allocator.checks import require_int
-from allocator.config import load_model
+from allocator.config import MODEL_PRESETS, load_model
 from kernels import ops
 from kernels.compile import resolve_backend
 from kernels.layout import CacheLayout
@@ -45,8 +45,13 @@ class Config:
 
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """Calibration file to write."""
-    model: str = "llama-3-8b"
-    """Model whose heads are measured: a preset's name, or the path of a Hugging Face config.json."""
+    model: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"Model whose heads are measured: {', '.join(MODEL_PRESETS)}, or the path of a "
+            "Hugging Face config.json."
+        ),
+    ] = "llama-3-8b"
     tensor_parallel_size: int = 1
     """GPUs that share the heads."""
     dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"

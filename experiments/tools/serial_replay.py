@@ -131,6 +131,8 @@ class Config:
 
     trace: Annotated[Path, tyro.conf.Positional]
     """A trace that names content chunks: Mooncake, Qwen-Bailian, or native Parquet."""
+    num_requests: int | None = None
+    """Replay so many requests at most."""
     num_blocks: tuple[int, ...] = (1000, 3000, 10_000, 30_000)
     """Sizes of the pool, in blocks of one content chunk."""
     policies: tuple[str, ...] = ("lru", "belady")
@@ -142,7 +144,7 @@ def run(config: Config, console: Console) -> None:
     """Print the table: a row for each policy, a column for each pool size, the bound last."""
     for size in config.num_blocks:
         require_int("num_blocks", size, 1)
-    requests = blocks_of(read_trace(config.trace))
+    requests = blocks_of(read_trace(config.trace, num_requests=config.num_requests))
     total = sum(map(len, requests))
     table = Table("policy", *(f"{size:,} blocks" for size in config.num_blocks))
     for column in table.columns[1:]:
