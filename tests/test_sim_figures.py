@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from matplotlib.colors import to_rgb
+from PIL import Image
 from result_cases import NaiveEngine, results
 
 from sim import block_map, figures, quantities, style
@@ -93,6 +94,34 @@ def test_bins_keep_the_time_weighted_mean(run: RunResult) -> None:
     found = binned(run.timeline, used, 0.0, edges)
     assert found.mean() == pytest.approx((used * durations).sum() / end)
     assert found.max() <= used.max() + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("mean", "referenced", "preemptions", "waiting", "title"),
+    [
+        (0.95, 100, 2, 5, "Sequences fill the pool: 2 preemptions"),
+        (0.14, 100, 1, 5, "Sequences hold 14% of the pool on average, all of it at times: 1 preemption"),
+        (0.14, 100, 0, 5, "Sequences hold 14% of the pool on average, all of it at times; up to 5 wait"),
+        (0.031, 44, 0, 1, "Sequences hold 3.1% of the pool on average, 44% at most; up to 1 waits"),
+        (0.03, 44, 0, 0, "Sequences hold 3.0% of the pool on average, 44% at most; none waits"),
+    ],
+)
+def test_the_title_says_how_full_the_pool_was(
+    mean: float, referenced: int, preemptions: int, waiting: int, title: str
+) -> None:
+    rows = {"referenced_blocks": [3, referenced], "preemptions": [0, preemptions], "waiting": [0, waiting]}
+    timeline = {name: np.array(values, np.int64) for name, values in rows.items()}
+    result = dataclasses.replace(NaiveEngine(1, 0, num_blocks=100).run(), timeline=timeline)
+    assert figures._utilization_title(result, mean) == title
+
+
+def test_a_picture_says_in_words_what_it_shows(run: RunResult, tmp_path: Path) -> None:
+    figures.write_figures(run, EngineConfig(), tmp_path)
+    with Image.open(tmp_path / "utilization.png") as picture:
+        said = picture.text["Description"].splitlines()
+    use = summarise(run, EngineConfig())["kv_utilization"]["block"]["mean"]
+    assert said[0].startswith(f"Sequences hold {use:.0%} of the pool on average")
+    assert said[1].endswith(f"{run.cache.evicted_blocks:,} blocks evicted")
 
 
 # ------------------------------------------------------------------ the block map

@@ -318,6 +318,24 @@ def test_the_help_lists_every_name(capsys: pytest.CaptureFixture[str]) -> None:
         assert set(names) <= words
 
 
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("experiments.memory_savings", (*MODEL_PRESETS, *GPU_PRESETS)),
+        ("experiments.tools.calibrate", tuple(MODEL_PRESETS)),
+    ],
+)
+def test_other_commands_list_the_names_too(command: str, names: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(sim.runner.__file__).parents[1],
+    )
+    assert set(names) <= set(re.findall(r"[\w.-]+\w", done.stdout))
+
+
 @pytest.mark.parametrize("name", GPU_PRESETS)
 def test_gpu_options_and_specs_convert_both_ways(name: str) -> None:
     for spec in (
@@ -415,6 +433,14 @@ def test_the_report_says_how_the_pool_came_about(tmp_path: Path) -> None:
     assert pool("--num-blocks", "100") == (
         "100 blocks of 64 tokens = 6,400 tokens, as --num-blocks says (3.12 GiB)"
     )
+
+
+def test_an_overload_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replay([*SMALL, "--num-requests", "200", "--requests-per-s", "60"], tmp_path)
+    shown = capsys.readouterr().out
+    assert re.search(r"overloaded +[\d.]+ requests/s arrive, [\d.]+ finish; \d+ wait", shown), shown
+    replay([*SMALL, "--num-requests", "200", "--requests-per-s", "1"], tmp_path)
+    assert "overloaded" not in capsys.readouterr().out
 
 
 def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
