@@ -30,7 +30,7 @@ class Admission(Coasting):
 
         Only sequences with an equal `salt` share blocks. A full hit still leaves the last token to compute. With
         partial reuse, the hits can end within a block: see allocator.partial. In a windowed cache, a prompt hits as
-        far as what the next query attends to is cached.
+        far as what the next query attends to is cached. O(blocks of the prompt), compared as bytes.
         """
         if not self.reuse:
             return no_match(self.index, content, salt, self.tokens_per_block, "cold")
@@ -53,13 +53,14 @@ class Admission(Coasting):
         return match.computed_by
 
     def is_current(self, match: PrefixMatch) -> bool:
-        """Return whether looking up again would give the same match."""
+        """Return whether looking up again would give the same match. O(1)."""
         return match.index is self.index and match.version == self.index.version
 
     def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
         """Return by how many blocks admitting `num_tokens` beyond the hits lessens what is available.
 
-        O(1), averaged over calls, see PrefixMatch. A match that is no longer current is looked up again.
+        O(1), averaged over calls, see PrefixMatch. A match that is no longer current is looked up again. Raises
+        ValueError for a negative num_tokens.
         """
         if not self.is_current(match):
             match = self.lookup(match.content, match.salt)
@@ -77,7 +78,7 @@ class Admission(Coasting):
     def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
         """Return whether `admit` would find the blocks it needs, and the tenant's quota allow them.
 
-        O(1), averaged over calls, as `blocks_needed`.
+        O(1), averaged over calls, as `blocks_needed`, and with the same error.
         """
         if not self.is_current(match):
             match = self.lookup(match.content, match.salt)
@@ -98,7 +99,7 @@ class Admission(Coasting):
         With `beam_width` above 1, the sequence stands for so many that will be forked from it once its prompt is
         computed, and go on each by itself. The copy of a last block that it shares now is counted. In a windowed
         cache, where blocks also leave, it is by how many its table may grow, if it decodes token by token. Raises
-        ValueError if the sequence is not the manager's, or is longer than that already.
+        ValueError if the sequence is not running, or is longer than that already, or for a beam_width below 1.
         """
         self._check_live(sequence)
         final_tokens = as_int("final_tokens", final_tokens, max(sequence.num_tokens, 1))
@@ -137,8 +138,9 @@ class Admission(Coasting):
         retention    how the blocks are to be kept once nobody references them
         now          the caller's time, if it has moved on
 
-        The chunk's full blocks can be hit from now on. Raises OutOfBlocks, or ValueError for a chunk that does
-        not fit the prompt or a match of another content. QuotaExceeded is an OutOfBlocks.
+        The chunk's full blocks can be hit from now on. O(extents found, and blocks taken).
+        Raises OutOfBlocks, QuotaExceeded, or ValueError for a chunk that does not fit the prompt, a match of another
+        content or salt, a retention that is none (or in a windowed cache), or a time that runs back.
         """
         if match is None or not self.is_current(match):
             match = self.lookup(content, salt)
@@ -250,7 +252,8 @@ class Admission(Coasting):
     def set_quota(self, tenant: Hashable, num_blocks: int | None) -> None:
         """Let a tenant's sequences have at most `num_blocks` table entries; None lifts the quota.
 
-        A call that would exceed it raises QuotaExceeded. Raises ValueError for a negative quota.
+        A call that would exceed it raises QuotaExceeded; what exceeds it when it is set stays. Shared blocks count for
+        each table. Raises ValueError for a negative quota.
         """
         if self.quotas is None:
             self.quotas = Quotas()
@@ -270,14 +273,15 @@ class Admission(Coasting):
     def extend(self, sequence: KVSequence, num_tokens: int) -> NDArray[np.int64]:
         """Take blocks for the next prefill chunk and return its slots, int64 [num_tokens].
 
-        Raises OutOfBlocks, or ValueError for more tokens than the prompt has left.
+        A slot is block · tokens_per_block + offset. The chunk's full blocks can be hit from now on. Raises OutOfBlocks,
+        QuotaExceeded, or ValueError for more tokens than the prompt has left, or less than 1.
         """
         first = sequence.num_tokens
         self.prefill(sequence, num_tokens)
         return sequence.slots(first, first + num_tokens)
 
     def prefill(self, sequence: KVSequence, num_tokens: int) -> None:
-        """Do what `extend` does without computing the slots."""
+        """Do what `extend` does, with the same errors, without computing the slots."""
         # One block a call is what allocators are compared by, so this way is short: nothing is called in vain.
         if sequence not in self.sequences:
             self._check_live(sequence)
@@ -298,7 +302,7 @@ class Admission(Coasting):
             self._note_prefilling(sequence, False)
 
     def prefill_slots(self, sequence: KVSequence) -> NDArray[np.int64]:
-        """Return the slots of the first chunk, int64 [n]: what admission did not find in the cache."""
+        """Return the slots of what a sequence has beyond its hits, int64 [n]: after `admit`, of the first chunk."""
         return sequence.slots(sequence.hit_tokens, sequence.num_tokens)
 
     def _index_prompt(self, sequence: KVSequence) -> None:

@@ -21,13 +21,19 @@ class Coasting(Decoding):
     """
 
     def batch(self) -> Batch:
-        """Return an empty batch, with which `append` costs per block started, not per sequence."""
+        """Return an empty batch: sequences that decode together, see allocator.batch.Batch for `add` and `remove`.
+
+        Appending to it costs per block started, not per sequence.
+        """
         batch = super().batch()
         batch.catch_up = self.catch_up
         return batch
 
     def writes_in_place(self, batch: Batch) -> bool:
-        """Return whether the next token of each member goes into a block of its own, so that nothing is copied."""
+        """Return whether the next token of each member goes into a block of its own, so that nothing is copied.
+
+        O(members that joined, were forked or reordered since it was last so).
+        """
         if batch.unready:
             shared_tail = self.tables.shared_tail
             for sequence in batch.unready:
@@ -38,10 +44,11 @@ class Coasting(Decoding):
         return True
 
     def coast(self, batch: Batch, num_tokens: int) -> int:
-        """Do what `advance` does; return how many blocks the steps after the first of `num_tokens` take.
+        """Do what `advance` does to a batch; return how many blocks the steps after the first of `num_tokens` take.
 
-        The batch `writes_in_place`, and there is room. What it generates is nobody else's, no content names it, so
-        that no block that fills repeats a cached one, and nobody looks for it before the sequence is released.
+        For callers that know, and are not checked: the batch `writes_in_place`, and there is room. What it generates
+        is nobody else's, no content names it, so that no block that fills repeats a cached one, and nobody looks for
+        it before the sequence is released.
         """
         pool = self.pool
         if self.steps_matter or batch.unready or batch.ring.named:
@@ -75,7 +82,10 @@ class Coasting(Decoding):
         return growth - first
 
     def catch_up(self, sequence: KVSequence) -> None:
-        """Put the blocks that filled while a member of a batch coasted into the index."""
+        """Put the blocks that filled while a member of a batch coasted into the index. O(blocks filled).
+
+        The manager does so whenever it matters.
+        """
         batch, anchor = sequence.batch, sequence.anchor
         assert batch is not None
         tokens = sequence.base_tokens + batch.tick

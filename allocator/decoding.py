@@ -43,10 +43,15 @@ class Decoding(ManagerState):
 
         Slots come sequence by sequence. Blocks that fill up can be hit from now on. A write into a shared or
         cached block moves the writer to a block of its own and adds a copy to `pending_copies`. All sequences
-        advance or, with OutOfBlocks, none.
+        advance or, with OutOfBlocks or QuotaExceeded, none. O(sequences); of a batch, O(blocks that start or fill),
+        and work by array for all members.
 
         In a windowed cache this is one step of `num_tokens` queries a sequence: what the first of them does not
         need leaves before blocks are taken, and nothing else.
+
+        Raises ValueError for sequences that are not distinct, not past their prefill, or in a batch without the rest
+        of it; for a batch of another manager; for tokens that are not as many, or not in 0 … 2³¹ − 1, or of a content
+        that cannot name tokens; and while the block to be copied from is itself still to be copied into.
         """
         if isinstance(sequences, Batch) and num_tokens == 1:
             sequences.keep_slots()
@@ -66,7 +71,13 @@ class Decoding(ManagerState):
         num_tokens: int = 1,
         tokens: Sequence[Sequence[int]] | Sequence[int] | None = None,
     ) -> None:
-        """Do what `num_tokens` calls of `append` with one token each do, without computing the slots."""
+        """Do what `num_tokens` calls of `append` with one token each do, without computing the slots.
+
+        tokens  as for `append`
+
+        Raises what `append` does, and then none of the calls has been done; ValueError for several tokens in a
+        windowed cache unless the sequences are a batch.
+        """
         if self.windowed is None or num_tokens == 1:
             self._step(sequences, num_tokens, tokens)
         else:
@@ -95,17 +106,23 @@ class Decoding(ManagerState):
             self._step(sequences, 1, None if rows is None else [row[step] for row in rows])
 
     def steps_within(self, batch: Batch, steps: int) -> int:
-        """Return how many of a batch's next `steps` steps, of a token each, find their blocks in a windowed cache."""
+        """Return how many of a batch's next `steps` steps, of a token each, find their blocks in a windowed cache.
+
+        Raises ValueError for a cache without a window.
+        """
         if self.windowed is None:
             raise ValueError("steps_within (of a batch) needs a cache with a window")
         return Gain(self.windowed).steps_within(batch, steps, self.pool.available)
 
     def ticks_until_leave(self, batch: Batch) -> int:
-        """Return at which of a batch's next ticks, from 0 on, a block leaves; a huge number if none ever does."""
+        """Return at which of a batch's next ticks, from 0 on, a block leaves its window; 2⁶² if none ever does."""
         return NEVER if self.windowed is None else self.windowed.ticks_until_leave(batch)
 
     def room(self, sequence: KVSequence) -> int:
-        """Return for how many more tokens there are blocks, if no other sequence takes any."""
+        """Return for how many more tokens there are blocks, if no other sequence takes any. O(1).
+
+        The copy of a last block that it shares is not counted.
+        """
         blocks = sequence.left + len(sequence.table) + self.pool.available
         if self.windowed is not None:
             blocks += self.windowed.gain([sequence])
@@ -137,7 +154,10 @@ class Decoding(ManagerState):
                 raise ValueError("sequences of a batch advance together: append to the batch")
 
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
-        """Return how many blocks `append` would take: growth and copies, less those that leave a window."""
+        """Return how many blocks `append` would take: growth and copies, less those that leave a window.
+
+        O(sequences); of a batch, O(blocks that start, and members to be copied for).
+        """
         if isinstance(sequences, Batch):
             blocks = sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
         else:

@@ -36,11 +36,31 @@ class KVCacheManager(Swapping):
                       where config.host_cache_bytes asks for them, as the manager knows no bytes
                       (MemoryBudget.num_host_blocks says how many)
 
+    Raises ValueError where an argument, or a combination of them, breaks a rule.
+
     A life: `lookup` → `admit` (first prefill chunk) → `extend` (further chunks) → `append` (decode steps) →
-    `release`. Calls that need blocks raise OutOfBlocks when the pool has too few, and have then changed nothing.
-    Copies that a write made necessary are handed out by `pending_copies`; execute them before the step's writes.
-    With host blocks, `pending_swaps` comes before that, and `transfers_done` after; `swap_out` and `swap_in` move
-    a sequence.
+    `release`. In a step, `pending_swaps` (with host blocks), then `pending_copies`, then the writes are executed.
+
+    to admit      lookup, in_flight, is_current, blocks_needed, can_admit, admit, prefill_slots
+    to compute    extend, append; of sequences that decode together, batch; the same without slots: prefill, advance
+    to share      fork, reorder_beams, truncate
+    to end        release; how many blocks that frees: reclaimable_blocks
+    to execute    block_tables, context_lens, pending_copies; pending_swaps, transfers_done, is_arriving
+    to plan       available_blocks, remaining_blocks, blocks_to_advance, room; of a window, steps_within and
+                  ticks_until_leave
+    to swap       swap_out, swap_in, blocks_to_swap_out, blocks_to_swap_in, host_tier
+    tenants       set_quota, tenant_blocks
+    time          now, next_expiry
+    to look at    stats, num_blocks, logical_blocks, logical_tokens, kv_tokens, saved_blocks, events, check_invariants
+    simulators    coast, catch_up, writes_in_place, end_step
+
+    Lengths are tokens, sizes are blocks, and times are the caller's, in any integer unit. A slot is
+    block · tokens_per_block + offset.
+
+    Whatever changes a sequence raises ValueError if it has been released, is another manager's, or is swapped out
+    (but for swap_in and release). Calls that need blocks raise OutOfBlocks when the pool has too few, or
+    QuotaExceeded, a kind of OutOfBlocks, when a tenant has, and have then changed nothing.
+
     The manager has no clock: recency is the order of calls. `now` dates what is collected and logged, and ends
     retentions; set it, or pass it to `admit`, as time goes on.
     """
@@ -49,7 +69,8 @@ class KVCacheManager(Swapping):
     def contiguous(cls, num_sequences: int, max_seq_len: int, *, events: bool = False) -> KVCacheManager:
         """Return the cache of an engine without paging: every sequence reserves max_seq_len tokens in one piece.
 
-        That is a pool whose blocks are whole sequences, and in which nothing is reused.
+        That is a pool whose blocks are whole sequences, and in which nothing is reused. Raises ValueError if either
+        number is less than 1.
         """
         max_seq_len = as_int("max_seq_len", max_seq_len, 1)
         manager = cls(num_sequences, 1, CacheConfig(enable_block_reuse=False))
@@ -60,7 +81,7 @@ class KVCacheManager(Swapping):
 
     @property
     def num_blocks(self) -> int:
-        """Return the pool's size."""
+        """Return the pool's size, in blocks."""
         return self.pool.num_blocks
 
     @property
@@ -85,7 +106,7 @@ class KVCacheManager(Swapping):
 
     @property
     def now(self) -> int:
-        """Return the caller's time, in the caller's unit."""
+        """The caller's time, in the caller's unit, from 0. Setting it raises ValueError if it runs back."""
         return self.pool.now
 
     @now.setter
@@ -100,8 +121,9 @@ class KVCacheManager(Swapping):
         return self.pool.expiries.next()
 
     def block_tables(self, sequences: Sequence[KVSequence]) -> NDArray[np.int32]:
-        """Return int32 [len(sequences), longest table]; entries past a sequence's blocks are −1.
+        """Return the block tables of sequences, int32 [len(sequences), longest table], −1 past a sequence's blocks.
 
+        Block i of a row holds tokens i · tokens_per_block and following. O(entries).
         In a windowed cache a row lacks the blocks that have left, and is to be read with `context_lens`.
         """
         longest = max((len(s.table) for s in sequences), default=0)
@@ -171,5 +193,8 @@ class KVCacheManager(Swapping):
         return pool.num_referenced * size - unwritten
 
     def check_invariants(self) -> None:
-        """Recount everything from tables and tree. Raises AssertionError where a counter disagrees. Slow."""
+        """Recount everything from tables and tree. Raises AssertionError where a counter disagrees.
+
+        O(blocks and tokens): for tests.
+        """
         check_invariants(self)

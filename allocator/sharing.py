@@ -31,7 +31,10 @@ class Sharing(Admission):
     def fork(self, sequence: KVSequence, n: int = 1) -> list[KVSequence]:
         """Return `n` sequences that share all blocks of `sequence` and go on by themselves. Takes no block.
 
-        Raises QuotaExceeded if their tables have more entries than their tenant's quota leaves.
+        They are in no batch. Whoever writes into a shared last block first moves to a copy (see `append`), so parallel
+        sampling is a fork once the prompt is computed, and branching at any token a fork, then `truncate`. O(blocks
+        of its table) each. Raises QuotaExceeded if their tables have more entries than their tenant's quota leaves,
+        and ValueError for n below 1 or a sequence that is not running.
         """
         n = as_int("n", n, 1)
         self._check_live(sequence)
@@ -86,9 +89,9 @@ class Sharing(Admission):
     def truncate(self, sequence: KVSequence, num_tokens: int) -> None:
         """Forget all tokens of a sequence beyond the first `num_tokens`; what follows will be other content.
 
-        Its blocks beyond are given back, a partly kept one stays. Raises ValueError unless 1 ≤ num_tokens ≤
-        the sequence's length, or while the sequence is in a batch or its prefill is incomplete, or if blocks
-        have left that a window ending there needs.
+        Its blocks beyond are given back, a partly kept one stays: for speculation that was rejected, and branches.
+        Raises ValueError unless 1 ≤ num_tokens ≤ the sequence's length, or while the sequence is in a batch or its
+        prefill is incomplete, or if blocks have left that a window ending there needs.
         """
         self._check_live(sequence)
         num_tokens = as_int("num_tokens", num_tokens, 1)
@@ -134,7 +137,8 @@ class Sharing(Admission):
     def reclaimable_blocks(self, sequence: KVSequence) -> int:
         """Return by how many blocks `release` would add to what is available, pending copies apart.
 
-        These are the blocks that it alone holds. O(extents, and private blocks, of its table).
+        These are the blocks that it alone holds. O(extents, and private blocks, of its table). Raises ValueError for
+        a sequence that is not running.
         """
         self._check_live(sequence)
         shared = self.pool.shared
@@ -168,6 +172,10 @@ class Sharing(Admission):
 
         sequences  the beams of one group, of equal length, all in the same batch or in none
         parents    [len(sequences)], each an index into `sequences`
+
+        The sequences stay the objects they were: beam i then has the tokens of beam parents[i]. O(blocks of a table)
+        for each beam whose parent is another. Raises ValueError for parents that are not such, and for beams that
+        are not distinct, not past their prefill, or differ in length, salt, tenant or batch.
         """
         if len(parents) != len(sequences):
             raise ValueError(

@@ -26,13 +26,13 @@ class Swapping(Sharing):
         return tier
 
     def swap_out(self, sequence: KVSequence) -> None:
-        """Move all that a sequence holds to the host, and let go of its GPU blocks.
+        """Move all that a sequence holds to the host, and let go of its GPU blocks. See `pending_swaps`.
 
         Its tokens survive there, whatever happens on the GPU, until it is swapped in or released. A block that
         the host holds already is not moved again. What it has on the GPU is in transfer until `transfers_done`,
         then free, or evictable where it is cached. Call it between steps that the sequence takes part in.
         Raises OutOfBlocks if the host has too few blocks, and ValueError for a sequence that is in a batch, or
-        one of whose blocks a pending copy or transfer is still to fill.
+        one of whose blocks a pending copy or transfer is still to fill, or without a host tier.
         """
         tier = self.host_tier
         self._check_live(sequence)
@@ -81,12 +81,18 @@ class Swapping(Sharing):
         self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
 
     def blocks_to_swap_out(self, sequence: KVSequence) -> int:
-        """Return how many host blocks `swap_out` would take. O(extents it holds)."""
+        """Return how many host blocks `swap_out` would take. O(extents it holds).
+
+        Raises ValueError without a host tier, or for a sequence that is not running.
+        """
         self._check_live(sequence)
         return self.host_tier.blocks_to_swap_out(sequence)
 
     def blocks_to_swap_in(self, sequence: KVSequence) -> int:
-        """Return by how many GPU blocks `swap_in` would lessen what is available. O(extents it holds)."""
+        """Return by how many GPU blocks `swap_in` would lessen what is available. O(extents it holds).
+
+        Raises ValueError unless the sequence is swapped out.
+        """
         self._check_swapped(sequence)
         return sum(self.host_tier.blocks_to_swap_in(sequence))
 
@@ -97,7 +103,8 @@ class Swapping(Sharing):
     def release(self, sequence: KVSequence) -> None:
         """Give a sequence's blocks back, the last first: cached ones become evictable, others free.
 
-        It may be swapped out; then its blocks are the host's.
+        It may be in a batch, which it leaves, or swapped out; then its blocks are the host's. O(extents it holds, and
+        blocks of its own). Raises ValueError if it has been released before, or is another manager's.
         """
         if sequence.host is None or self.pool.tier is None or sequence not in self.pool.tier.swapped:
             super().release(sequence)
@@ -110,23 +117,27 @@ class Swapping(Sharing):
         sequence.released = True
 
     def is_arriving(self, sequence: KVSequence) -> bool:
-        """Return whether a transfer into one of a sequence's blocks is not done yet. O(blocks)."""
+        """Return whether a transfer into one of a sequence's blocks is not done yet. O(blocks).
+
+        Its KV must not be read before. Raises ValueError for a sequence that is not running.
+        """
         self._check_live(sequence)
         tier = self.pool.tier
         return tier is not None and not tier.queue.arriving().isdisjoint(sequence.table)
 
     def pending_swaps(self) -> Transfers:
-        """Return the transfers to execute before this step's copies and writes; none without a host tier.
+        """Return and forget the transfers to execute before this step's copies and writes.
 
-        They are in flight until they are handed to `transfers_done`. Take the list before `pending_copies`, once
-        the step is scheduled.
+        `swap_outs` are rows of block and host block, `swap_ins` of host block and block, int32 [n, 2] each; all
+        swap-outs are executed before any swap-in. They are in flight until they are handed to `transfers_done`. Take
+        the list before `pending_copies`, once the step is scheduled. Raises ValueError without a host tier.
         """
         return self.host_tier.queue.take()
 
     def transfers_done(self, transfers: Transfers) -> None:
         """Note that transfers have been executed: their blocks are no longer in transfer.
 
-        Raises ValueError if they are not in flight, for instance done already.
+        Raises ValueError if they are not in flight, for instance done already, or without a host tier.
         """
         self.host_tier.queue.done(transfers)
 
