@@ -132,7 +132,7 @@ class Recorder:
             self._causes.append(cause)
         row = (request.request_id, arrival_ps, request.prompt_tokens, request.output_tokens)
         code = self._causes.index(cause)
-        self._requests.append((*row, request.num_samples, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, code))
+        self._requests.append((*row, request.num_sequences, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, code))
 
     def finished(self, job: Job, now_ps: int) -> bool:
         """Note that a job has all its tokens; return whether its request has finished, as the last of its samples.
@@ -144,7 +144,7 @@ class Recorder:
         request = job.request
         preemptions, recomputed, copies = job.preemptions, job.recomputed_tokens, job.cow_copies
         blocks = len(sequence.table)
-        if request.num_samples > 1:
+        if request.num_sequences > 1:
             before = origin.totals or (0, 0, 0, 0)
             preemptions += before[0]
             recomputed += before[1]
@@ -160,7 +160,7 @@ class Recorder:
                 origin.arrival_ps,
                 request.prompt_tokens,
                 request.output_tokens,
-                request.num_samples,
+                request.num_sequences,
                 origin.admit_ps,
                 origin.first_ps,
                 now_ps,

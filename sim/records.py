@@ -84,8 +84,8 @@ class RunResult:
 
     `requests` has one row a request of the trace, in trace order:
         request_id, arrival_ps, status ("finished" or "rejected"), reject_cause, prompt_tokens, output_tokens,
-        num_samples, admit_ps, first_token_ps, finish_ps, query_blocks, hit_blocks, hit_tokens (all three at
-        first admission), preemptions, recomputed_tokens, blocks (in its tables at the end), cow_copies.
+        num_samples (or beams), admit_ps, first_token_ps, finish_ps, query_blocks, hit_blocks, hit_tokens (all
+        three at first admission), preemptions, recomputed_tokens, blocks (in its tables at the end), cow_copies.
 
     `timeline` has one row a stretch, a run of engine steps that differ in nothing but context length:
         start_ps, end_ps, steps, running, waiting, decode_sequences, prefill_sequences, prefill_tokens;

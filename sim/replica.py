@@ -117,7 +117,7 @@ class Replica:
         arrivals, scheduler = self.arrivals, self.scheduler
         while arrivals.next_ps <= now_ps:
             arrival_ps, request = arrivals.pop()
-            job = Job(request, request.num_samples)
+            job = Job(request, request.num_sequences)
             job.arrival_ps = arrival_ps
             cause = scheduler.reject_cause(job)
             if cause:
@@ -252,7 +252,7 @@ class Replica:
         scheduler = self.scheduler
         for job in plan.completed:
             job.generated += 1
-            if job.generated == 1:
+            if job.generated == 1 and job.first_ps < 0:
                 job.first_ps = now_ps
             if job.last_ps >= 0:
                 self.recorder.gap(now_ps - job.last_ps)
@@ -284,7 +284,8 @@ class Replica:
                 job.hit_blocks, job.hit_tokens = match.hit_blocks, match.hit_tokens
         for job in plan.preempted:  # also who came back in this very step
             self.recorder.paused(job, now_ps)
-            if job.generated and job.last_ps < 0:  # its last token came with the end of the step before
+            has_sampled = job.generated or job.first_ps >= 0  # a beam search has forgotten what it generated
+            if has_sampled and job.last_ps < 0:  # its last token came with the end of the step before
                 job.last_ps = now_ps
 
     def _note_stall(self, now_ps: int) -> None:

@@ -50,6 +50,9 @@ class Request:
     """Tokens, from the first, that the ids name: at least the prompt when there are ids, else 0."""
     num_samples: int = 1
     """Outputs generated from the one prompt."""
+    beam_width: int = 1
+    """Beams kept by a beam search for the output, 1 for none; each comes to output_tokens. A search has one sample,
+    and ids name no token that it generates: which beam wins is not known before."""
     parent: int = -1
     """Request id of the session's previous turn, which must have finished first; -1 for none."""
     think_ps: int = 0
@@ -70,12 +73,27 @@ class Request:
             ("prompt_tokens", self.prompt_tokens),
             ("output_tokens", self.output_tokens),
             ("num_samples", self.num_samples),
+            ("beam_width", self.beam_width),
         ):
             if not 1 <= value <= MAX_TOKENS:
                 raise ValueError(f"{name} ({value}) must be in 1..{MAX_TOKENS}")
+        if self.beam_width > 1 and self.num_samples > 1:
+            raise ValueError(
+                f"num_samples ({self.num_samples}) must be 1 with beam_width ({self.beam_width})"
+            )
+        if self.beam_width > 1 and self.named_tokens > self.prompt_tokens:
+            raise ValueError(
+                f"named_tokens ({self.named_tokens}) must be at most prompt_tokens ({self.prompt_tokens}) "
+                f"with beam_width ({self.beam_width})"
+            )
         if not -1 <= self.parent < self.request_id:
             raise ValueError(f"parent ({self.parent}) must be -1 or an earlier request of {self.request_id}")
         self._check_content()
+
+    @property
+    def num_sequences(self) -> int:
+        """Return how many sequences its one prompt comes to: samples, or beams."""
+        return self.num_samples * self.beam_width
 
     def _check_content(self) -> None:
         if self.chunk_ids is not None and self.token_ids is not None:

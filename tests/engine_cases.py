@@ -103,7 +103,7 @@ class Scenario:
     def run(self, skipping: bool = True) -> RunResult:
         """Run it on the real engine, and check what holds for every run."""
         engine = dataclasses.replace(self.engine, event_skipping=skipping)
-        tokens = sum(r.prompt_tokens + r.output_tokens * r.num_samples for r in self.requests)
+        tokens = sum(r.prompt_tokens + r.output_tokens * r.num_sequences for r in self.requests)
         cost = _Bounded(self.cost, 20 * (tokens + len(self.requests)))
         result = simulate(
             self.requests,
@@ -259,7 +259,11 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     # So does waiting while prompts are computed in steps of their own, or in host memory.
     decoded = (rows["decode_sequences"] * steps).sum()
     late = decoded - (rows["itl_tokens"] * steps).sum()
-    assert decoded - late + result.gaps_ps.size == (samples * (output - 1)).sum()
+    # A beam search that is preempted begins anew, and samples again what it had.
+    widths = np.array([request.beam_width for request in scenario.requests], dtype=np.int64)
+    begins_anew = bool(requests["preemptions"][widths > 1].any())
+    sampled, wanted = decoded - late + result.gaps_ps.size, (samples * (output - 1)).sum()
+    assert sampled >= wanted if begins_anew else sampled == wanted
     assert late == 0 or not scenario.engine.mixed_steps or scenario.engine.preemption != "recompute"
     assert (result.gaps_ps >= 0).all()
     assert rows["preemptions"].sum() == requests["preemptions"].sum()
@@ -271,7 +275,7 @@ def check_conservation(result: RunResult, scenario: Scenario) -> None:
     computed = rows["prefill_tokens"].sum()
     needed = (prompt - requests["hit_tokens"][finished]).sum()
     needed += requests["recomputed_tokens"].sum() + result.gaps_ps.size - late
-    may_find_more = scenario.cache.enable_block_reuse and rows["preemptions"].any()
+    may_find_more = begins_anew or (scenario.cache.enable_block_reuse and rows["preemptions"].any())
     assert computed <= needed if may_find_more else computed == needed
     assert result.cache.free_blocks + result.cache.evictable_blocks == num_blocks
     assert result.cache.logical_blocks == result.cache.logical_tokens == result.cache.kv_tokens == 0
@@ -292,7 +296,10 @@ def _requests(draw: st.DrawFn, longest: int) -> list[Request]:
     for row in range(draw(st.integers(2, 8))):
         arrival += draw(st.sampled_from([0, 10, 15, 30, 120]))
         prompt, output = draw(length), draw(length)
+        beams = draw(st.sampled_from([1, 1, 1, 1, 1, 2, 3]))
         named = prompt + (draw(st.integers(0, output)) if draw(one_in_ten) else output)
+        if beams > 1:
+            named = prompt
         fields: dict[str, object] = {"named_tokens": named}
         if draw(one_in_ten):
             fields = {}
@@ -308,7 +315,8 @@ def _requests(draw: st.DrawFn, longest: int) -> list[Request]:
                 arrival_ps=arrival,
                 prompt_tokens=prompt,
                 output_tokens=output,
-                num_samples=draw(st.sampled_from([1, 1, 1, 2, 3])),
+                num_samples=draw(st.sampled_from([1, 1, 1, 2, 3])) if beams == 1 else 1,
+                beam_width=beams,
                 parent=draw(st.integers(0, row - 1)) if has_parent else -1,
                 think_ps=draw(st.sampled_from([0, 50])) if has_parent else 0,
                 salt="other" if draw(one_in_ten) else "",

@@ -45,6 +45,10 @@ class Job:
     """Tokens that were computed since the last admission until the prompt was complete."""
     last_token_ps: int | None = None
     paused_ps: int = -1  # when it was preempted last
+    group: list[Job] = field(default_factory=list)
+    """The beams of its search, itself among them, while they decode."""
+    said: list[Token] = field(default_factory=list)
+    """What a beam has generated, those before it included."""
 
     @property
     def final_tokens(self) -> int:
@@ -57,6 +61,8 @@ class Job:
     def _token(self, position: int) -> Token:
         request = self.request
         generated = position >= request.prompt_tokens
+        if generated and request.beam_width > 1:
+            return self.said[position - request.prompt_tokens]
         if position < request.named_tokens and not (generated and self.sample):
             if request.token_ids is not None:
                 return ("token", int(request.token_ids[position]))
@@ -135,6 +141,8 @@ class NaiveCache:
     def write(self, job: Job, tokens: int) -> None:
         """Take the blocks for `tokens` more tokens."""
         job.tokens += tokens
+        if job.group:
+            job.said.append(object())  # unlike anything else
         while len(job.table) * self.size < job.tokens:
             job.table.append(self.take())
 
@@ -183,6 +191,7 @@ class NaiveCache:
             tokens=job.tokens,
             table=list(job.table),
             path=list(job.path),
+            said=list(job.said),
         )
 
     def lookup(self, job: Job, prefilling: Sequence[Job]) -> Match:

@@ -16,6 +16,7 @@ from naive_cache import Block, Job, Match, NaiveCache
 from allocator.config import BuildConfig, CacheConfig
 from sim.cost import StepBatch, StepCost
 from sim.request import Request
+from sim.scheduler.beams import beam_parents
 from sim.scheduler.config import EngineConfig
 
 
@@ -37,6 +38,9 @@ class NaiveRun:
 class NaiveEngine:
     """Continuous batching, a step at a time."""
 
+    considered = 128
+    """Among how many that wait the longest cached prefix is looked for."""
+
     def __init__(
         self,
         requests: Sequence[Request],
@@ -54,7 +58,7 @@ class NaiveEngine:
         self.reserved = int(engine.watermark * num_blocks)
         self.requests = requests
         self.due = [(request.arrival_ps, request.request_id) for request in requests if request.parent < 0]
-        self.samples_left = [request.num_samples for request in requests]
+        self.samples_left = [request.num_sequences for request in requests]
         self.waiting: list[Job] = []
         self.running: list[Job] = []  # in the order of starting
         self.prefilling: list[Job] = []
@@ -91,7 +95,7 @@ class NaiveEngine:
             self.due.remove((arrival, row))
             self.run.requests[row]["arrival_ps"] = arrival
             request = self.requests[row]
-            job = Job(request, request.num_samples, target=request.prompt_tokens)
+            job = Job(request, request.num_sequences, target=request.prompt_tokens)
             cause = self._reject_cause(job)
             if cause:
                 self._reject(request, cause)
@@ -102,7 +106,7 @@ class NaiveEngine:
         request, build = job.request, self.build
         if request.prompt_tokens + request.output_tokens > build.max_seq_len:
             return "exceeds_max_seq_len"
-        if request.num_samples > build.max_batch_size:
+        if request.num_sequences > build.max_batch_size:
             return "exceeds_max_batch_size"
         if request.prompt_tokens > build.max_num_tokens and not self.engine.enable_chunked_prefill:
             return "exceeds_max_num_tokens"
@@ -110,6 +114,9 @@ class NaiveEngine:
             least = self._final_blocks(job)
         else:
             least = self.cache.blocks_of(job.final_tokens)
+        if request.beam_width > 1:
+            full = self.cache.reuse and request.prompt_tokens % self.cache.size == 0
+            least = max(least, self._final_blocks(job) + int(full))
         return "exceeds_pool" if least > self.cache.num_blocks else ""
 
     def _reject(self, request: Request, cause: str) -> None:
@@ -143,7 +150,9 @@ class NaiveEngine:
             return max(arrived, key=lambda job: job.request.priority)
         if order == "shortest":
             return min(arrived, key=lambda job: job.request.prompt_tokens + job.request.output_tokens)
-        return max(arrived[:128], key=lambda job: len(self.cache.lookup(job, self.prefilling).hits))
+        return max(
+            arrived[: self.considered], key=lambda job: len(self.cache.lookup(job, self.prefilling).hits)
+        )
 
     def _fits(self, job: Job, match: Match, chunk: int) -> bool:
         cache, hits = self.cache, len(match.hits)
@@ -240,6 +249,9 @@ class NaiveEngine:
 
     def _decode(self, now: int) -> None:
         cache = self.cache
+        for job in list(self.decoding):
+            if job.group and job is job.group[0] and job.tokens > job.request.prompt_tokens:
+                self._reorder(job.group)
         while self.decoding and self._blocks_to_decode() > cache.available:
             self._short = True
             self._preempt(self._victim(), now)
@@ -249,6 +261,18 @@ class NaiveEngine:
             cache.write(job, 1)
         for job in self.decoding:
             cache.cache_full(job)
+
+    def _reorder(self, beams: list[Job]) -> None:
+        """Let each beam hold and say what the one from which it goes on does."""
+        request = beams[0].request
+        parents = beam_parents(request.request_id, beams[0].tokens - request.prompt_tokens, len(beams))
+        heirs = {i: self.cache.share(beams[p], 0) for i, p in enumerate(parents) if i != p}
+        for i, heir in heirs.items():
+            beam = beams[i]
+            beam.table, heir.table = heir.table, beam.table
+            beam.path, heir.path = heir.path, beam.path
+            beam.said = heir.said
+            self.cache.release(heir)
 
     def _blocks_to_decode(self) -> int:
         size = self.cache.size
@@ -333,6 +357,14 @@ class NaiveEngine:
     def _victim(self) -> Job:
         """Return whom to preempt; of equals, the one that started last."""
         latest_first = self.running[::-1]
+        others = [
+            job
+            for job in latest_first
+            if job.request.beam_width == 1 or not (job.group or [job])[0].preemptions
+        ]
+        if not others:
+            return latest_first[0]
+        latest_first = others
         if self.engine.victim == "last_started":
             return latest_first[0]
         if self.engine.victim == "last_arrived":
@@ -349,14 +381,38 @@ class NaiveEngine:
 
         return min(latest_first, key=price)
 
+    def _preempt_beams(self, beams: list[Job], now: int) -> None:
+        """Forget all that a search has generated."""
+        first = beams[0]
+        for job in reversed(beams):
+            self.running.remove(job)
+            self.decoding.remove(job)
+            self.cache.release(job)
+            first.recomputed += job.tokens - job.request.prompt_tokens
+            if job is not first:
+                first.copies += job.copies
+        self._preempted += 1
+        first.preemptions += 1
+        first.paused_ps = now
+        first.samples, first.generated = len(beams), 0
+        first.target = first.written = first.request.prompt_tokens
+        first.last_token_ps = now if first.last_token_ps is None else first.last_token_ps
+        first.table, first.path, first.said, first.group = [], [], [], []
+        self.waiting.insert(0, first)
+
     def _preempt(self, job: Job, now: int) -> None:
+        if job.group:
+            self._preempt_beams(job.group, now)
+            return
         self.running.remove(job)
         self._preempted += 1
         job.preemptions += 1
         job.paused_ps = now
         job.written = job.tokens
         job.target = job.request.prompt_tokens + job.generated
-        if job.generated and job.last_token_ps is None:
+        row = self.run.requests[job.request.request_id]
+        has_sampled = job.generated or (job.samples > 1 and row["first_token_ps"] != -1)
+        if has_sampled and job.last_token_ps is None:
             job.last_token_ps = now
         (self.decoding if job in self.decoding else self.prefilling).remove(job)
         self.cache.release(job)
@@ -378,8 +434,9 @@ class NaiveEngine:
         self.prefilling.remove(job)
         job.generated += 1
         self.closed = self.engine.admission == "static_batch"
-        if job.generated == 1:
-            self.run.requests[job.request.request_id]["first_token_ps"] = end
+        row = self.run.requests[job.request.request_id]
+        if row["first_token_ps"] == -1:
+            row["first_token_ps"] = end
         if job.last_token_ps is not None:
             self.run.gaps.append(end - job.last_token_ps)
             job.last_token_ps = None
@@ -388,6 +445,9 @@ class NaiveEngine:
             return
         branches = [self.cache.share(job, sample) for sample in range(1, job.samples)]
         job.samples = 1
+        if job.request.beam_width > 1:
+            for beam in (job, *branches):
+                beam.group = [job, *branches]
         self.running += branches
         self.decoding += [job, *branches]
 

@@ -54,6 +54,12 @@ def test_content_of_token_ids_covers_the_prompt() -> None:
         ({"output_tokens": 0}, r"^output_tokens \(0\) must be in 1\.\."),
         ({"output_tokens": MAX_TOKENS + 1}, r"^output_tokens \(100000001\) must be in 1\.\."),
         ({"num_samples": 0}, r"^num_samples \(0\) must be in 1\.\."),
+        ({"beam_width": 0}, r"^beam_width \(0\) must be in 1\.\."),
+        ({"beam_width": 4, "num_samples": 2}, r"^num_samples \(2\) must be 1 with beam_width \(4\)$"),
+        (
+            {"beam_width": 2, "token_ids": ids(41), "named_tokens": 41},
+            r"^named_tokens \(41\) must be at most prompt_tokens \(40\) with beam_width \(2\)$",
+        ),
         ({"parent": 3}, r"^parent \(3\) must be -1 or an earlier request of 3$"),
         ({"parent": -2}, r"^parent \(-2\) must be -1 or an earlier request of 3$"),
         ({"named_tokens": 40}, r"^named_tokens \(40\) must be 0 without ids$"),

@@ -8,6 +8,7 @@ Every step takes 10 ps, and a token that is swapped 1 ps, unless said otherwise.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_who_comes_back_attends_to_nothing_yet() -> None:
         (137, 137 + 10 + 10 + 9, 1, 2, 0, 2, 0),
     ]
     assert_identical(result, scenario.run(skipping=False))
+
+
+def test_who_comes_back_and_goes_in_one_step_pauses_twice() -> None:
+    """Prompts go first: C is moved in when nothing is left to compute, and out again by what decodes in that step."""
+    requests = alike((0, 1, 7), (0, 1, 4), (0, 1, 3))
+    engine = dataclasses.replace(SWAP, mixed_steps=False)
+    scenario = Scenario(
+        requests, BuildConfig(2, 2, 32, tokens_per_block=2), 4, engine=engine, num_host_blocks=1
+    )
+    result = scenario.run()
+    assert_identical(result, scenario.run(skipping=False))
+    pauses = list(zip(*(result.pauses[name].tolist() for name in ("paused_ps", "resumed_ps")), strict=True))
+    assert len(pauses) == result.requests["preemptions"].sum()
+    assert any(one[1] == other[0] for one, other in itertools.pairwise(pauses))
 
 
 def test_moves_take_the_links_time_and_copies_the_memorys() -> None:

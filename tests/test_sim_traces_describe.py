@@ -122,11 +122,11 @@ def test_sessions_and_sampling() -> None:
         Request(0, 0, 10, 5),
         Request(1, 1 * S, 20, 5, parent=0, think_ps=4 * S, num_samples=2),
         Request(2, 2 * S, 10, 5),
-        Request(3, 4 * S, 30, 5, parent=1, think_ps=8 * S),
+        Request(3, 4 * S, 30, 5, parent=1, think_ps=8 * S, beam_width=2),
     ]
     figures = describe(Trace("t", "synthetic", "00", rows))
     assert figures["sessions"] == {"count": 1, "turns_mean": 3.0, "turns_max": 3, "think_s_mean": 6.0}
-    assert figures["sampled_requests"] == 1
+    assert figures["sampled_requests"] == figures["searched_requests"] == 1
     assert figures["requests_per_s"] == pytest.approx(3 / 4)
     assert figures["arrival_cv"] == pytest.approx(np.std([1, 1, 2]) / (4 / 3))
     lengths = {"mean": 17.5, "p50": 15.0, "p90": 27.0, "p99": 29.7, "max": 30.0, "total": 70}

@@ -44,12 +44,14 @@ def one_request(draw: st.DrawFn, row: int, arrival_ps: int) -> Request:
         else:
             ids = st.lists(st.integers(0, 2**31 - 1), min_size=named, max_size=named)
             content["token_ids"] = np.array(draw(ids), dtype=np.int32)
+    beams = draw(st.sampled_from([1, 1, 2, 5])) if content.get("named_tokens", prompt) == prompt else 1
     return Request(
         request_id=row,
         arrival_ps=arrival_ps,
         prompt_tokens=prompt,
         output_tokens=output,
-        num_samples=draw(st.integers(1, 5)),
+        num_samples=draw(st.integers(1, 5)) if beams == 1 else 1,
+        beam_width=beams,
         parent=draw(st.integers(-1, row - 1)),
         think_ps=draw(st.integers(0, 10**13)),
         priority=draw(st.integers(-5, 5)),
@@ -136,6 +138,7 @@ def test_optional_columns_have_defaults(tmp_path: Path) -> None:
         "token_ids": None,
         "named_tokens": 30,
         "num_samples": 1,
+        "beam_width": 1,
         "parent": -1,
         "think_ps": 0,
         "priority": 0,
@@ -155,6 +158,11 @@ def test_optional_columns_have_defaults(tmp_path: Path) -> None:
         ({"prompt_tokens": [0, 1]}, "1: field 'prompt_tokens' (0) must be at least 1"),
         ({"output_tokens": [1, 10**9]}, "2: field 'output_tokens' (1000000000) must be at most 100000000"),
         ({"num_samples": [1, 0]}, "2: field 'num_samples' (0) must be at least 1"),
+        ({"beam_width": [0, 1]}, "1: field 'beam_width' (0) must be at least 1"),
+        (
+            {"beam_width": [4, 1], "num_samples": [2, 2]},
+            "1: field 'num_samples' (2) must be 1 with beam_width 4",
+        ),
         ({"think_ps": [0, -3]}, "2: field 'think_ps' (-3) must be in 0..9000000000000000000"),
         ({"parent": [0, -1]}, "1: field 'parent' (0) must be -1 or an earlier row than 0"),
         ({"parent": [-2, -1]}, "1: field 'parent' (-2) must be -1 or an earlier row than 0"),

@@ -237,6 +237,7 @@ DEFAULTS = {
     "token_ids": None,
     "named_tokens": 0,
     "num_samples": 1,
+    "beam_width": 1,
     "parent": -1,
     "think_ps": 0,
     "priority": 0,

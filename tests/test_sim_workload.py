@@ -37,6 +37,7 @@ configs = st.builds(
     session_tokens_max=st.one_of(st.none(), st.integers(210, 600)),
     think_s_mean=st.sampled_from([0.0, 0.1, 30.0]),
     sampling_share=st.sampled_from([0.0, 0.3, 1.0]),
+    beam_share=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     content_tokens_per_chunk=st.integers(1, 17),
 )
 
@@ -63,6 +64,7 @@ def test_any_workload_keeps_its_promises(config: WorkloadConfig) -> None:
         assert request.request_id == row
         assert config.output_tokens_min <= request.output_tokens <= config.output_tokens_max
         assert request.num_samples in (1, config.samples_per_request)
+        assert request.beam_width in ((1, config.beams_per_request) if request.num_samples == 1 else (1,))
         if config.session_tokens_max is not None:
             assert request.prompt_tokens + request.output_tokens <= config.session_tokens_max
         if request.parent == -1:
@@ -78,13 +80,16 @@ def test_any_workload_keeps_its_promises(config: WorkloadConfig) -> None:
         assert config.user_tokens_min <= request.prompt_tokens - said <= config.user_tokens_max
         assert request.arrival_ps == before.arrival_ps + request.think_ps
         # the turn repeats the prompt and the answer before it, as its predecessor named them
-        assert before.named_tokens == said
-        assert ids(before) == ids(request)[: -(-said // config.content_tokens_per_chunk)]
+        # but for the answer of a beam search
+        named = said if before.beam_width == 1 else before.prompt_tokens
+        assert before.named_tokens == named
+        assert ids(before) == ids(request)[: -(-named // config.content_tokens_per_chunk)]
         assert sum(other.parent == request.parent for other in rows) == 1
     named = [request.named_tokens for request in rows]
     if config.shares_content:
         assert all(
-            tokens == request.prompt_tokens + (row in followed) * request.output_tokens
+            tokens
+            == request.prompt_tokens + (row in followed and request.beam_width == 1) * request.output_tokens
             or (row not in followed and tokens > request.prompt_tokens)  # its follower was cut off
             for row, (request, tokens) in enumerate(zip(rows, named, strict=True))
         )
@@ -176,6 +181,7 @@ def test_statistics_are_those_asked_for() -> None:
         output_tokens_sigma=1.0,
         output_tokens_max=10**6,
         sampling_share=0.25,
+        beam_share=0.5,
         **COARSE,
     )
     trace = generate(config)
@@ -189,6 +195,7 @@ def test_statistics_are_those_asked_for() -> None:
     logs = np.log([request.prompt_tokens for request in trace])
     assert logs.std() == pytest.approx(0.5, rel=0.02)
     assert figures["sampled_requests"] / 20_000 == pytest.approx(0.25, abs=0.01)
+    assert figures["searched_requests"] / 20_000 == pytest.approx(0.75 * 0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("cv", [0.0, 0.5, 3.0])

@@ -88,7 +88,7 @@ class ClusterReplica(Replica):
 
     def deliver(self, request: Request, arrival_ps: int, content: Content | None) -> None:
         """Take a request that is routed here at `arrival_ps`, now; or reject it."""
-        job = Job(request, request.num_samples)
+        job = Job(request, request.num_sequences)
         if self.scheduler.accepts_arrivals():
             self.settle(arrival_ps)
         cause = self.scheduler.reject_cause(job)
@@ -97,7 +97,7 @@ class ClusterReplica(Replica):
             return
         job.arrival_ps = arrival_ps
         job.content = content
-        self.sequences += request.num_samples
+        self.sequences += request.num_sequences
         self.prompt_tokens += request.prompt_tokens
         self.inbox.put(job)
 

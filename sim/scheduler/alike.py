@@ -41,6 +41,8 @@ class StepsAlike(Preemption):
             if even == 1:
                 return 0  # the step after the next is not like it
             steps = min(steps, even)
+        if self.beams:
+            steps = min(steps, self.beams.next_tick() - batch.tick)
         # a block started and one filled every tokens_per_block steps, and twice that for where they begin
         most = 2 * decoding * (steps // manager.tokens_per_block + 2)
         if most > self._untouched_blocks() or (batch.unready and not manager.writes_in_place(batch)):
@@ -69,6 +71,8 @@ class StepsAlike(Preemption):
             steps = min(steps, self.manager.ticks_until_leave(self.batch))
         if self.window_keys is not None:  # beyond, who has reached a window attends to no more keys
             steps = min(steps, self.window_keys.even_ticks(self.batch.tick))
+        if self.beams:
+            steps = min(steps, self.beams.next_tick() - self.batch.tick)
         if self.waiting and self._may_start():
             if self.manager.config.enable_partial_reuse:
                 return 0  # what a step fills can be hit in part in the next

@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 from allocator.manager import KVCacheManager, PrefixMatch
 from sim.cost import StepCost
 from sim.scheduler.admission import make_admission
+from sim.scheduler.beams import Beams
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.waiting import make_waiting
@@ -26,6 +27,7 @@ class Places:
     sequences  running, the samples to come counted
     window_keys
                keys that they attend to in each of the cost's windows, None if it has none
+    beams      the beam searches among those that decode
     end_tick   the batch's tick at which the next decoding job has its last token; NO_TICK if none decodes
     """
 
@@ -39,6 +41,7 @@ class Places:
         self.sequences = 0
         windows: tuple[int, ...] = getattr(cost, "windows", ())
         self.window_keys = WindowKeys(windows) if windows else None
+        self.beams = Beams(manager)
         self.end_tick = NO_TICK
         self._mixed = config.mixed_steps
         self._rule = make_admission(config, manager)
@@ -84,6 +87,8 @@ class Places:
             branch.final_blocks = branch.blocks_at_end(self.manager.tokens_per_block, self.manager.window)
             self._final_blocks += branch.final_blocks
             self._join_batch(branch, job.target)
+        if job.request.beam_width > 1:
+            self.beams.join(branches, self.batch.tick)
 
     def _join_batch(self, job: Job, tokens: int) -> None:
         """Let a job decode whose sequence has so many tokens."""
@@ -121,6 +126,8 @@ class Places:
             self._named -= 1
         if self.window_keys is not None:
             self.window_keys.leave(number, tokens)
+        if self.beams and job.request.beam_width > 1:
+            self.beams.leave(job)
 
     def _find_end(self) -> None:
         """Update `end_tick`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from allocator.manager import KVCacheManager
 from sim.cost import StepBatch, StepCost
+from sim.scheduler.beams import choose_with_beams
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.places import Places
@@ -26,12 +27,24 @@ class Preemption(Places):
         self._choose_victim = VICTIMS[config.victim]
         # Of the batch, some have missed steps: they waited for prompts, or were swapped out.
         self._stalled = False
+        self._searches_anew = False  # whether a beam search has ever been preempted
+
+    def _victim(self) -> Job:
+        """Return whom to preempt."""
+        if self._searches_anew:
+            return choose_with_beams(self._choose_victim, self.running, self.manager)
+        return self._choose_victim(self.running, self.manager)
 
     def _preempt(self, job: Job, plan: Plan) -> None:
         """Take a running job's blocks away; it computes again what it had when it starts next, or finds it swapped."""
         sequence = job.sequence
         assert sequence is not None
+        if job.request.beam_width > 1:
+            self._searches_anew = True
         if job in self.decoding:
+            if job.request.beam_width > 1:
+                self._preempt_beams(self.beams.leave(job), plan)
+                return
             self._leave_batch(job)
             if self._preemption != "recompute" and self._is_worth_swapping(job):
                 self._swap_out(job, plan)
@@ -45,6 +58,22 @@ class Preemption(Places):
         self.finish(job)
         self.waiting.put_back(job)
         plan.preempted.append(job)
+
+    def _preempt_beams(self, beams: list[Job], plan: Plan) -> None:
+        """Take away the blocks of a beam search, which begins anew with its prompt when it starts next."""
+        first, prompt = beams[0], beams[0].request.prompt_tokens
+        for job in reversed(beams):
+            assert job.sequence is not None
+            self._leave_batch(job)
+            first.recomputed_tokens += job.sequence.num_tokens - prompt
+            self.finish(job)
+            if job is not first:
+                first.cow_copies += job.cow_copies
+        first.generated, first.samples, first.written = 0, len(beams), prompt
+        first.final_blocks = first.blocks_at_end(self.manager.tokens_per_block, self.manager.window)
+        first.preemptions += 1
+        self.waiting.put_back(first)
+        plan.preempted.append(first)
 
     def _is_worth_swapping(self, job: Job) -> bool:
         """Return whether the host has room for what a job holds, and moving it is wanted."""

@@ -6,6 +6,7 @@ from allocator.config import BuildConfig
 from allocator.manager import KVCacheManager
 from sim.cost import StepCost
 from sim.scheduler.alike import StepsAlike
+from sim.scheduler.beams import beam_blocks
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
@@ -62,9 +63,12 @@ class Scheduler(StepsAlike):
             return "exceeds_max_batch_size"
         if job.target > self._max_num_tokens and not self._chunked:
             return "exceeds_max_num_tokens"
-        if windowed is None and job.final_blocks <= manager.num_blocks:
+        searches = job.request.beam_width > 1
+        if windowed is None and job.final_blocks <= manager.num_blocks and not searches:
             return ""  # no rule wants more
         least = (windowed or self._rule).least_blocks(job)
+        if searches:
+            least = max(least, beam_blocks(job, manager))
         return "exceeds_pool" if least > manager.num_blocks else ""
 
     # ---------------------------------------------------------------- one step
@@ -95,10 +99,12 @@ class Scheduler(StepsAlike):
 
     def _schedule_decodes(self, plan: Plan) -> None:
         manager, batch, decoding = self.manager, self.batch, len(self.decoding)
+        if self.beams:
+            self.beams.reorder(batch.tick)
         if 2 * decoding > manager.available_blocks:  # each takes one block at most, and one copy
             while self.decoding and manager.blocks_to_advance(batch) > manager.available_blocks:
                 plan.out_of_blocks = True
-                self._preempt(self._choose_victim(self.running, manager), plan)
+                self._preempt(self._victim(), plan)
             decoding = len(self.decoding)
         if batch.unready:
             copies = manager.tables.cow_copies

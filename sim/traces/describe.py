@@ -26,6 +26,7 @@ def describe(trace: Trace) -> dict[str, Any]:
                              mean, p50, p90, p99, max of their lengths (percentiles interpolated linearly, as
                              published statistics of traces are), and total
     sampled_requests         requests that ask for several outputs
+    searched_requests        requests for which a beam search is made
     sessions                 None without any; else count (of those with two turns or more), turns_mean, turns_max,
                              think_s_mean
     content                  None without content ids; else granularity, prompt_chunks, distinct_chunks,
@@ -48,6 +49,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "prompt_tokens": _lengths(survey.prompt_tokens),
         "output_tokens": _lengths(survey.output_tokens),
         "sampled_requests": survey.sampled_requests,
+        "searched_requests": survey.searched_requests,
         "sessions": _sessions(survey),
         "content": _content(survey.granularities, sharing(trace)) if survey.granularities else None,
     }
@@ -58,7 +60,7 @@ class _Survey:
 
     def __init__(self, trace: Trace) -> None:
         arrivals, prompts, outputs, parents = (array("q") for _ in range(4))
-        self.sampled_requests = self.think_ps = 0
+        self.sampled_requests = self.searched_requests = self.think_ps = 0
         self.granularities: set[int] = set()
         for request in trace:
             arrivals.append(request.arrival_ps)
@@ -66,6 +68,7 @@ class _Survey:
             outputs.append(request.output_tokens)
             parents.append(request.parent)
             self.sampled_requests += request.num_samples > 1
+            self.searched_requests += request.beam_width > 1
             if request.parent >= 0:
                 self.think_ps += request.think_ps
             if request.named_tokens:
@@ -139,6 +142,8 @@ def render(figures: dict[str, Any]) -> str:
     rows.append(("output tokens", _spread(figures["output_tokens"])))
     if figures["sampled_requests"]:
         rows.append(("with several outputs", f"{figures['sampled_requests']:,} requests"))
+    if figures["searched_requests"]:
+        rows.append(("with a beam search", f"{figures['searched_requests']:,} requests"))
     if sessions := figures["sessions"]:
         rows.append(
             (

@@ -55,6 +55,7 @@ class Row:
     token_ids: NDArray[np.int32] | None = None
     named_tokens: int = 0
     num_samples: int = 1
+    beam_width: int = 1
     key: int | None = None
     """What later turns of its session call this request; None where the format has no sessions."""
     parent_key: int | None = None

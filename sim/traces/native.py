@@ -34,6 +34,7 @@ SCHEMA: dict[str, pl.DataType] = {
     "prompt_tokens": pl.Int64(),
     "output_tokens": pl.Int64(),
     "num_samples": pl.Int64(),
+    "beam_width": pl.Int64(),
     "parent": pl.Int64(),
     "think_ps": pl.Int64(),
     "priority": pl.Int64(),
@@ -136,6 +137,7 @@ def _batches(path: Path) -> Iterator[pl.DataFrame]:
 
 _DEFAULTS: dict[str, Any] = {
     "num_samples": 1,
+    "beam_width": 1,
     "parent": -1,
     "think_ps": 0,
     "priority": 0,
@@ -169,7 +171,7 @@ def _parse(
     """Read one row: the values of SCALARS, and the ids. Raises FieldError."""
     if None in values:
         raise FieldError(SCALARS[values.index(None)], "(null) must not be null")
-    arrival_ps, prompt, output, samples, parent, think_ps, priority, salt, granularity, named = values
+    arrival_ps, prompt, output, samples, beams, parent, think_ps, priority, salt, granularity, named = values
     tokens("prompt_tokens", prompt)
     tokens("output_tokens", output)
     if not 0 <= arrival_ps <= MAX_TIME_PS:
@@ -178,6 +180,11 @@ def _parse(
         raise FieldError("think_ps", f"({think_ps}) must be in 0..{MAX_TIME_PS}")
     if not -1 <= parent < row:
         raise FieldError("parent", f"({parent}) must be -1 or an earlier row than {row}")
+    tokens("beam_width", beams)
+    if beams > 1 and samples > 1:
+        raise FieldError("num_samples", f"({samples}) must be 1 with beam_width {beams}")
+    if beams > 1 and named > prompt:
+        raise FieldError("named_tokens", f"({named}) must be at most {prompt} with beam_width {beams}")
     if chunks is not None and token_ids is not None:
         raise FieldError("token_ids", "must be null where chunk_ids are given")
     if (chunks is None) != (granularity == 0):
@@ -202,6 +209,7 @@ def _parse(
         token_ids=token_ids,
         named_tokens=named,
         num_samples=tokens("num_samples", samples),
+        beam_width=beams,
         key=row,
         parent_key=None if parent == -1 else parent,
         think_ps=think_ps,

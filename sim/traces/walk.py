@@ -59,6 +59,7 @@ class Walk:
                 token_ids=row.token_ids,
                 named_tokens=row.named_tokens,
                 num_samples=row.num_samples,
+                beam_width=row.beam_width,
                 parent=parent,
                 think_ps=think_ps,
                 priority=row.priority,

@@ -29,6 +29,7 @@ _INTEGERS = {
     "turns_max": (1, 10**6),
     "branches": (2, 10**4),
     "samples_per_request": (1, 10**6),
+    "beams_per_request": (1, 10**6),
     "system_prompts": (0, 10**6),
     "documents": (0, 10**5),
     "documents_per_session": (1, 10**4),
@@ -45,6 +46,7 @@ _NUMBERS = {
     "system_prompt_share": (0.0, 1.0),
     "document_zipf": (0.0, 100.0),
     "sampling_share": (0.0, 1.0),
+    "beam_share": (0.0, 1.0),
     "branch_share": (0.0, 1.0),
     "turns_mean": (1.0, 1e4),
     "think_s_mean": (0.0, 86400.0),
@@ -138,6 +140,11 @@ class WorkloadShape:
     """Share of requests that ask for several outputs."""
     samples_per_request: int = 4
     """Outputs that those requests ask for. A session goes on with the first."""
+    beam_share: float = 0.0
+    """Share of the other requests for which a beam search is made."""
+    beams_per_request: int = 4
+    """Beams of each such search. A session goes on with the best; that it finds in the cache, when it goes on, is
+    the prompt alone."""
     content_tokens_per_chunk: int = 16
     """Tokens that one content id stands for. Sharing is exact to this many tokens: the chunk in which a system
     prompt ends belongs to the session, that in which a turn ends to the first branch."""

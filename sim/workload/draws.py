@@ -23,11 +23,22 @@ class Draws:
     """The streams of one workload; each attribute is an endless iterator."""
 
     def __init__(self, shape: WorkloadShape) -> None:
-        seeds = np.random.SeedSequence(shape.workload_seed).spawn(11)
+        seeds = np.random.SeedSequence(shape.workload_seed).spawn(12)
         # A kind of draw keeps its place in this list: what is added goes to the end.
-        gaps, turns, system, user, output, think, sampling, with_system, documents, branching, periods = (
-            np.random.default_rng(seed) for seed in seeds
-        )
+        (
+            gaps,
+            turns,
+            system,
+            user,
+            output,
+            think,
+            sampling,
+            with_system,
+            documents,
+            branching,
+            periods,
+            searching,
+        ) = (np.random.default_rng(seed) for seed in seeds)
         self.turns = _stream(
             lambda count: np.minimum(turns.geometric(1 / shape.turns_mean, count), shape.turns_max)
         )
@@ -46,6 +57,10 @@ class Draws:
             )
         )
         """Outputs that a request asks for."""
+        self.beams = _stream(
+            lambda count: np.where(searching.random(count) < shape.beam_share, shape.beams_per_request, 1)
+        )
+        """Beams of a request, if it asks for one output."""
         self.followers = _stream(
             lambda count: np.where(branching.random(count) < shape.branch_share, shape.branches, 1)
         )

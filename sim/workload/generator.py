@@ -62,6 +62,7 @@ def _requests(config: WorkloadConfig) -> Iterator[Request]:
             granularity=granularity,
             named_tokens=turn.named_tokens if granularity else 0,
             num_samples=turn.num_samples,
+            beam_width=turn.beam_width,
             parent=turn.waits_for,
             think_ps=turn.think_ps if turn.waits_for >= 0 else 0,
         )

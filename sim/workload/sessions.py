@@ -26,6 +26,7 @@ class Turn:
     prompt_tokens: int
     output_tokens: int
     num_samples: int
+    beam_width: int
     parent: Turn | None
     branch: int
     """Turns of one branch go on with the same run of content ids."""
@@ -43,8 +44,11 @@ class Turn:
 
     @property
     def named_tokens(self) -> int:
-        """Tokens that have content ids: the prompt, and the output where a later turn repeats it."""
-        return self.total_tokens if self.followers else self.prompt_tokens
+        """Tokens that have content ids: the prompt, and the output where a later turn repeats it.
+
+        Of a beam search, it is not known which beam will say so.
+        """
+        return self.total_tokens if self.followers and self.beam_width == 1 else self.prompt_tokens
 
     def chunk_ids(self, granularity: int) -> NDArray[np.int64]:
         """Return the content ids, int64 [⌈named_tokens / granularity⌉]."""
@@ -81,7 +85,9 @@ class Sessions:
         open_places: deque[tuple[Turn | None, int]] = deque([(None, 0)])  # (parent, branch)
         for _ in range(next(draws.turns)):
             user, output, think_ps = next(draws.user), next(draws.output), next(draws.think_ps)
-            samples, followers = next(draws.samples), next(draws.followers)
+            samples, beams, followers = next(draws.samples), next(draws.beams), next(draws.followers)
+            if samples > 1:
+                beams = 1
             if not open_places:
                 continue  # all draws are taken, so that those of the next session stay what they are
             parent, branch = open_places.popleft()
@@ -89,7 +95,7 @@ class Sessions:
             most = shape.session_tokens_max
             if most is not None and prompt + output > most:
                 continue
-            turn = Turn(session, len(turns), think_ps, prompt, output, samples, parent, branch)
+            turn = Turn(session, len(turns), think_ps, prompt, output, samples, beams, parent, branch)
             if parent is not None:
                 parent.followers.append(turn)
             turns.append(turn)
