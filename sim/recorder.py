@@ -139,28 +139,28 @@ class Recorder:
 
         The job's sequence has been released.
         """
-        sequence, origin = job.sequence, job.origin or job
+        request, sequence, origin = job.request, job.sequence, job
         assert sequence is not None
-        request = job.request
         preemptions, recomputed, copies = job.preemptions, job.recomputed_tokens, job.cow_copies
-        blocks = len(sequence.table)
-        if request.num_sequences > 1:
+        blocks, sequences = len(sequence.table), request.num_sequences
+        if sequences > 1:
+            origin = job.origin or job
             before = origin.totals or (0, 0, 0, 0)
             preemptions += before[0]
             recomputed += before[1]
             blocks += before[2]
             copies += before[3]
             origin.totals = (preemptions, recomputed, blocks, copies)
-        origin.left -= job.samples
-        if origin.left:
-            return False
+            origin.left -= job.samples
+            if origin.left:
+                return False
         self._requests.append(
             (
                 request.request_id,
                 origin.arrival_ps,
                 request.prompt_tokens,
                 request.output_tokens,
-                request.num_sequences,
+                sequences,
                 origin.admit_ps,
                 origin.first_ps,
                 now_ps,

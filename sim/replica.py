@@ -58,7 +58,7 @@ class Replica:
         """Step until every request is finished or rejected; yield a `timeout` for each step, or stretch of steps."""
         scheduler, arrivals, pool, events = self.scheduler, self.arrivals, self._pool, self._events
         running, waiting, batch = scheduler.running, scheduler.waiting, scheduler.batch
-        skipping, affines = self._skipping, self._affine
+        skipping = self._skipping
         now = 0
         while True:
             if arrivals.next_ps <= now:
@@ -74,13 +74,9 @@ class Replica:
             pool.now = now
             if events is not None:
                 events.move(now)
-            plan = affine = None
-            idle = scheduler.idle_steps() if skipping else 0
-            if idle:
-                decoding = len(scheduler.decoding)
-                affine = affines[decoding] if decoding in affines else self.decode_affine(decoding)
-            if affine is not None:
-                end = self._coast(now, idle, affine)
+            plan = None
+            end = self._coast(now) if skipping else None
+            if end is not None:
                 yield timeout(end - now)
                 now = end
             else:
@@ -174,15 +170,22 @@ class Replica:
                 batch.work = StepWork(decoding, plan.prefilling, copies)
         return self.cost.step(batch)
 
-    def _coast(self, start: int, steps: int, affine: tuple[int, int]) -> int:
-        """Take up to `steps` steps in which there is nothing to do but decode; record them, return their end.
+    def _coast(self, start: int) -> int | None:
+        """Take steps in which there is plainly nothing to do but decode, if the next is one, and return their end.
 
         They end early with the first arrival that could be admitted.
         """
-        arrivals = self.arrivals
+        scheduler, arrivals = self.scheduler, self.arrivals
+        steps = scheduler.idle_steps()
+        if not steps:
+            return None
+        decoding = len(scheduler.decoding)
+        affine = self._affine.get(decoding) or self.decode_affine(decoding)
+        if affine is None:
+            return None
         first, increment = self.coast_ps(*affine)
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
-        if arrivals.next_ps < end and self.scheduler.accepts_arrivals():
+        if arrivals.next_ps < end and scheduler.accepts_arrivals():
             steps = steps_until(arrivals.next_ps - start, first, increment)
             end = start + steps * first + increment * (steps * (steps - 1) // 2)
         self.take_coast(start, end, steps, first, increment)
@@ -274,14 +277,14 @@ class Replica:
         for job in plan.admitted:
             if job.preemptions:
                 self.recorder.resumed(job, now_ps)
-            if self._events is not None:
-                self.recorder.started(job)
-            if job.admit_ps < 0 and job.origin is None:  # only a request's first admission counts
+            else:  # only a request's first admission counts
                 match = job.match
                 assert match is not None
                 job.admit_ps = now_ps
                 job.query_blocks = match.query_blocks
                 job.hit_blocks, job.hit_tokens = match.hit_blocks, match.hit_tokens
+            if self._events is not None:
+                self.recorder.started(job)
         for job in plan.preempted:  # also who came back in this very step
             self.recorder.paused(job, now_ps)
             has_sampled = job.generated or job.first_ps >= 0  # a beam search has forgotten what it generated
@@ -322,15 +325,20 @@ class Replica:
         decoding = plan.decoding
         free, evictable = pool.num_free, pool.num_evictable
         later = 0
-        late = self._end_stall(end, decoding) if plan.resumes else 0
-        # a prompt that waits for blocks waits through all of its steps
-        out_of_blocks = steps if plan.out_of_blocks else 0
         if at_first is not None:
             later = pool.num_blocks - free - evictable - at_first[0]
-            later_tokens = at_first[1] - manager.kv_tokens + (steps - 1) * decoding
-            self._note_shared(late, later_tokens, len(plan.preempted), out_of_blocks)
-        elif late or plan.preempted or out_of_blocks or pool.shared or self._tables.twinned:
-            self._note_shared(late, 0, len(plan.preempted), out_of_blocks)
+        if (
+            at_first
+            or plan.resumes
+            or plan.preempted
+            or plan.out_of_blocks
+            or pool.shared
+            or self._tables.twinned
+        ):
+            late = self._end_stall(end, decoding) if plan.resumes else 0
+            later_tokens = at_first[1] - manager.kv_tokens + (steps - 1) * decoding if at_first else 0
+            # a prompt that waits for blocks waits through all of its steps
+            self._note_shared(late, later_tokens, len(plan.preempted), steps if plan.out_of_blocks else 0)
         self._append_row(
             (
                 start,

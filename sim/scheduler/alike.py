@@ -27,8 +27,7 @@ class StepsAlike(Preemption):
         The answer is what `schedule` and `quiet_steps` would come to: blocks abound, nobody can start, nobody's
         prompt is unfinished, no member of the batch has to copy a block, and what it generates nobody else did.
         """
-        decoding = len(self.decoding)
-        if not decoding or self._named or self._prefilling or self._stalled:
+        if not self.decoding or self._named or self._prefilling or self._stalled:
             return 0
         if self.waiting and self._may_start():
             return 0
@@ -41,13 +40,16 @@ class StepsAlike(Preemption):
             if even == 1:
                 return 0  # the step after the next is not like it
             steps = min(steps, even)
-        if self.beams:
+        if self.beams.groups:
             steps = min(steps, self.beams.next_tick() - batch.tick)
-        # a block started and one filled every tokens_per_block steps, and twice that for where they begin
-        most = 2 * decoding * (steps // manager.tokens_per_block + 2)
-        if most > self._untouched_blocks() or (batch.unready and not manager.writes_in_place(batch)):
+        if not self._surely_enough(steps, self._untouched_blocks()):
             return 0
-        return steps
+        return 0 if batch.unready and not manager.writes_in_place(batch) else steps
+
+    def _surely_enough(self, steps: int, blocks: int) -> bool:
+        """Return whether so many blocks are plainly enough for the whole batch to decode for so many steps."""
+        # Nobody starts, or fills, more than a block every tokens_per_block steps.
+        return 2 * len(self.decoding) * -(-steps // self.manager.tokens_per_block) <= blocks
 
     def _may_start(self) -> bool:
         """Return whether a waiting job finds a place in the batch, so that it depends on blocks."""
@@ -59,7 +61,7 @@ class StepsAlike(Preemption):
 
     def _untouched_blocks(self) -> int:
         """Return how many blocks steps may take and still be like the one before: evicting makes some move."""
-        return self.manager.pool.num_free if self._tiered else self.manager.pool.available
+        return self._pool.num_free if self._tiered else self._pool.num_free + self._pool.num_evictable
 
     def quiet_steps(self) -> int:
         """Return how many steps like the one just scheduled, which only decodes, can follow it: until somebody
@@ -71,7 +73,7 @@ class StepsAlike(Preemption):
             steps = min(steps, self.manager.ticks_until_leave(self.batch))
         if self.window_keys is not None:  # beyond, who has reached a window attends to no more keys
             steps = min(steps, self.window_keys.even_ticks(self.batch.tick))
-        if self.beams:
+        if self.beams.groups:
             steps = min(steps, self.beams.next_tick() - self.batch.tick)
         if self.waiting and self._may_start():
             if self.manager.config.enable_partial_reuse:
@@ -90,7 +92,9 @@ class StepsAlike(Preemption):
             if eviction_tells:
                 # nor is one that evicts a block which the job would have held beside its own, or be first for
                 blocks = self.manager.pool.num_free
-        if steps <= 0 or self._most_blocks(steps) <= blocks:
+        if steps <= 0 or (not self.batch.unready and self._surely_enough(steps, blocks)):
+            return steps
+        if self._most_blocks(steps) <= blocks:
             return steps
         enough, too_many = 0, steps
         while too_many - enough > 1:

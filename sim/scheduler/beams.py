@@ -62,24 +62,23 @@ class Beams:
 
     A search joined at tick t has generated and kept d tokens at tick t + d. Before its first step nothing changes
     places, as all beams have just come from the prompt, and after its last one nothing does that would matter.
+
+    groups  the first beam's job -> those of all beams
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
         self._manager = manager
-        self._groups: dict[Job, list[Job]] = {}  # the first beam's job -> all
+        self.groups: dict[Job, list[Job]] = {}
         self._joined: dict[Job, tuple[int, int]] = {}  # its number in the order of joining, and the tick
         self._count = 0
         self._due: list[
             tuple[int, int, Job]
         ] = []  # heap: tick, number of joining, first beam; some have left
 
-    def __len__(self) -> int:
-        return len(self._groups)
-
     def join(self, beams: list[Job], tick: int) -> None:
         """Let the beams of a search decode together from this tick on."""
         first = beams[0]
-        self._groups[first] = beams
+        self.groups[first] = beams
         self._count += 1
         self._joined[first] = self._count, tick
         self._schedule(first, 1)
@@ -88,7 +87,7 @@ class Beams:
         """Forget the search of a beam; return its beams, or nothing if it is forgotten already."""
         first = job.origin or job
         self._joined.pop(first, None)
-        return self._groups.pop(first, [])
+        return self.groups.pop(first, [])
 
     def next_tick(self) -> int:
         """Return the tick before which beams next change places; NEVER if none do."""
@@ -105,7 +104,7 @@ class Beams:
         """Let all beams change places that do so before the step at this tick, in the order of joining."""
         while self.next_tick() <= tick:
             first = heappop(self._due)[2]
-            beams, tokens = self._groups[first], tick - self._joined[first][1]
+            beams, tokens = self.groups[first], tick - self._joined[first][1]
             sequences = []
             for beam in beams:
                 assert beam.sequence is not None

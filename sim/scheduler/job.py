@@ -15,7 +15,7 @@ class Job:
     into one for each, which then live by themselves.
 
     final_tokens  tokens that have KV at the end: the last one sampled never gets any
-    final_blocks  blocks that the job holds at the end, all its samples together; set when it is accepted
+    final_blocks  blocks that the job holds at the end, all its samples together; set once it has been looked at
     target        tokens to be computed before the next token can be sampled: the prompt, and after a
                   preemption what had been generated as well
     generated     tokens sampled so far
@@ -28,13 +28,21 @@ class Job:
     What the samples of a request come to together stands in the first one's job, their `origin`:
 
     left                                 samples that have not finished
-    arrival_ps, admit_ps, first_ps       picoseconds; -1 until then
+    first_ps                             picoseconds; -1 until then
+    arrival_ps, admit_ps                 the same; not set until then
     query_blocks, hit_blocks, hit_tokens
-                                         at the first admission
+                                         at the first admission, and not set before
     preemptions, recomputed_tokens, cow_copies, blocks
                                          of a job while it runs; of the samples that finished, in the origin's
                                          `totals`, once there are several
     """
+
+    final_blocks: int
+    arrival_ps: int
+    admit_ps: int
+    query_blocks: int
+    hit_blocks: int
+    hit_tokens: int
 
     __slots__ = (
         "admit_ps",
@@ -68,17 +76,16 @@ class Job:
         self.request = request
         self.sample = sample
         self.samples = self.left = samples
+        self.origin = origin
         self.target = prompt = request.prompt_tokens
         self.final_tokens = prompt + request.output_tokens - 1
         self.generated = self.written = self.preemptions = self.recomputed_tokens = self.cow_copies = 0
-        self.final_blocks = self.query_blocks = self.hit_blocks = self.hit_tokens = 0
-        self.arrival_ps = self.admit_ps = self.first_ps = self.last_ps = -1
-        self.origin = origin
-        self.totals: tuple[int, int, int, int] | None = None
-        self.content: Content | None = None
-        self.sequence: KVSequence | None = None
+        self.first_ps = self.last_ps = -1
         self.swapped = False
+        self.sequence: KVSequence | None = None
+        self.content: Content | None = None
         self.match: PrefixMatch | None = None
+        self.totals: tuple[int, int, int, int] | None = None
 
     @property
     def remaining_tokens(self) -> int:

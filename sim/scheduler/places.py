@@ -33,6 +33,7 @@ class Places:
 
     def __init__(self, manager: KVCacheManager, config: EngineConfig, cost: StepCost | None) -> None:
         self.manager = manager
+        self._pool = manager.pool
         self.batch = manager.batch()
         self.waiting = make_waiting(config.queue_order, lambda job: self._look_up(job).hit_tokens)
         self.running: dict[Job, None] = {}
@@ -126,7 +127,7 @@ class Places:
             self._named -= 1
         if self.window_keys is not None:
             self.window_keys.leave(number, tokens)
-        if self.beams and job.request.beam_width > 1:
+        if self.beams.groups and job.request.beam_width > 1:
             self.beams.leave(job)
 
     def _find_end(self) -> None:
@@ -162,12 +163,9 @@ class Places:
         sequence = job.sequence
         assert sequence is not None
         self.manager.release(sequence)
-        job.cow_copies += sequence.cow_copies
+        if sequence.cow_copies:
+            job.cow_copies += sequence.cow_copies
         job.match = None
-        self._forget(job)
-
-    def _forget(self, job: Job) -> None:
-        """Count a job no longer among the running ones."""
         self._final_blocks -= job.final_blocks
         self.sequences -= job.samples
         del self.running[job]
@@ -185,7 +183,7 @@ class Places:
                 promised += self.manager.tables.copies_needed(self.batch.unready)
         else:
             promised = self._unfinished_prompts()
-        return self.manager.available_blocks - promised - self._watermark
+        return self._pool.num_free + self._pool.num_evictable - promised - self._watermark
 
     def _unfinished_prompts(self) -> int:
         size = self.manager.tokens_per_block

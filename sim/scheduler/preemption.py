@@ -99,7 +99,9 @@ class Preemption(Places):
         job.swapped = True
         job.preemptions += 1
         job.match = None
-        self._forget(job)
+        self._final_blocks -= job.final_blocks
+        self.sequences -= job.samples
+        del self.running[job]
         self.waiting.put_back(job)
         plan.preempted.append(job)
 

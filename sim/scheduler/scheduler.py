@@ -46,28 +46,28 @@ class Scheduler(StepsAlike):
         self._chunked = config.enable_chunked_prefill
         window = manager.window
         self._windowed = None if window is None else WindowedRoom(manager, window, config)
+        # Up to so many tokens at its end, nothing is in the way of a job that decodes a single sample.
+        fits = min(build.max_seq_len - 1, manager.num_blocks * manager.tokens_per_block)
+        self._surely_fits = fits if self._chunked and window is None else 0
         self._static = config.admission == "static_batch"
 
     # ---------------------------------------------------------------- what can be accepted at all
 
     def reject_cause(self, job: Job) -> str:
         """Return why a job can never run, or "". Sets its `final_blocks`."""
-        manager, windowed = self.manager, self._windowed
-        if windowed is None and job.samples == 1:
+        manager = self.manager
+        if job.final_tokens <= self._surely_fits and job.samples == 1:
             job.final_blocks = -(-job.final_tokens // manager.tokens_per_block)
-        else:
-            job.final_blocks = job.blocks_at_end(manager.tokens_per_block, manager.window)
+            return ""
+        job.final_blocks = job.blocks_at_end(manager.tokens_per_block, manager.window)
         if job.final_tokens >= self._max_seq_len:
             return "exceeds_max_seq_len"
         if job.samples > self.max_batch_size:
             return "exceeds_max_batch_size"
         if job.target > self._max_num_tokens and not self._chunked:
             return "exceeds_max_num_tokens"
-        searches = job.request.beam_width > 1
-        if windowed is None and job.final_blocks <= manager.num_blocks and not searches:
-            return ""  # no rule wants more
-        least = (windowed or self._rule).least_blocks(job)
-        if searches:
+        least = (self._windowed or self._rule).least_blocks(job)
+        if job.request.beam_width > 1:
             least = max(least, beam_blocks(job, manager))
         return "exceeds_pool" if least > manager.num_blocks else ""
 
@@ -99,9 +99,11 @@ class Scheduler(StepsAlike):
 
     def _schedule_decodes(self, plan: Plan) -> None:
         manager, batch, decoding = self.manager, self.batch, len(self.decoding)
-        if self.beams:
+        if self.beams.groups:
             self.beams.reorder(batch.tick)
-        if 2 * decoding > manager.available_blocks:  # each takes one block at most, and one copy
+        if (
+            2 * decoding > self._pool.num_free + self._pool.num_evictable
+        ):  # a block, and a copy, for each at most
             while self.decoding and manager.blocks_to_advance(batch) > manager.available_blocks:
                 plan.out_of_blocks = True
                 self._preempt(self._victim(), plan)
@@ -185,10 +187,10 @@ class Scheduler(StepsAlike):
     def _admit(self, plan: Plan, budget: int) -> None:
         """Let waiting jobs start, each with the first chunk of its prompt, while budget, batch and blocks last."""
         manager, waiting, running = self.manager, self.waiting, self.running
-        if not running:
-            self._closed = False
         if self._closed:
-            return
+            if running:
+                return
+            self._closed = False
         while waiting and budget > 0:
             job = waiting.first
             if self.sequences + job.samples > self.max_batch_size:
