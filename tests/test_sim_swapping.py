@@ -149,6 +149,47 @@ def test_skipping_equals_stepping_with_host_memory(
     assert_identical(result, scenario.run(skipping=False))
 
 
+@given(
+    scenarios(),
+    st.sampled_from(["recompute", "swap", "swap"]),
+    st.integers(1, 20),
+    st.integers(1, 12),
+    st.integers(0, 5),
+    st.integers(30, 100),
+)
+def test_windowed_skipping_equals_stepping_with_host_memory(
+    scenario: Scenario, preemption: Any, host: int, window: int, num_sinks: int, share: int
+) -> None:
+    """Windows are swapped out and in, and the blocks that have left them go to host memory and come back."""
+    build = dataclasses.replace(scenario.build, enable_paged_kv_cache=True)
+    scenario = dataclasses.replace(
+        scenario,
+        build=build,
+        num_blocks=max(scenario.num_blocks * share // 100, 1),
+        cache=dataclasses.replace(
+            scenario.cache, window=window, num_sinks=num_sinks, enable_partial_reuse=False
+        ),
+        engine=dataclasses.replace(scenario.engine, preemption=preemption, events=False),
+        cost=dataclasses.replace(scenario.cost, swap=1),  # type: ignore[type-var]
+        num_host_blocks=host,
+    )
+    result = scenario.run()
+    assert_identical(result, scenario.run(skipping=False))
+
+
+def test_a_preempted_window_waits_in_host_memory() -> None:
+    """Blocks of 4, a window of 8: each job holds 2 or 3 blocks in turn, and 5 are too few when both have 3."""
+    cache = CacheConfig(window=8, enable_block_reuse=False)
+    engine = dataclasses.replace(SWAP, admission="max_utilization")
+    result = _run(unlike((0, 4, 40), (0, 8, 40)), engine, num_blocks=5, cache=cache, host=10)
+    assert (result.requests["status"] == "finished").all()
+    swapped = result.cache.host
+    assert swapped is not None
+    assert swapped.swapped_out_blocks == swapped.swapped_in_blocks > 0
+    assert result.requests["preemptions"].sum() > 0
+    assert result.requests["recomputed_tokens"].sum() == 0
+
+
 def test_who_comes_back_attends_to_nothing_yet() -> None:
     """A key costs 1 ps. C comes back while A goes on: that step has A's 9 keys, and C's 8 tokens to move."""
     build = BuildConfig(8, 100, 100, tokens_per_block=4)

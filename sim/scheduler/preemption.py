@@ -10,6 +10,7 @@ from sim.scheduler.job import Job
 from sim.scheduler.places import Places
 from sim.scheduler.plan import Plan
 from sim.scheduler.victims import VICTIMS
+from sim.scheduler.windowed import WindowedRoom
 
 
 class Preemption(Places):
@@ -17,6 +18,8 @@ class Preemption(Places):
 
     def __init__(self, manager: KVCacheManager, config: EngineConfig, cost: StepCost | None) -> None:
         super().__init__(manager, config, cost)
+        window = manager.window
+        self._windowed = None if window is None else WindowedRoom(manager, window, config)
         self._tiered = manager.pool.tier is not None
         if config.preemption != "recompute" and not self._tiered:
             raise ValueError(
@@ -110,12 +113,15 @@ class Preemption(Places):
         manager, sequence = self.manager, job.sequence
         assert sequence is not None
         size = manager.tokens_per_block
-        held = -(-sequence.num_tokens // size)
+        held = -(-sequence.context_len // size)
         needed = manager.blocks_to_swap_in(sequence)
-        if self.running:
+        if self.running and self._windowed is not None:
+            if not self._windowed.can_return(job, held, needed, self.running):
+                return False
+        elif self.running:
             if self._rule.blocks_at_return(job, held, needed) > self._room_to_admit():
                 return False
-        elif needed + sequence.num_tokens // size + 1 - held > manager.available_blocks:
+        elif needed + sequence.context_len // size + 1 - held > manager.available_blocks:
             # Alone, and still too large: it holds blocks of its own beside cached ones that say the same.
             job.target = job.request.prompt_tokens + job.generated
             job.content = sequence.content(job.target)

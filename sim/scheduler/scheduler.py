@@ -10,7 +10,6 @@ from sim.scheduler.beams import beam_blocks
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
-from sim.scheduler.windowed import WindowedRoom
 
 
 class Scheduler(StepsAlike):
@@ -44,11 +43,9 @@ class Scheduler(StepsAlike):
         self._max_num_tokens = build.max_num_tokens
         self._max_seq_len = build.max_seq_len
         self._chunked = config.enable_chunked_prefill
-        window = manager.window
-        self._windowed = None if window is None else WindowedRoom(manager, window, config)
         # Up to so many tokens at its end, nothing is in the way of a job that decodes a single sample.
         fits = min(build.max_seq_len - 1, manager.num_blocks * manager.tokens_per_block)
-        self._surely_fits = fits if self._chunked and window is None else 0
+        self._surely_fits = fits if self._chunked and manager.window is None else 0
         self._static = config.admission == "static_batch"
 
     # ---------------------------------------------------------------- what can be accepted at all

@@ -62,6 +62,7 @@ class WindowedRoom:
         """Return how many of `chunk` tokens a waiting job may start with; 0 if it has to wait."""
         manager = self._manager
         blocks = manager.available_blocks
+        idle = match.evictable_blocks + match.host_blocks  # hits that take of what is available, too
         if running:
             spare = self.unpromised(running) - self._watermark
             needed = job.final_blocks
@@ -72,11 +73,22 @@ class WindowedRoom:
             if needed > spare:
                 return 0
             # What is hit is in the table, too: a promise counts it, whoever else has it now.
-            blocks = min(
-                blocks, spare - len(match.path) + match.evictable_blocks if self._promises else spare
-            )
-        whole = match.hit_blocks + blocks - match.evictable_blocks
+            blocks = min(blocks, spare - len(match.path) + idle if self._promises else spare)
+        whole = match.hit_blocks + blocks - idle
         fits = whole * manager.tokens_per_block - match.hit_tokens
         if fits < chunk and not self._chunked and not job.preemptions:
             return 0
         return max(min(chunk, fits), 0)
+
+    def can_return(self, job: Job, held: int, needed: int, running: Iterable[Job]) -> bool:
+        """Return whether a job may come back from host memory beside those that run.
+
+        held    blocks of its table
+        needed  by how many it lessens what is available
+        """
+        assert job.sequence is not None
+        spare = self.unpromised(running) - self._watermark
+        if self._promises:
+            return max(job.final_blocks, held) <= spare and needed <= self._manager.available_blocks
+        starts_a_block = job.sequence.num_tokens % self._manager.tokens_per_block == 0
+        return needed + starts_a_block <= spare
