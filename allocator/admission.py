@@ -16,7 +16,6 @@ from allocator.matching import PrefixMatch, find_match, no_match
 from allocator.pool import OutOfBlocks
 from allocator.prefix import Extent
 from allocator.quotas import Quotas, Tenant
-from allocator.retaining import retain_hits
 from allocator.retention import RetentionConfig
 from allocator.sequence import KVSequence
 from allocator.windowed_matching import find_windowed_match
@@ -154,8 +153,8 @@ class Admission(Coasting):
         if tokens > prompt:
             left = prompt - match.hit_tokens
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
-        if retention is not None:
-            self._check_retention(retention)
+        if retention is not None and not isinstance(retention, RetentionConfig):
+            raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
         if now is not None:
             now = as_int("now", now, pool.now)
         new_blocks = -(-tokens // size) - hit_blocks
@@ -206,7 +205,7 @@ class Admission(Coasting):
         if retention is not None:
             sequence.retention = plan = retention.plan(prompt, size)
             if plan is not None:
-                retain_hits(pool, anchor, plan)
+                self.tables.retain_held(sequence, plan)
         self.sequences[sequence] = None
         self._logical_blocks += len(table)
         if account is not None:
@@ -220,12 +219,6 @@ class Admission(Coasting):
         if not readmission:
             self._count(match)
         return sequence
-
-    def _check_retention(self, retention: RetentionConfig) -> None:
-        if not isinstance(retention, RetentionConfig):
-            raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
-        if self.windowed is not None:
-            raise ValueError(f"retention ({retention!r}) must be None in a cache with a window")
 
     def _take_hits(self, match: PrefixMatch, root: Extent, count: bool) -> tuple[Extent, array[int]]:
         """Reference what a match found; return the deepest extent, and the blocks. `count` hits on the host or not."""

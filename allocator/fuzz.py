@@ -65,6 +65,7 @@ __all__ = [
     "TierMachine",
     "WindowEventsMachine",
     "WindowMachine",
+    "WindowRetentionMachine",
     "WindowTierMachine",
     "run_machine",
 ]
@@ -116,6 +117,14 @@ class RetentionMachine(PolicyRules, ServingRules, ReuseRules):
     """Priorities and durations of cached blocks, and the policy that honours them."""
 
     policies = ("priority",)
+
+
+class WindowRetentionMachine(WindowRules, RetentionMachine):
+    """Priorities and durations of the blocks of windowed caches."""
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window."""
+        return 2 + drawn % 8
 
 
 class PartialMachine(ReuseRules, EventRules, PartialRules):

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from allocator.blocks import OutOfBlocks
 from allocator.event_log import FREED
-from allocator.retaining import retain_hits
 from allocator.sequence import KVSequence
 from allocator.sharing import Sharing
 from allocator.tiers import HostTier
@@ -74,7 +73,7 @@ class Swapping(Sharing):
             sequence.tenant.blocks += blocks
         tier.restore(sequence)
         if sequence.retention is not None:
-            retain_hits(self.pool, sequence.anchor, sequence.retention)
+            self.tables.retain_held(sequence, sequence.retention)
         self.sequences[sequence] = None
         self._logical_blocks += len(sequence.table)
         self._logical_tokens += sequence.context_len

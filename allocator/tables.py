@@ -26,7 +26,8 @@ from allocator.event_log import (
 from allocator.partial import is_free_leaf
 from allocator.pool import BlockPool
 from allocator.prefix import Extent, PrefixIndex
-from allocator.retaining import index_retained
+from allocator.retaining import index_retained, retain_hits
+from allocator.retention import RetentionPlan
 from allocator.sequence import KVSequence
 
 
@@ -319,6 +320,10 @@ class Tables:
         """Let a sequence that holds nothing any more, of which this is the root, have no place in the tree."""
         root.references -= 1
         self.index.discard_if_unused(root)
+
+    def retain_held(self, sequence: KVSequence, plan: RetentionPlan) -> None:
+        """Let the cached blocks that a sequence holds have its wishes, where it has any."""
+        retain_hits(self.pool, sequence.anchor, plan)
 
     def swapped_alone(self, sequence: KVSequence) -> Sequence[int]:
         """Return the blocks that swapping a sequence out moves for itself alone, as the index does not have them."""

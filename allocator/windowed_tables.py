@@ -13,6 +13,7 @@ from allocator.batch import Batch
 from allocator.event_log import DETACHED, PASSED, PLACED, REPEATED
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
+from allocator.retention import RetentionPlan, kept
 from allocator.sequence import KVSequence
 from allocator.tables import Tables
 from allocator.windowed_index import WindowedIndex
@@ -103,6 +104,7 @@ class WindowedTables(Tables):
         index, pool = self.index, self.pool
         before = node = sequence.anchor
         width, first = before.width, before.end
+        plan = sequence.retention
         full = first + len(keys) // width
         for position in range(first, full):
             key = keys[(position - first) * width : (position - first + 1) * width]
@@ -112,6 +114,12 @@ class WindowedTables(Tables):
                 sequence.held.append(None)
                 if self.events is not None:
                     self.events.add_block(REPEATED, sequence.number, -1, position, child.ids[0])
+                wish = None if plan is None else plan.at(position)[0]
+                if wish is not None:
+                    # Nothing holds the cached block for this sequence, so it is held for a moment.
+                    pool.acquire(child)
+                    child.retention = kept(wish)
+                    pool.drop(child)
             else:
                 block = array("i", (sequence.table[sequence.index_of(position)],))
                 if child is None:
@@ -119,6 +127,8 @@ class WindowedTables(Tables):
                 else:
                     index.revive(child, block)
                 child.references = 1
+                if plan is not None:
+                    child.retention = kept(plan.at(position)[0])
                 pool.cached(child, 1)
                 sequence.held.append(child)
                 if child.host is not None and pool.tier is not None:
@@ -199,6 +209,12 @@ class WindowedTables(Tables):
     def uproot(self, sequence: KVSequence, root: Extent) -> None:
         self.index.release(sequence.anchor)
         super().uproot(sequence, root)
+
+    def retain_held(self, sequence: KVSequence, plan: RetentionPlan) -> None:
+        for node in self.held_extents(sequence):
+            wish = plan.at(node.start)[0]
+            if wish is not None:
+                node.retention = kept(wish)
 
     def swapped_alone(self, sequence: KVSequence) -> Sequence[int]:
         return [sequence.table[sequence.index_of(each)] for each in self.private_positions(sequence)]

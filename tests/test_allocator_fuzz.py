@@ -15,6 +15,7 @@ from allocator.fuzz import (
     SharingMachine,
     TierMachine,
     WindowMachine,
+    WindowRetentionMachine,
     WindowTierMachine,
     run_machine,
 )
@@ -29,6 +30,7 @@ TestSharing = SharingMachine.TestCase
 TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase
 TestWindow = WindowMachine.TestCase
+TestWindowRetention = WindowRetentionMachine.TestCase
 TestWindowTier = WindowTierMachine.TestCase
 TestQuota = QuotaMachine.TestCase
 TestPolicy = PolicyMachine.TestCase

@@ -414,6 +414,20 @@ MUTANTS = [
         "ReuseMachine",
     ),
     Mutant(
+        "word_on_a_block_computed_twice_in_a_window_lost",
+        "windowed_tables.py",
+        "                    child.retention = kept(wish)\n",
+        "",
+        "WindowRetentionMachine",
+    ),
+    Mutant(
+        "hits_of_a_window_kept_as_they_were",
+        "windowed_tables.py",
+        "            wish = plan.at(node.start)[0]\n",
+        "            wish = None\n",
+        "WindowRetentionMachine",
+    ),
+    Mutant(
         "node_that_the_host_holds_forgotten",
         "windowed_index.py",
         "node.ids or node.host is not None or node.children",

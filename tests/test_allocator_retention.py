@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.config import CacheConfig
-from allocator.content import TokenContent
+from allocator.content import TokenContent, UniqueContent
 from allocator.manager import KVCacheManager, KVSequence
 from allocator.retention import Retention, RetentionConfig, TokenRange
 from allocator.rules.retention import RETENTIONS, wish_of
@@ -98,6 +98,47 @@ def test_the_newest_word_counts_and_silence_changes_nothing() -> None:
         assert priorities(sequence) == expected
         manager.release(sequence)
         manager.check_invariants()
+
+
+def test_what_has_left_a_window_is_kept_as_its_request_wants() -> None:
+    manager = KVCacheManager(8, 2, CacheConfig(policy="priority", window=3))
+    wishes = RetentionConfig((TokenRange(0, 4, 90), TokenRange(4, 8, 10), TokenRange(8, 12, 80, 5)))
+    sequence = manager.admit(TokenContent(range(12)), 12, retention=wishes)
+    manager.append(
+        [sequence]
+    )  # its query needs the sixth block; the five before leave, the last for 5 units of time
+
+    def kept() -> list[int]:
+        return [node.start for node in reversed(list(sequence.anchor.path())) if node.ids]
+
+    assert (sequence.left, manager.next_expiry()) == (5, 5)
+    other = manager.admit(UniqueContent(6), 6)  # one block is free, two have to go
+    assert kept() == [0, 1, 4, 5]
+    manager.now = 5
+    assert manager.next_expiry() is None
+    manager.release(other)
+    manager.admit(UniqueContent(2), 2)
+    assert kept() == [0, 1, 5]
+    manager.check_invariants()
+
+
+def test_in_a_window_too_the_newest_word_counts() -> None:
+    """Of what is hit, of what is computed beside the cached block, and of that when it is swapped in: nothing then."""
+    manager = KVCacheManager(12, 2, CacheConfig(policy="priority", window=8), num_host_blocks=8)
+    first = manager.admit(TokenContent([1] * 4), 1, retention=RetentionConfig.whole(20))
+    second = manager.admit(TokenContent([1] * 4), 4, retention=RetentionConfig.whole(70))
+    assert priorities(second) == [70, 70]
+    manager.extend(first, 3)
+    assert first.twins == {0, 1}
+    assert priorities(second) == [20, 20]
+    third = manager.admit(TokenContent([1] * 5), 1, retention=RetentionConfig((TokenRange(0, 2, 50),)))
+    assert priorities(third) == [50, 20]
+    for sequence in (first, second):
+        manager.swap_out(sequence)
+        manager.transfers_done(manager.pending_swaps())
+        manager.swap_in(sequence)
+        assert priorities(third) == ([50, 20] if sequence is first else [70, 70])
+    manager.check_invariants()
 
 
 def test_a_block_that_is_written_in_again_is_a_new_one() -> None:

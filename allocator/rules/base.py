@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from allocator.oracle import MAX_LIVE, Oracle
+from allocator.sequence import KVSequence
 from allocator.shadow import PromptSpec
 
 PROMPTS = st.builds(
@@ -64,6 +65,9 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
             num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks, partial, chosen, num_sinks
         )
         self.host.lag = lag
+
+    def came_back(self, sequence: KVSequence) -> None:
+        """Note that a sequence was swapped in."""
 
     age = 0
     """Steps of the program so far."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from allocator.eviction import Priority
+from allocator.oracle import MAX_LIVE
 from allocator.retention import DEFAULT_PRIORITY, Retention, RetentionConfig, TokenRange
 from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine
 from allocator.sequence import KVSequence
@@ -74,17 +75,18 @@ class Keeping:
         """Note histories whose cached blocks were taken, be it for others or by their only holder to write in."""
         self._log += [(state, None) for state in states]
 
-    def note(self, stories: Iterable[Any]) -> None:
-        """Note what sequences have come to hold by the last call."""
-        fills: dict[State, set[Retention]] = {}
-        for story in stories:
-            full = story.full_states()
-            self._touched.update(full)
-            for position in range(story.noted, len(full)):
-                wish = story.wish(position)
-                fills.setdefault(full[position], set()).update([] if wish is None else [wish])
-            story.noted = len(full)
-        self._log += fills.items()
+    def touch(self, states: Iterable[State]) -> None:
+        """Note histories whose cached blocks were held, be it for a moment."""
+        self._touched.update(states)
+
+    def say(self, wishes: dict[State, set[Retention]]) -> None:
+        """Note what the sequences of one call said of histories; an empty set where they said nothing."""
+        self._log += wishes.items()
+
+    @property
+    def in_doubt(self) -> set[State]:
+        """Return the histories of which nobody can tell what was said last, or not yet."""
+        return self.unsure | {state for state, _ in self._log}
 
     def settle(self, cached: dict[State, int], held: set[State], *, in_flight: bool) -> None:
         """Draw conclusions, between steps."""
@@ -153,7 +155,7 @@ class RetentionRules(ManagerMachine):
         def victim(wanted: int) -> Any:
             extent, count = choose(wanted)
             chosen[extent] = [self.shadow.block(block) for block in extent.ids]
-            if self.policy in ("priority", Priority) and self.window is None:
+            if self.policy in ("priority", Priority):
                 self.check_victim(extent, chosen[extent][-count:])
             return extent, count
 
@@ -170,11 +172,12 @@ class RetentionRules(ManagerMachine):
 
     def check_victim(self, extent: Any, taken: list[State]) -> None:
         """Compare the blocks about to be taken with all others that could be."""
-        priority, unsure = self.keeping.priority, self.keeping.unsure
+        priority, unsure = self.keeping.priority, self.keeping.in_doubt
         others = [
             self.shadow.block(other.ids[-1])
             for other in self.manager.index.extents()
-            if other.ids and not other.references and not other.live_children and other is not extent
+            if other.ids and not other.references and other is not extent
+            if not other.live_children or self.window is not None
         ]
         for mine in set(taken) - unsure:
             for other in set(others) - unsure:
@@ -205,21 +208,72 @@ class RetentionRules(ManagerMachine):
         if runs and retention is not None:
             story = next(reversed(self.stories.values()))
             story.wish = wish_of(retention, prompt.num_tokens, self.size)
+        self.take_notes()
         return runs
+
+    def prefill(self, sequence: KVSequence, count: int) -> bool:
+        """Prefill, and note what that says of blocks."""
+        runs = super().prefill(sequence, count)
+        self.take_notes()
+        return runs
+
+    def append_to(self, *arguments: Any) -> bool:
+        """Append, and note what that says of blocks."""
+        runs = super().append_to(*arguments)
+        self.take_notes()
+        return runs
+
+    def take_notes(self) -> None:
+        """Note what sequences have come to hold, or computed beside what is cached, by the last call."""
+        said: dict[State, set[Retention]] = {}
+        for sequence, story in self.stories.items():
+            full = story.full_states()
+            new = set(range(story.noted, len(full)))
+            story.noted = len(full)
+            if self.window is None:
+                self.keeping.touch(full)
+            elif new:
+                # Of a hit it holds the window alone. Of a cached block beside its own it has something to say or not.
+                held = self.held_blocks(sequence)
+                new.intersection_update(held)
+                cached = self.cached_blocks()
+                new = {p for p in new if held[p] in cached or story.wish(p) is not None}
+                self.keeping.touch(full[p] for p in new)
+            for position in new:
+                wish = story.wish(position)
+                said.setdefault(full[position], set()).update([] if wish is None else [wish])
+        self.keeping.say(said)
+
+    def held_blocks(self, sequence: KVSequence) -> dict[int, int]:
+        """Return the blocks of a sequence by their positions."""
+        story = self.stories[sequence]
+        return dict(zip(self.attended.blocks(story.step, story.length), self.table(sequence), strict=True))
+
+    def came_back(self, sequence: KVSequence) -> None:
+        """Note that a sequence that was swapped in says again how the cached blocks that it holds are to be kept."""
+        story = self.stories[sequence]
+        if self.window is None:
+            story.noted = 0
+            return
+        full, cached = story.full_states(), self.cached_blocks()
+        held = [p for p, block in self.held_blocks(sequence).items() if block in cached and p < len(full)]
+        wishes = {full[p]: story.wish(p) for p in held}
+        self.keeping.touch(wishes)
+        self.keeping.say({state: set() if wish is None else {wish} for state, wish in wishes.items()})
 
     def check_all(self) -> None:
         """Check everything, and what is to be kept besides."""
-        self.keeping.note(self.stories.values())
+        self.take_notes()
         super().check_all()
         in_flight = self.host.in_flight  # what transfers hold is not unreferenced yet
-        if self.settled and self.window is None and not in_flight:
+        if self.settled and not in_flight:
             self.settle_retention()
 
     def settle_retention(self) -> None:
         """Compare what the manager remembers with what was said last. Only between steps."""
         cached = self.cached_states() if self.reuse else {}
         tables = {block for sequence in self.stories for block in self.table(sequence)}
-        held = {state for story in self.stories.values() for state in story.full_states()}
+        held = self.held_states()
         held.update(state for state, block in cached.items() if block in tables)
         keeping = self.keeping
         keeping.settle(cached, held, in_flight=bool(self.host.in_flight))
@@ -238,10 +292,25 @@ class RetentionRules(ManagerMachine):
         """Admit a prompt, new or seen before, whose blocks are to be kept."""
         old = self.prompts and again % 2
         made = self.prompts[again % len(self.prompts)] if old else self.learn(prompt.make(self.size))
-        if self.window is not None:  # nothing is retained there
-            return
         self.admit_prompt(made, salt, chunk, retention=retention)
         self.did("admit retained")
+
+    @precondition(lambda self: len(self.stories) <= MAX_LIVE - 2)
+    @rule(symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5), wishes=st.tuples(RETENTIONS, RETENTIONS))
+    def race(self, symbols: list[int], wishes: tuple[RetentionConfig, RetentionConfig]) -> None:
+        """Let two requests with wishes of their own compute one prompt at a time: the later one repeats the other."""
+        prompt = self.learn(PromptSpec("runs", symbols).make(self.size))
+        runners = []
+        for wish in wishes:
+            if not self.admit_prompt(prompt, "", 1, retention=wish):
+                break
+            runners.append(next(reversed(self.stories)))
+        self.flush()
+        for sequence in runners:
+            if not self.complete(sequence):
+                self.prefill(sequence, prompt.num_tokens)
+                self.flush()
+        self.did("race")
 
     @precondition(
         lambda self: (

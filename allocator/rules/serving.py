@@ -35,8 +35,6 @@ class ServingRules(RetentionRules):
     )
     def come_and_go(self, prompts: list[PromptSpec], retention: RetentionConfig | None, wait: int) -> None:
         """Serve some requests, once all but one of those that run have ended."""
-        if self.window is not None:  # nothing is retained there
-            retention = None
         for sequence in list(self.stories)[:-1]:
             self.dismiss(sequence)
         for spec in prompts:

@@ -110,8 +110,8 @@ class TierRules(ManagerMachine):
             least, most = self.host.gpu_needed(sequence)
         done = self.refusing(least, most, lambda: self.manager.swap_in(sequence) or True)
         if done is not None:
-            story = self.stories[sequence] = self.host.swapped.pop(sequence)
-            story.noted = 0  # it says again how its blocks are to be kept
+            self.stories[sequence] = self.host.swapped.pop(sequence)
+            self.came_back(sequence)
         self.did("swap in")
 
     @precondition(lambda self: self.host.swapped)
