@@ -296,7 +296,9 @@ class RetentionRules(ManagerMachine):
         self.did("admit retained")
 
     @precondition(lambda self: len(self.stories) <= MAX_LIVE - 2)
-    @rule(symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5), wishes=st.tuples(RETENTIONS, RETENTIONS))
+    @rule(
+        symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5), wishes=st.tuples(RETENTIONS, RETENTIONS)
+    )
     def race(self, symbols: list[int], wishes: tuple[RetentionConfig, RetentionConfig]) -> None:
         """Let two requests with wishes of their own compute one prompt at a time: the later one repeats the other."""
         prompt = self.learn(PromptSpec("runs", symbols).make(self.size))
