@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.bounds import CacheBound
+from sim.cluster.summary import cluster_figures
 from sim.distributions import Ints, Progressions, exact_dot, exact_sum, summary_of_values
 from sim.records import FINISHED, REJECTED, Columns, RunResult
 from sim.request import PS_PER_S
@@ -188,7 +189,7 @@ class _Stretches:
         return float_sum(w0 * at_first + w1 * at_last) / time
 
 
-def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
+def occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     """Return the figures about the pool over time: utilisation, fragmentation, sharing.
 
     Of several replicas, each with a pool of its own, each one's time counts.
@@ -238,34 +239,6 @@ def _occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
             "max": int(saved.max()) if saved.size else None,
         },
     }
-
-
-def _of_each_replica(result: RunResult, span_ps: int) -> dict[str, Any]:
-    """Return {"replicas": figures of each}, in the order of their numbers; of one that is alone, nothing."""
-    found = []
-    for number, part in enumerate(result.replicas):
-        here = np.asarray(result.requests["replica"]) == number
-        done = here & finished_mask(result)
-        output = int_column(result.requests, "output_tokens")[done]
-        busy = exact_sum(
-            int_column(part.timeline, "end_ps") - int_column(part.timeline, "start_ps"),
-        )
-        use, cache = _occupancy(part, span_ps)["kv_utilization"]["block"], part.cache
-        found.append(
-            {
-                "replica": number,
-                "requests": int(here.sum()),
-                "finished": int(done.sum()),
-                "output_tokens": exact_sum(output * int_column(result.requests, "num_samples")[done]),
-                "busy": busy / span_ps if span_ps else None,
-                "kv_utilization": {"mean": use["mean"], "max": use["max"]},
-                "hit_rate_tokens": cache.hit_tokens / cache.query_tokens if cache.query_tokens else None,
-                "hit_rate_blocks": cache.hit_blocks / cache.query_blocks if cache.query_blocks else None,
-                "evicted_blocks": int(cache.evicted_blocks),
-                "preemptions": exact_sum(int_column(part.timeline, "preemptions")),
-            }
-        )
-    return {"replicas": found} if found else {}
 
 
 def _rejections(result: RunResult) -> dict[str, int]:
@@ -335,11 +308,9 @@ def summarise(
     block_lifetime_s, block_idle_before_evict_s, block_reuse_gap_s
                                    of the cache's blocks: from filled to evicted, from last use to evicted,
                                    from last use to next hit
-    replicas                       with several, of each: the requests that were routed to it, how many finished, and
-                                   their output tokens; busy, the share of measured_s in which a step was in progress;
-                                   kv_utilization by block, hit rates, evicted blocks and preemptions, as above. What
-                                   is not of one replica is of all: counts are sums, and of kv_utilization and
-                                   internal_fragmentation each replica's time counts
+    replicas, transfers            of several replicas: see sim.cluster.summary. What is not of one replica is of all:
+                                   counts are sums, and of kv_utilization and internal_fragmentation each replica's
+                                   time counts
     """
     ends = int_column(result.timeline, "end_ps")
     end_ps = int(ends.max()) if ends.size else 0
@@ -401,10 +372,10 @@ def summarise(
         "swapped_blocks": int(getattr(cache, "swapped_blocks", 0)),
         "cow_copies": int(cache.cow_copies),
         "cow_tokens": int(cache.cow_tokens),
-        **_occupancy(result, span_ps),
+        **occupancy(result, span_ps),
         "out_of_block_steps": total(result.timeline, "out_of_block_steps"),
         "block_lifetime_s": times("lifetime"),
         "block_idle_before_evict_s": times("idle_before_evict"),
         "block_reuse_gap_s": times("reuse_gap"),
-        **_of_each_replica(result, span_ps),
+        **cluster_figures(result, span_ps, occupancy),
     }

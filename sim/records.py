@@ -105,7 +105,9 @@ class RunResult:
     `gaps_ps` are the inter-token gaps that span a preemption, which no `itl_tokens` covers.
 
     Of several replicas, `replicas` has the result of each, what it served alone; requests and timeline then have a
-    column `replica` (-1 for a turn that never arrived), and `cache` has sums (see sim.cluster.results).
+    column `replica` (-1 for a turn that never arrived), and `cache` has sums (see sim.cluster.results). If the first
+    `prefill_replicas` only compute prompts, requests also have decode_replica, transferred_blocks, transfer_start_ps
+    and transfer_end_ps (see sim.cluster.placement).
     """
 
     requests: Columns
@@ -119,3 +121,4 @@ class RunResult:
     pauses: Columns = field(default_factory=dict)
     wall_s: float = 0.0
     replicas: tuple[RunResult, ...] = ()
+    prefill_replicas: int = 0

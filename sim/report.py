@@ -104,14 +104,27 @@ def _replicas(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         known = [value for value in values if value is not None]
         return f"{text(min(known))} to {text(max(known))}" if known else NONE
 
+    apart = run.spec.cluster.prefill_replicas
+    kinds = f", of which {apart} only compute prompts" if apart else ""
+    transfers = []
+    if apart:
+        moved = summary["transfers"]
+        transfers.append(
+            (
+                "transfers",
+                f"{moved['requests']:,} of {moved['blocks']:,} blocks, {moved['hit_blocks']:,} more were there\n"
+                f"wait   {_spread(moved['wait_s'])}\ntake   {_spread(moved['transfer_s'])}",
+            )
+        )
     return [
         (
             "replicas",
-            f"{len(replicas)}, {run.spec.cluster.routing}\n"
+            f"{len(replicas)}{kinds}, {run.spec.cluster.routing}\n"
             f"requests {span('{:,}'.format, 'requests')}; busy {span(percent_text, 'busy')}\n"
             f"of blocks in use, mean {span(percent_text, 'kv_utilization', 'mean')}; "
             f"hit rate {span(percent_text, 'hit_rate_tokens')} of tokens",
-        )
+        ),
+        *transfers,
     ]
 
 

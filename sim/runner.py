@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from allocator.config import MemoryBudget
 from sim.bounds import CacheBound, infinite_cache
 from sim.cluster.cluster import simulate_cluster
+from sim.cluster.link import TransferCost
 from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
 from sim.metrics import finished_mask
@@ -77,6 +78,7 @@ def run(
             num_blocks=budget.num_blocks,
             num_host_blocks=budget.num_host_blocks,
             cost=cost,
+            transfer=_transfer_cost(spec, budget),
             progress=progress,
         )
         return Run(spec, loaded, budget, result)
@@ -92,6 +94,14 @@ def run(
         folder=folder if len(loaded) > MOST_IN_MEMORY else None,
     )
     return Run(spec, loaded, budget, result)
+
+
+def _transfer_cost(spec: RunSpec, budget: MemoryBudget) -> TransferCost:
+    """Return how long the KV cache takes from one replica to another."""
+    gpu, cluster = spec.gpu, spec.cluster
+    if cluster.kv_link_gb_s is not None:
+        gpu = replace(gpu, link_gb_s=cluster.kv_link_gb_s)
+    return TransferCost(gpu.transfer_ps(budget.block_bytes), round(cluster.kv_link_latency_us * 1e6))
 
 
 def cache_bound(finished: Run) -> CacheBound | None:

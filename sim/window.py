@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.stats import CacheStats
 from sim.cluster.results import merged_stats, merged_timeline
 from sim.distributions import Ints, exact_sum
 from sim.records import Columns, RunResult
@@ -51,35 +52,45 @@ class Window:
         if result.replicas:
             return self._cut_each(result)
         requests = {name: np.asarray(column)[self.counted] for name, column in result.requests.items()}
-        admitted = np.asarray(requests["status"]) == "finished"
         timeline = _from(result.timeline, self.start_ps)
-
-        def total(name: str) -> int:
-            return exact_sum(np.asarray(requests[name])[admitted].astype(np.int64))
-
-        cache = dataclasses.replace(
-            result.cache,
-            query_tokens=total("prompt_tokens"),
-            query_blocks=total("query_blocks"),
-            hit_blocks=total("hit_blocks"),
-            hit_tokens=total("hit_tokens"),
-            evicted_blocks=exact_sum(np.asarray(timeline["evicted_blocks"]).astype(np.int64)),
-        )
+        cache = _counted(result.cache, requests, timeline)
         return dataclasses.replace(result, requests=requests, timeline=timeline, cache=cache)
 
     def _cut_each(self, result: RunResult) -> RunResult:
         """Return what `cut` does, of several replicas: each is cut by itself."""
+        requests = {name: np.asarray(column)[self.counted] for name, column in result.requests.items()}
         parts = []
-        for part in result.replicas:
-            ids = np.asarray(part.requests["request_id"]).astype(np.int64)
-            parts.append(Window(self.start_ps, self.counted[ids]).cut(part))
+        for number, part in enumerate(result.replicas):
+            timeline = _from(part.timeline, self.start_ps)
+            here = np.asarray(requests["replica"]) == number  # of those that were looked up here
+            cache = _counted(part.cache, {name: column[here] for name, column in requests.items()}, timeline)
+            kept = self.counted[np.asarray(part.requests["request_id"]).astype(np.int64)]
+            mine = {name: np.asarray(column)[kept] for name, column in part.requests.items()}
+            parts.append(dataclasses.replace(part, requests=mine, timeline=timeline, cache=cache))
         return dataclasses.replace(
             result,
-            requests={name: np.asarray(column)[self.counted] for name, column in result.requests.items()},
+            requests=requests,
             timeline=merged_timeline([part.timeline for part in parts]),
             cache=merged_stats([part.cache for part in parts]),
             replicas=tuple(parts),
         )
+
+
+def _counted(cache: CacheStats, requests: Columns, timeline: Columns) -> CacheStats:
+    """Return what a cache has counted, of these requests and stretches alone, as far as the records tell."""
+    admitted = np.asarray(requests["status"]) == "finished"
+
+    def total(name: str) -> int:
+        return exact_sum(np.asarray(requests[name])[admitted].astype(np.int64))
+
+    return dataclasses.replace(
+        cache,
+        query_tokens=total("prompt_tokens"),
+        query_blocks=total("query_blocks"),
+        hit_blocks=total("hit_blocks"),
+        hit_tokens=total("hit_tokens"),
+        evicted_blocks=exact_sum(np.asarray(timeline["evicted_blocks"]).astype(np.int64)),
+    )
 
 
 def _from(rows: Columns, start_ps: int) -> Columns:

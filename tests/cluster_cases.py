@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
-from engine_cases import LinearCost, Scenario, assert_identical, check_conservation, scenarios
+from engine_cases import Bounded, LinearCost, Scenario, assert_identical, check_conservation, scenarios
 from hypothesis import strategies as st
 
-from sim.cluster.cluster import NOWHERE, simulate_cluster
+from sim.cluster.cluster import simulate_cluster
 from sim.cluster.config import ClusterConfig
+from sim.cluster.link import TransferCost
+from sim.cluster.placement import NOWHERE
 from sim.cluster.routing import LeastLoaded, LongestPrefix, ReplicaView, RoutingPolicy
 from sim.records import RunResult
 from sim.request import Request
@@ -22,8 +25,10 @@ class ClusterScenario(Scenario):
     """A run on several replicas; `num_blocks` is of each."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    transfer: TransferCost = field(default_factory=lambda: TransferCost(block_ps=3, latency_ps=4))
 
     def run(self, skipping: bool = True) -> RunResult:
+        tokens = sum(r.prompt_tokens + r.output_tokens * r.num_samples for r in self.requests)
         result = simulate_cluster(
             self.requests,
             self.build,
@@ -32,7 +37,8 @@ class ClusterScenario(Scenario):
             self.cluster,
             num_blocks=self.num_blocks,
             num_host_blocks=self.num_host_blocks,
-            cost=self.cost,
+            cost=Bounded(self.cost, 20 * (tokens + len(self.requests)) * self.cluster.num_replicas),
+            transfer=self.transfer,
         )
         check_cluster(result, self)
         return result
@@ -70,6 +76,9 @@ def check_cluster(result: RunResult, scenario: ClusterScenario) -> None:
             ready_ps = int(requests["finish_ps"][parent]) + request.think_ps
             assert requests["arrival_ps"][row] == max(request.arrival_ps, ready_ps)
     assert len(result.replicas) == scenario.cluster.num_replicas
+    if scenario.cluster.prefill_replicas:
+        check_transfers(result, scenario)
+        return
     for number, part in enumerate(result.replicas):
         share = scenario.share(result, number)
         rows = np.isin(part.requests["request_id"], np.flatnonzero(nowhere), invert=True)
@@ -80,6 +89,69 @@ def check_cluster(result: RunResult, scenario: ClusterScenario) -> None:
             "request_id": np.searchsorted(at_home["request_id"], part.pauses["request_id"]),
         }
         check_conservation(dataclasses.replace(part, requests=at_home, pauses=pauses), share)
+
+
+def check_transfers(result: RunResult, scenario: ClusterScenario) -> None:
+    """Check what no run may break where prefill and decode are apart."""
+    requests, first = result.requests, scenario.cluster.prefill_replicas
+    finished = requests["status"] == "finished"
+    moved = finished & (requests["output_tokens"] > 1)
+    assert (requests["replica"] < first).all()
+    for name in ("decode_replica", "transfer_start_ps", "transfer_end_ps"):
+        assert ((requests[name] >= 0) == moved).all(), name
+    names = ("arrival_ps", "admit_ps", "first_token_ps", "transfer_start_ps", "transfer_end_ps", "finish_ps")
+    times = [requests[name][moved] for name in names]
+    for earlier, later in pairwise(times):
+        assert (earlier <= later).all()
+    assert (times[-1] > times[2]).all() or isinstance(scenario.cost, LinearCost)
+    size = scenario.build.tokens_per_block
+    blocks = requests["transferred_blocks"]
+    assert ((blocks >= 1) == moved).all()
+    assert (blocks <= -(-requests["prompt_tokens"] // size)).all()
+    prompt, output, samples = (
+        requests[n][finished] for n in ("prompt_tokens", "output_tokens", "num_samples")
+    )
+    tables = np.where(output == 1, 1, samples)
+    assert (requests["blocks"][finished] == tables * -(-(prompt + output - 1) // size)).all()
+    assert result.cache.query_tokens == prompt.sum()
+    assert result.cache.hit_tokens == requests["hit_tokens"][finished].sum()
+    computed = decoded = on_time = 0
+    for number, part in enumerate(result.replicas):
+        rows = part.timeline
+        free, evictable, referenced = (rows[f"{s}_blocks"] for s in ("free", "evictable", "referenced"))
+        assert (free + evictable + referenced == scenario.num_blocks).all()
+        assert (np.minimum(np.minimum(free, evictable), referenced) >= 0).all()
+        assert (rows["kv_tokens"] <= referenced * size).all()
+        assert (rows["running"] <= scenario.build.max_batch_size).all()
+        assert (rows["start_ps"][1:] >= rows["end_ps"][:-1]).all()
+        assert part.cache.free_blocks + part.cache.evictable_blocks == scenario.num_blocks
+        assert part.cache.logical_blocks == part.cache.kv_tokens == 0
+        assert rows["evicted_blocks"].sum() <= part.cache.evicted_blocks
+        assert (rows["prefill_tokens"] + rows["decode_sequences"] <= scenario.build.max_num_tokens).all()
+        computed += rows["prefill_tokens"].sum()
+        decoded += (rows["decode_sequences"] * rows["steps"]).sum()
+        on_time += (rows["itl_tokens"] * rows["steps"]).sum()
+        if number < first:
+            assert not rows["decode_sequences"].any()
+            continue
+        assert part.cache.query_tokens == 0
+        assert rows["preemptions"].any() or not rows["prefill_tokens"].any()
+        here = np.flatnonzero(requests["decode_replica"] == number)
+        here = here[np.lexsort((requests["transfer_end_ps"][here], requests["transfer_start_ps"][here]))]
+        idle_from = 0
+        for row in here:  # one link, one transfer after the other
+            begins = max(idle_from, int(requests["transfer_start_ps"][row]))
+            idle_from = begins + int(blocks[row]) * scenario.transfer.block_ps
+            assert requests["transfer_end_ps"][row] == idle_from + scenario.transfer.latency_ps
+    # Every token is sampled at the end of a prompt, or decoded: with a gap, if it comes after a transfer or a pause.
+    assert on_time + result.gaps_ps.size == (samples * (output - 1)).sum()
+    preempted = result.timeline["preemptions"].sum()
+    assert preempted == requests["preemptions"].sum()
+    assert (result.gaps_ps >= 0).all()
+    if not preempted:
+        assert computed == (prompt - requests["hit_tokens"][finished]).sum()
+        assert decoded == (samples * (output - 1)).sum()
+        assert result.gaps_ps.size == samples[output > 1].sum()
 
 
 def assert_same_cluster(one: RunResult, other: RunResult) -> None:
@@ -124,13 +196,31 @@ class Close(LongestPrefix):
 
 @st.composite
 def cluster_scenarios(draw: st.DrawFn, routing: str | None = None) -> ClusterScenario:
-    """What `scenarios` draws, on up to three replicas. A step that decodes takes time."""
+    """What `scenarios` draws, on up to three replicas. A step takes time."""
     found = draw(scenarios())
     cost = found.cost
-    if isinstance(cost, LinearCost) and not (cost.base or cost.sequence or cost.key):
-        cost = dataclasses.replace(cost, base=10)
+    if isinstance(cost, LinearCost) and not cost.base:
+        cost = dataclasses.replace(cost, base=7)
     names = ["round_robin", "least_loaded", "longest_prefix", "cluster_cases:Close"]
     cluster = ClusterConfig(draw(st.integers(1, 3)), routing or draw(st.sampled_from(names)))
     engine = dataclasses.replace(found.engine, block_map_samples=0)
     fields = {each.name: getattr(found, each.name) for each in dataclasses.fields(found)}
     return ClusterScenario(**{**fields, "cost": cost, "engine": engine, "cluster": cluster})
+
+
+@st.composite
+def disaggregated_scenarios(draw: st.DrawFn) -> ClusterScenario:
+    """The same, with prefill and decode apart."""
+    found = draw(cluster_scenarios())
+    prefill, decode = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    cluster = ClusterConfig(prefill + decode, found.cluster.routing, prefill)
+    engine = found.engine
+    if engine.admission == "static_batch":
+        engine = dataclasses.replace(engine, admission="guaranteed_no_evict")
+    return dataclasses.replace(
+        found,
+        cluster=cluster,
+        engine=engine,
+        build=dataclasses.replace(found.build, enable_paged_kv_cache=True),
+        transfer=TransferCost(draw(st.sampled_from([3, 0, 40, 200])), draw(st.sampled_from([4, 0, 100]))),
+    )

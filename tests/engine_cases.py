@@ -48,7 +48,7 @@ class LinearCost:
         return (self.base + self.sequence * decode_sequences, self.key) if self.affine else None
 
 
-class _Bounded:
+class Bounded:
     """Another cost, for a bounded number of steps: what would go on for ever fails instead."""
 
     def __init__(self, cost: StepCost, steps: int) -> None:
@@ -104,7 +104,7 @@ class Scenario:
         """Run it on the real engine, and check what holds for every run."""
         engine = dataclasses.replace(self.engine, event_skipping=skipping)
         tokens = sum(r.prompt_tokens + r.output_tokens * r.num_sequences for r in self.requests)
-        cost = _Bounded(self.cost, 20 * (tokens + len(self.requests)))
+        cost = Bounded(self.cost, 20 * (tokens + len(self.requests)))
         result = simulate(
             self.requests,
             self.build,

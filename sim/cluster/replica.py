@@ -25,18 +25,18 @@ class Inbox(Arrivals):
         """Take the arrivals of the whole trace, which are told who has finished."""
         self.next_ps = NEVER
         self._shared = shared
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[tuple[int, Job]] = deque()
 
-    def put(self, job: Job) -> None:
-        """Take in a job that has arrived."""
+    def put(self, job: Job, now_ps: int) -> None:
+        """Take in a job that comes now."""
         if not self._jobs:
-            self.next_ps = job.arrival_ps
-        self._jobs.append(job)
+            self.next_ps = now_ps
+        self._jobs.append((now_ps, job))
 
     def take(self) -> Job:
         """Return the job that has waited longest. There must be one."""
-        job = self._jobs.popleft()
-        self.next_ps = self._jobs[0].arrival_ps if self._jobs else NEVER
+        _, job = self._jobs.popleft()
+        self.next_ps = self._jobs[0][0] if self._jobs else NEVER
         return job
 
     def finished(self, request: Request, now_ps: int) -> None:
@@ -52,7 +52,7 @@ class ClusterReplica(Replica):
     Steps that only decode are planned as one *stretch*, but not taken before its end: until `settle` says that its
     state has to be known at some moment. Then the steps that have begun by then are taken, and the stretch ends with
     the one in progress. Stepping instead of skipping, each step is taken when it begins; `settle` ends the stretch
-    at the same one.
+    at the same one, as a step takes time: one that begins now does not end now.
 
     end_ps         when the stretch in progress ends, as far as is known; NEVER while there is none
     sequences      in flight: of requests that came and have not finished, each sample counted
@@ -97,9 +97,13 @@ class ClusterReplica(Replica):
             return
         job.arrival_ps = arrival_ps
         job.content = content
-        self.sequences += request.num_sequences
-        self.prompt_tokens += request.prompt_tokens
-        self.inbox.put(job)
+        self._accept(job)
+        self.inbox.put(job, arrival_ps)
+
+    def _accept(self, job: Job) -> None:
+        """Count a job that is not rejected among those in flight."""
+        self.sequences += job.samples
+        self.prompt_tokens += job.request.prompt_tokens
 
     def take_arrivals(self, now_ps: int) -> None:
         inbox, waiting = self.inbox, self.scheduler.waiting
@@ -121,6 +125,11 @@ class ClusterReplica(Replica):
         )
 
     # ---------------------------------------------------------------- steps
+
+    @property
+    def next_ps(self) -> int:
+        """Return when something happens here next, as far as is known."""
+        return self.end_ps
 
     def end(self, now_ps: int) -> None:
         """End the stretch if it has come to its end by itself, now; not if somebody may still cut it here."""
@@ -176,7 +185,10 @@ class ClusterReplica(Replica):
             self._settled, self._limit = False, idle
             self.end_ps = now_ps + idle * first + increment * (idle * (idle - 1) // 2)
             return
-        plan = self._plan = self.schedule(now_ps)
+        plan = self.schedule(now_ps)
+        if plan.is_empty:
+            return  # who waits needs room that only a transfer's end makes
+        self._plan = plan
         self._first_ps = self.step_ps(plan)
         self.end_ps = now_ps + self._first_ps
         self._settled = not plan.is_quiet

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from allocator.stats import CacheStats, HostStats
 from sim.records import Columns, RunResult, WeightedTimes
 
 
-def merge(parts: Sequence[RunResult], placed: ArrayLike, wall_s: float) -> RunResult:
+def merge(parts: Sequence[RunResult], wall_s: float) -> RunResult:
     """Return one result of the results of all replicas, which it has as its `replicas`.
-
-    placed  int [requests]: the replica of each request, in trace order; it becomes a column of the requests
 
     The requests are in trace order. The timeline has a column that says whose row it is; its rows are in the order
     in which they began, and of those that began at once, in that of the replicas. The counts of the caches are sums.
@@ -24,7 +22,6 @@ def merge(parts: Sequence[RunResult], placed: ArrayLike, wall_s: float) -> RunRe
     requests: dict[str, NDArray[np.generic]] = _joined([part.requests for part in parts])
     order = np.argsort(requests["request_id"], kind="stable")
     requests = {name: column[order] for name, column in requests.items()}
-    requests["replica"] = np.asarray(placed, dtype=np.int64)
     return RunResult(
         requests=requests,
         timeline=merged_timeline([part.timeline for part in parts]),

@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
+from allocator.content import Content
 from sim.request import Request
 
 
@@ -128,6 +129,52 @@ ROUTING: dict[str, type[RoutingPolicy]] = {
     "longest_prefix": LongestPrefix,
 }
 """Policies by name."""
+
+
+Served = TypeVar("Served", bound="Routable")
+
+
+class Routable(Protocol):
+    """What a router asks of a replica."""
+
+    number: int
+
+    def settle(self, now_ps: int) -> None:
+        """Make the state what it is at this moment, now."""
+        ...
+
+    def view(self, request: Request, content: Content) -> ReplicaView:
+        """Return what a policy sees; the replica must be settled."""
+        ...
+
+
+class Router(Generic[Served]):
+    """A policy, made by its name, in front of some replicas."""
+
+    def __init__(self, routing: str, replicas: Sequence[Served]) -> None:
+        self._policy = make_routing(routing)
+        self._replicas = replicas
+        self._unseen = [ReplicaView.unseen(replica.number) for replica in replicas]
+
+    def route(self, request: Request, content: Content | None, now_ps: int) -> tuple[Served, Content | None]:
+        """Return the replica that gets a request now, and the prompt's content, made if somebody looked at it.
+
+        A single replica gets all, and nobody looks. Raises ValueError if the policy chooses another's view.
+        """
+        replicas, policy = self._replicas, self._policy
+        if len(replicas) == 1:
+            return replicas[0], content
+        views = self._unseen
+        if policy.looks:
+            content = content or request.content()
+            for replica in replicas:
+                replica.settle(now_ps)
+            views = [replica.view(request, content) for replica in replicas]
+        chosen = policy.choose(request, views)
+        for replica, view in zip(replicas, views, strict=True):
+            if view is chosen:
+                return replica, content
+        raise ValueError(f"routing must choose one of the replicas, not {chosen!r}")
 
 
 def check_routing(name: str) -> None:

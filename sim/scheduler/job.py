@@ -21,7 +21,7 @@ class Job:
     generated     tokens sampled so far
     sample        which of the request's samples it is, from 0; the first one goes on where the prompt's job was
     samples       sequences this job still stands for: all samples before the fork, 1 after
-    swapped       its sequence waits in host memory
+    swapped       its sequence waits in host memory, or in another replica
     written       tokens that had KV when the job was preempted: what it computes again is net of new hits
     last_ps       when its last token came, while it is preempted; else -1
 

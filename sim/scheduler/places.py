@@ -22,6 +22,7 @@ class Places:
 
     waiting    the jobs that are to start
     running    those that have started, in the order of starting
+    apart      those that hold blocks but do not run: their KV is on its way from, or to, another replica
     decoding   those of them that decode, in the order of joining the batch, and each one's number in that order
     context    tokens of all decoding sequences
     sequences  running, the samples to come counted
@@ -37,6 +38,7 @@ class Places:
         self.batch = manager.batch()
         self.waiting = make_waiting(config.queue_order, lambda job: self._look_up(job).hit_tokens)
         self.running: dict[Job, None] = {}
+        self.apart: dict[Job, None] = {}
         self.decoding: dict[Job, int] = {}
         self.context = 0
         self.sequences = 0

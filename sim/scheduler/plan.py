@@ -51,6 +51,11 @@ class Plan:
         self.out_of_blocks = self.resumes = False
 
     @property
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to do, so that there is no step."""
+        return not (self.decoding or self.chunks or self.admitted or self.preempted or self.moved)
+
+    @property
     def is_quiet(self) -> bool:
         """Return whether the step only decodes, so that the next may be like it."""
         return not (

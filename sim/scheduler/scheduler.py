@@ -206,7 +206,7 @@ class Scheduler(StepsAlike):
                 chunk = self._windowed.first_chunk(job, match, chunk, running)
                 if not chunk:
                     return
-            elif running:
+            elif running or self.apart:
                 if self._rule.blocks_for(job, match) > self._room_to_admit():
                     return
             elif not manager.can_admit(match, chunk):
