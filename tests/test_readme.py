@@ -111,9 +111,27 @@ def test_the_policy_simulates(policy_folder: Path, monkeypatch: pytest.MonkeyPat
     assert (out / "summary.json").exists()
 
 
+def test_the_routing_policy_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_routing.py").write_text(block("routing"))
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["synthetic", "--num-requests", "50", "--num-replicas", "4", "--no-figures"]
+    routing = ["--routing", "my_routing:SharedFirst"]
+    assert replay([*arguments, *routing, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
 @pytest.mark.parametrize("name", ["requests", "timeline"])
 def test_the_tables_have_these_columns(name: str, tmp_path: Path) -> None:
-    flags = ["synthetic", "--num-requests", "20", "--num-replicas", "2", "--no-figures"]
+    flags = [
+        "synthetic",
+        "--num-requests",
+        "20",
+        "--num-replicas",
+        "2",
+        "--prefill-replicas",
+        "1",
+        "--no-figures",
+    ]
     assert replay([*flags, "--out", str(tmp_path)]) == 0
     table = re.search(rf"\| column of `{name}\.parquet` .*?\n\n", TEXT, flags=re.DOTALL)
     assert table

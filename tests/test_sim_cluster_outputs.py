@@ -145,3 +145,69 @@ def test_the_report_names_the_replicas(tmp_path: Path, capsys: pytest.CaptureFix
     replay([*BASE, "--num-replicas", "2", "--no-figures"], tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "replicas 2, round_robin requests 40 to 40; busy " in said
+
+
+# ------------------------------------------------------------------ prefill and decode apart
+
+
+APART = [*SHARED, *TIGHT, "--num-replicas", "3", "--prefill-replicas", "1", "--routing", "least_loaded"]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("apart") / "out"
+    replay(APART, out)
+    return out
+
+
+def test_transfers_are_in_the_tables_and_in_the_summary(apart: Path) -> None:
+    summary = json.loads((apart / "summary.json").read_text())
+    requests = pl.read_parquet(apart / "requests.parquet").filter(pl.col("decode_replica") >= 0)
+    assert set(requests["decode_replica"]) == {1, 2}
+    assert set(requests["replica"]) == {0}
+    transfers = summary["transfers"]
+    assert transfers["requests"] == requests.height > 0
+    assert transfers["blocks"] == requests["transferred_blocks"].sum()
+    assert transfers["blocks"] + transfers["hit_blocks"] == requests["query_blocks"].sum()
+    took = (requests["transfer_end_ps"] - requests["transfer_start_ps"]).max()
+    assert transfers["transfer_s"]["max"] == took / 1e12
+    # 16 tokens of llama-3-8b are 2 MiB, PCIe 4 at 0.8 of 32 GB/s; the wait for others comes on top.
+    least = requests["transferred_blocks"] * (2**21 / 25.6e9) + 10e-6
+    assert (((requests["transfer_end_ps"] - requests["transfer_start_ps"]) / 1e12) > least - 1e-9).all()
+    roles = [each["role"] for each in summary["replicas"]]
+    assert roles == ["prefill", "decode", "decode"]
+    assert sum(each["finished"] for each in summary["replicas"]) == summary["finished"]
+    assert sum(each["requests"] for each in summary["replicas"][1:]) == requests.height
+    assert summary["replicas"][0]["hit_rate_tokens"] == summary["hit_rate_tokens"] > 0
+    assert summary["replicas"][1]["hit_rate_tokens"] is None
+
+
+def test_a_manifest_reruns_replicas_apart(apart: Path, tmp_path: Path) -> None:
+    replay(["--from-manifest", str(apart / "manifest.json"), "--no-figures"], tmp_path / "a")
+    replay([*APART, "--no-event-skipping", "--no-figures"], tmp_path / "b")
+    for name in TABLES:
+        assert (apart / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+        assert (apart / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_faster_link_transfers_faster(apart: Path, tmp_path: Path) -> None:
+    flags = ["--kv-link-gb-s", "400", "--kv-link-latency-us", "2", "--no-figures"]
+    fast = replay(["--from-manifest", str(apart / "manifest.json"), *flags], tmp_path)
+    slow = json.loads((apart / "summary.json").read_text())
+    assert fast["transfers"]["transfer_s"]["mean"] < slow["transfers"]["transfer_s"]["mean"] / 5
+
+
+def test_a_warm_up_is_taken_off_replicas_apart(apart: Path) -> None:
+    finished = run(Manifest.read(apart / "manifest.json").spec)
+    engine = dataclasses.replace(finished.spec.engine, warm_up_requests=30)
+    late = summarise(finished.result, engine)
+    requests = finished.result.requests
+    assert late["hit_tokens"] == int(np.asarray(requests["hit_tokens"])[30:].sum())
+    assert late["transfers"]["requests"] == int((np.asarray(requests["decode_replica"])[30:] >= 0).sum())
+    assert late["replicas"][0]["hit_rate_tokens"] == late["hit_rate_tokens"]
+
+
+def test_what_cannot_be_apart_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*APART, "--admission", "static_batch", "--out", str(tmp_path / "x")]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: admission (static_batch) must not be static_batch with prefill_replicas\n"

@@ -290,6 +290,7 @@ def test_every_field_is_a_flag(kind: type) -> None:
         "kv_cache_free_gpu_mem_fraction": "0.5",
         "turns_mean": "1.5",
         "routing": "least_loaded",
+        "prefill_replicas": "0",
         "session_tokens_max": "90000",
     }
     part = {GPUOptions: "hardware", ReadOptions: "reading"}.get(

@@ -162,7 +162,7 @@ class DecodeReplica(ClusterReplica):
     def hand_over(self, prefilled: Job, content: Content, now_ps: int) -> Job:
         """Take over from a job of which the prompt is complete; return the job that goes on."""
         request: Request = prefilled.request
-        job = Job(request, request.num_samples)
+        job = Job(request, request.num_sequences)
         if self.scheduler.accepts_arrivals():
             self.settle(now_ps)
         cause = self.scheduler.reject_cause(job)

@@ -212,7 +212,7 @@ class ClusterReplica(Replica):
 
     def end_prefills(self, plan: Plan, now_ps: int) -> None:
         for job in plan.completed:
-            if not job.generated:
+            if job.first_ps < 0:
                 self.prompt_tokens -= job.request.prompt_tokens
         super().end_prefills(plan, now_ps)
 
