@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from cluster_cases import ClusterScenario, Spy, assert_same_cluster, cluster_scenarios, steps_of
-from engine_cases import LinearCost, assert_identical, unlike
+from engine_cases import LinearCost, Scenario, assert_identical, unlike
 from hypothesis import assume, given, settings
 
 from allocator.config import MODEL_PRESETS, BuildConfig
@@ -79,9 +79,9 @@ def _check_engines_of_their_own(scenario: ClusterScenario) -> None:
 def test_one_replica_behind_a_router_is_the_plain_engine(scenario: ClusterScenario) -> None:
     cluster = dataclasses.replace(scenario.cluster, num_replicas=1)
     result = dataclasses.replace(scenario, cluster=cluster).run()
-    fields = {each.name: getattr(scenario, each.name) for each in dataclasses.fields(scenario)}
-    del fields["cluster"]
-    alone = ClusterScenario.__mro__[1](**fields).run()
+    alone = Scenario(
+        **{each.name: getattr(scenario, each.name) for each in dataclasses.fields(Scenario)}
+    ).run()
     same = dataclasses.replace(
         result,
         requests={name: column for name, column in result.requests.items() if name != "replica"},
