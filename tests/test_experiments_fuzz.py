@@ -80,3 +80,18 @@ def test_coverage_is_reported_by_module() -> None:
 def test_bad_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_failure_that_is_not_made_shorter_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fuzz, "shrunk", interrupted)
+    flags = ["--steps", "3000", "--coverage-steps", "0", "--jobs", "1", "--machine", "ReuseMachine"]
+    assert fuzz.main([*flags, "--policy", f"{__name__}:Greedy"]) == 1
+    said = capsys.readouterr()
+    assert "Ctrl-C prints it as it is" in said.err
+    assert said.out.startswith("Found after ")
+    assert "def test_found_by_fuzzing() -> None:" in said.out

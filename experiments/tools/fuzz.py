@@ -69,8 +69,9 @@ class Config:
 
 @dataclass
 class Outcome:
-    """What one run did, and the program it failed with."""
+    """What one run did, and the program it failed with; its steps and seed, to run it again."""
 
+    run: tuple[int, int]
     tally: Tally = field(default_factory=Tally)
     failure: str | None = None
 
@@ -91,21 +92,33 @@ def find_machine(name: str) -> type[ManagerMachine]:
 
 
 def one_run(machine: str, policy: str | None, steps: int, seed: int, program_steps: int) -> Outcome:
-    """Run a machine for about `steps` steps; a failure is found once more, shrunk, and returned."""
-    kind = find_machine(machine)
-    outcome = Outcome()
-    if policy is not None:
-        chosen = policy if ":" not in policy else type(make_policy(policy))
-        kind = type(kind.__name__, (kind,), {"policies": (chosen,)})
+    """Run a machine for about `steps` steps, or until it fails."""
+    outcome = Outcome((steps, seed))
     try:
-        run_machine(kind, steps, seed, steps_per_program=program_steps, tally=outcome.tally)
+        run_machine(
+            _with_policy(machine, policy), steps, seed, steps_per_program=program_steps, tally=outcome.tally
+        )
     except Exception as found:
         outcome.failure = as_test(found, machine, policy)
-        try:
-            run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
-        except Exception as error:
-            outcome.failure = as_test(error, machine, policy)
     return outcome
+
+
+def shrunk(machine: str, policy: str | None, steps: int, seed: int, program_steps: int) -> str | None:
+    """Find the failure of a run once more, and return its program as short as it can be made. Takes minutes."""
+    kind = _with_policy(machine, policy)
+    try:
+        run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
+    except Exception as error:
+        return as_test(error, machine, policy)
+    return None
+
+
+def _with_policy(machine: str, policy: str | None) -> type[ManagerMachine]:
+    kind = find_machine(machine)
+    if policy is None:
+        return kind
+    chosen = policy if ":" not in policy else type(make_policy(policy))
+    return type(kind.__name__, (kind,), {"policies": (chosen,)})
 
 
 def as_test(error: BaseException, machine: str, policy: str | None) -> str:
@@ -231,6 +244,19 @@ def show_coverage(shares: dict[str, float], steps: int, console: Console) -> Non
 # -------------------------------------------------------- the command
 
 
+def shorten(config: Config, failed: Outcome, jobs: int) -> str:
+    """Return a failure's program, shrunk unless that is interrupted."""
+    assert failed.failure is not None
+    notice = Console(stderr=True)
+    notice.print("Making it shorter can take minutes; Ctrl-C prints it as it is.", highlight=False)
+    again = delayed(shrunk)(config.machine, config.policy, *failed.run, config.program_steps)
+    try:
+        # In a process of the kind that found it: what Hypothesis draws depends on the modules that are loaded.
+        return Parallel(n_jobs=min(jobs, 2))([again])[0] or failed.failure
+    except KeyboardInterrupt:
+        return failed.failure
+
+
 def run(config: Config, console: Console) -> int:
     """Fuzz, print, and return the exit status."""
     for name, least in (("steps", 1), ("program_steps", 2), ("seed", 0), ("jobs", 0), ("coverage_steps", 0)):
@@ -247,18 +273,18 @@ def run(config: Config, console: Console) -> int:
         delayed(one_run)(config.machine, config.policy, steps, seed, config.program_steps)
         for steps, seed in todo
     )
-    failure = None
+    failed = None
     for outcome in track(outcomes, "fuzzing", len(todo), console=Console(stderr=True), transient=True):
         merge(total, outcome.tally)
         if outcome.failure is not None:
-            failure = outcome.failure
+            failed = outcome
             break
-    if failure is not None:
+    if failed is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that runs which are still going on are given up
             outcomes.close()
         console.print(f"Found after {total.steps:,} steps:\n", highlight=False)
-        print(failure)
+        print(shorten(config, failed, jobs))
         return 1
     show(total, console)
     console.print(f"{total.steps:,} steps in {total.programs:,} programs, all clean.", highlight=False)
