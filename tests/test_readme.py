@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +120,34 @@ def test_the_routing_policy_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     routing = ["--routing", "my_routing:SharedFirst"]
     assert replay([*arguments, *routing, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_the_policy_is_compared_from_a_folder_of_ones_own(policy_folder: Path) -> None:
+    """With nothing but the README's file there, by the README's command."""
+    (policy_folder / "test_my_policy.py").unlink()
+    rows = [[i % 5, 5 + i % 3, 9 + i % 2] for i in range(60)]
+    (policy_folder / "trace.jsonl").write_text(
+        "".join(
+            json.dumps({"timestamp": i, "input_length": 1500, "output_length": 5, "hash_ids": ids}) + "\n"
+            for i, ids in enumerate(rows)
+        )
+    )
+    (command,) = re.findall(r"\.venv/bin/python -m (experiments\.tools\.serial_replay) TRACE (.*)", TEXT)
+    flags = ["trace.jsonl", *command[1].split(), "--num-blocks", "6"]
+    done = subprocess.run(
+        [sys.executable, "-m", command[0], *flags],
+        capture_output=True,
+        text=True,
+        cwd=policy_folder,
+        env=os.environ | {"PYTHONPATH": str(Path(allocator.__file__).parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    table = [line.replace("│", " ").split() for line in done.stdout.splitlines() if line.startswith("│")]
+    hits = {" ".join(row[:-1]): float(row[-1]) for row in table}
+    assert list(hits) == ["lru", "my_policy:MRU", "belady", "weighted_belady", "offline bound"]
+    assert 0 < hits["my_policy:MRU"] <= hits["offline bound"]
+    assert hits["lru"] < hits["my_policy:MRU"]  # prefixes that come round in a fixed order
 
 
 @pytest.mark.parametrize("name", ["requests", "timeline"])
