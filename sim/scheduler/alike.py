@@ -8,6 +8,7 @@ from sim.cost import StepCost
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.plan import Plan
 from sim.scheduler.preemption import Preemption
+from sim.scheduler.windowed import WindowedRoom
 
 
 class StepsAlike(Preemption):
@@ -18,7 +19,8 @@ class StepsAlike(Preemption):
     ) -> None:
         super().__init__(manager, config, cost)
         self.max_batch_size = build.max_batch_size
-        self._is_windowed = manager.window is not None
+        window = manager.window
+        self._windowed = None if window is None else WindowedRoom(manager, window, config)
         self._closed = False  # a static batch: one of its prompts is computed, and not all its jobs are done
 
     def idle_steps(self) -> int:
@@ -33,7 +35,7 @@ class StepsAlike(Preemption):
             return 0
         manager, batch = self.manager, self.batch
         steps = self.end_tick - batch.tick
-        if self._is_windowed:
+        if self._windowed is not None:
             steps = min(steps, manager.ticks_until_leave(batch))
         if self.window_keys is not None:
             even = self.window_keys.even_ticks(batch.tick)
@@ -69,7 +71,7 @@ class StepsAlike(Preemption):
         """
         steps = self.end_tick - self.batch.tick
         blocks = self._untouched_blocks()
-        if self._is_windowed:  # what leaves a window makes room
+        if self._windowed is not None:  # what leaves a window makes room
             steps = min(steps, self.manager.ticks_until_leave(self.batch))
         if self.window_keys is not None:  # beyond, who has reached a window attends to no more keys
             steps = min(steps, self.window_keys.even_ticks(self.batch.tick))
@@ -81,7 +83,7 @@ class StepsAlike(Preemption):
             match = self.waiting.first.match
             eviction_tells = (
                 self.waiting.order_follows_cache
-                or self._is_windowed  # the next shorter hit may be on blocks that others hold
+                or self._windowed is not None  # the next shorter hit may be on blocks that others hold
                 or (match is not None and match.repeated_blocks)
             )
             if not self._mixed and (self._named or eviction_tells):

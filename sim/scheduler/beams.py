@@ -63,12 +63,14 @@ class Beams:
     A search joined at tick t has generated and kept d tokens at tick t + d. Before its first step nothing changes
     places, as all beams have just come from the prompt, and after its last one nothing does that would matter.
 
-    groups  the first beam's job -> those of all beams
+    groups      the first beam's job -> those of all beams
+    began_anew  whether a search has ever been preempted
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
         self._manager = manager
         self.groups: dict[Job, list[Job]] = {}
+        self.began_anew = False
         self._joined: dict[Job, tuple[int, int]] = {}  # its number in the order of joining, and the tick
         self._count = 0
         self._due: list[

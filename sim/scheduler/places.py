@@ -46,6 +46,7 @@ class Places:
         self.window_keys = WindowKeys(windows) if windows else None
         self.beams = Beams(manager)
         self.end_tick = NO_TICK
+        self._config = config
         self._mixed = config.mixed_steps
         self._rule = make_admission(config, manager)
         self._watermark = int(config.watermark * manager.num_blocks)

@@ -25,31 +25,29 @@ class Preemption(Places):
             raise ValueError(
                 f"preemption ({config.preemption}) needs host memory: host_cache_bytes for a block or more"
             )
-        self._preemption = config.preemption
         self._cost = cost
-        self._choose_victim = VICTIMS[config.victim]
         # Of the batch, some have missed steps: they waited for prompts, or were swapped out.
         self._stalled = False
-        self._searches_anew = False  # whether a beam search has ever been preempted
 
     def _victim(self) -> Job:
         """Return whom to preempt."""
-        if self._searches_anew:
-            return choose_with_beams(self._choose_victim, self.running, self.manager)
-        return self._choose_victim(self.running, self.manager)
+        choose = VICTIMS[self._config.victim]
+        if self.beams.began_anew:
+            return choose_with_beams(choose, self.running, self.manager)
+        return choose(self.running, self.manager)
 
     def _preempt(self, job: Job, plan: Plan) -> None:
         """Take a running job's blocks away; it computes again what it had when it starts next, or finds it swapped."""
         sequence = job.sequence
         assert sequence is not None
         if job.request.beam_width > 1:
-            self._searches_anew = True
+            self.beams.began_anew = True
         if job in self.decoding:
             if job.request.beam_width > 1:
                 self._preempt_beams(self.beams.leave(job), plan)
                 return
             self._leave_batch(job)
-            if self._preemption != "recompute" and self._is_worth_swapping(job):
+            if self._config.preemption != "recompute" and self._is_worth_swapping(job):
                 self._swap_out(job, plan)
                 return
             job.target = job.request.prompt_tokens + job.generated
@@ -88,7 +86,7 @@ class Preemption(Places):
             blocks > tier.host.available or len(self.running) == 1
         ):  # alone, it would come back to the same shortage
             return False
-        if self._preemption == "swap":
+        if self._config.preemption == "swap":
             return True
         assert self._cost is not None, "a cost model says what is cheaper"
         size, again = self.manager.tokens_per_block, job.request.prompt_tokens + job.generated

@@ -40,13 +40,10 @@ class Scheduler(StepsAlike):
                 f"({build.max_batch_size}): a step decodes the whole batch"
             )
         super().__init__(manager, build, config, cost)
-        self._max_num_tokens = build.max_num_tokens
-        self._max_seq_len = build.max_seq_len
-        self._chunked = config.enable_chunked_prefill
+        self._build = build
         # Up to so many tokens at its end, nothing is in the way of a job that decodes a single sample.
         fits = min(build.max_seq_len - 1, manager.num_blocks * manager.tokens_per_block)
-        self._surely_fits = fits if self._chunked and manager.window is None else 0
-        self._static = config.admission == "static_batch"
+        self._surely_fits = fits if config.enable_chunked_prefill and manager.window is None else 0
 
     # ---------------------------------------------------------------- what can be accepted at all
 
@@ -57,11 +54,11 @@ class Scheduler(StepsAlike):
             job.final_blocks = -(-job.final_tokens // manager.tokens_per_block)
             return ""
         job.final_blocks = job.blocks_at_end(manager.tokens_per_block, manager.window)
-        if job.final_tokens >= self._max_seq_len:
+        if job.final_tokens >= self._build.max_seq_len:
             return "exceeds_max_seq_len"
         if job.samples > self.max_batch_size:
             return "exceeds_max_batch_size"
-        if job.target > self._max_num_tokens and not self._chunked:
+        if job.target > self._build.max_num_tokens and not self._config.enable_chunked_prefill:
             return "exceeds_max_num_tokens"
         least = (self._windowed or self._rule).least_blocks(job)
         if job.request.beam_width > 1:
@@ -81,9 +78,9 @@ class Scheduler(StepsAlike):
                 plan.resumes, self._stalled = True, False
             if self.decoding:
                 self._schedule_decodes(plan)
-            self._schedule_prefills(plan, self._max_num_tokens - plan.decoding)
+            self._schedule_prefills(plan, self._build.max_num_tokens - plan.decoding)
         else:
-            self._schedule_prefills(plan, self._max_num_tokens)
+            self._schedule_prefills(plan, self._build.max_num_tokens)
             if plan.chunks:
                 self._stalled = bool(self.decoding)
             else:
@@ -123,7 +120,7 @@ class Scheduler(StepsAlike):
             budget = self._continue_prefills(plan, budget)
         if self.waiting and not plan.preempted:
             self._admit(plan, budget)
-        if self._static and plan.completed:
+        if plan.completed and self._config.admission == "static_batch":
             self._closed = True
 
     # ---------------------------------------------------------------- prompts
@@ -200,7 +197,7 @@ class Scheduler(StepsAlike):
             hits = match.hit_tokens
             left = job.target - hits
             chunk = left if left < budget else budget
-            if chunk < left and not self._chunked and not job.preemptions:
+            if chunk < left and not self._config.enable_chunked_prefill and not job.preemptions:
                 return
             if self._windowed is not None:
                 chunk = self._windowed.first_chunk(job, match, chunk, running)
