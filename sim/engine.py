@@ -14,6 +14,8 @@ from typing import Any
 import simpy
 
 from allocator.config import BuildConfig, CacheConfig
+from allocator.eviction import make_policy
+from allocator.eviction.protecting import protecting
 from allocator.manager import KVCacheManager
 from sim.cost import StepCost
 from sim.recorder import Recorder
@@ -52,7 +54,7 @@ def simulate(
     Raises ValueError if the configuration cannot work or the requests are not in order. A request that can never
     run is rejected, by cause, and the run goes on.
     """
-    manager = make_manager(build, cache, num_blocks, num_host_blocks, engine.events)
+    manager = make_manager(build, cache, num_blocks, num_host_blocks, engine)
     recorder = Recorder(requests, manager, engine.block_map_samples, folder)
     scheduler = Scheduler(manager, build, engine, cost)
     replica = Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
@@ -75,17 +77,23 @@ def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any,
 
 
 def make_manager(
-    build: BuildConfig, cache: CacheConfig, num_blocks: int, num_host_blocks: int, events: bool
+    build: BuildConfig, cache: CacheConfig, num_blocks: int, num_host_blocks: int, engine: EngineConfig
 ) -> KVCacheManager:
     """Return the cache of one replica. Raises ValueError if the configuration cannot work."""
     if build.enable_paged_kv_cache:
+        policy = None
+        if engine.protect_waiting_hits:
+            if cache.window is not None:
+                raise ValueError(f"protect_waiting_hits (True) must be False with a window ({cache.window})")
+            policy = protecting(make_policy(cache.policy))
         return KVCacheManager(
             num_blocks,
             build.tokens_per_block,
             cache,
             num_host_blocks=num_host_blocks,
+            policy=policy,
             lifetimes=True,
-            events=events,
+            events=engine.events,
         )
     if num_host_blocks:
         raise ValueError(f"num_host_blocks ({num_host_blocks}) must be 0 when paging is off")
@@ -95,4 +103,4 @@ def make_manager(
             f"num_blocks ({num_blocks}) of {build.tokens_per_block} tokens must hold one sequence of max_seq_len "
             f"({build.max_seq_len}) when paging is off"
         )
-    return KVCacheManager.contiguous(whole, build.max_seq_len, events=events)
+    return KVCacheManager.contiguous(whole, build.max_seq_len, events=engine.events)

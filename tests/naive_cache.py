@@ -90,6 +90,10 @@ class NaiveCache:
         self.policy = policy
         self.cached: dict[Name, Block] = {}
         self.idle: list[Block] = []  # cached and held by nobody, for the longest time first
+        self.guards: dict[
+            Job, list[Block]
+        ] = {}  # what is not to be evicted for a job's sake, the last to give it up first
+        self.guarded: list[Block] = []  # held by nobody, and guarded: not among the idle
         self.ghosts: dict[Name, None] = {}  # evicted first, first
         self.forgot = False
         self.evicted = 0
@@ -98,7 +102,7 @@ class NaiveCache:
 
     @property
     def available(self) -> int:
-        return self.free + len(self.idle)
+        return self.free + len(self.idle) + len(self.guarded)
 
     def blocks_of(self, tokens: int) -> int:
         return -(-tokens // self.size)
@@ -109,7 +113,29 @@ class NaiveCache:
         self.free -= 1
         return Block(holders=1)
 
+    def guard(self, job: Job, blocks: list[Block]) -> None:
+        """Do not evict these blocks, and those alone, for a job's sake; of all jobs, it is the last to do so."""
+        before = self.guards.pop(job, [])
+        self.guards[job] = blocks
+        for block in blocks:
+            if block in self.idle:
+                self.idle.remove(block)
+                self.guarded.append(block)
+        self._let_go(before)
+
+    def unguard(self, job: Job) -> None:
+        self._let_go(self.guards.pop(job, []))
+
+    def _let_go(self, blocks: list[Block]) -> None:
+        for block in reversed(blocks):
+            if block in self.guarded and not any(block in others for others in self.guards.values()):
+                self.guarded.remove(block)
+                self.idle.append(block)
+
     def _evict(self) -> None:
+        if not self.idle:
+            for job in reversed(list(self.guards)):
+                self.unguard(job)
         parents = {(salt, tokens[: -self.size]) for salt, tokens in self.cached}
         leaves = [block for block in self.idle if block.name not in parents]
         block = leaves[0] if self.policy == "lru" else min(leaves, key=lambda leaf: leaf.number)
@@ -124,8 +150,9 @@ class NaiveCache:
         self.evicted += 1
 
     def hold(self, block: Block) -> None:
-        if block in self.idle:
-            self.idle.remove(block)
+        for unheld in (self.idle, self.guarded):
+            if block in unheld:
+                unheld.remove(block)
         block.holders += 1
 
     def drop(self, block: Block) -> None:
@@ -133,6 +160,8 @@ class NaiveCache:
         if block.holders == 0:
             if block.name is None:
                 self.free += 1
+            elif any(block in blocks for blocks in self.guards.values()):
+                self.guarded.append(block)
             else:
                 self.idle.append(block)
 

@@ -40,6 +40,8 @@ class NaiveEngine:
 
     considered = 128
     """Among how many that wait the longest cached prefix is looked for."""
+    protected = 16
+    """For how many that wait hits are protected."""
 
     def __init__(
         self,
@@ -156,12 +158,12 @@ class NaiveEngine:
 
     def _fits(self, job: Job, match: Match, chunk: int) -> bool:
         cache, hits = self.cache, len(match.hits)
-        idle_hits = sum(block in cache.idle for block in match.hits)
+        idle_hits = sum(block.holders == 0 for block in match.hits)
         if not self.running:
             first = cache.blocks_of(hits * cache.size + chunk)
             return first - hits + idle_hits <= cache.available
         if self.engine.admission != "max_utilization":
-            needed = self._final_blocks(job) + (match.repeated in cache.idle)
+            needed = self._final_blocks(job) + (match.repeated is not None and match.repeated.holders == 0)
             promised = self._outstanding()
         else:
             needed = cache.blocks_of(job.target)
@@ -174,6 +176,8 @@ class NaiveEngine:
         cache = self.cache
         evicted = cache.evicted
         cache.copied_tokens = 0
+        if self.engine.protect_waiting_hits:
+            self._protect()
         self._preempted = 0
         self._short = False
         if self.engine.mixed_steps:
@@ -220,6 +224,21 @@ class NaiveEngine:
         self._finish_step(decoders, prefills, end)
         return end
 
+    def _protect(self) -> None:
+        """Guard the hits of the first that wait, where the order follows the cache of the first that arrived."""
+        ahead = [job for job in self.waiting if job.preemptions]
+        arrived = [job for job in self.waiting if not job.preemptions]
+        if self.engine.queue_order == "priority":
+            arrived.sort(key=lambda job: -job.request.priority)
+        if self.engine.queue_order == "shortest":
+            arrived.sort(key=lambda job: job.request.prompt_tokens + job.request.output_tokens)
+        first = (ahead + arrived)[: self.protected]
+        for job in list(self.cache.guards):
+            if job not in first:
+                self.cache.unguard(job)
+        for job in first:
+            self.cache.guard(job, self.cache.lookup(job, self.prefilling).hits)
+
     def _compute_prompts(self, budget: int, now: int) -> list[tuple[Job, int]]:
         prefills = self._continue_prefills(budget, now)
         if not self._preempted:
@@ -235,10 +254,10 @@ class NaiveEngine:
                 slots = min(cache.size, job.tokens - at * cache.size)
                 written[block] = max(slots, written.get(block, 0))
             written.update(dict.fromkeys(job.path, cache.size))
-        assert cache.free + len(cache.idle) + len(written) == cache.num_blocks
+        assert cache.free + len(cache.idle) + len(cache.guarded) + len(written) == cache.num_blocks
         return {
             "free_blocks": cache.free,
-            "evictable_blocks": len(cache.idle),
+            "evictable_blocks": len(cache.idle) + len(cache.guarded),
             "referenced_blocks": len(written),
             "logical_blocks": sum(len(job.table) for job in self.running),
             "logical_tokens": sum(job.tokens for job in self.running),
@@ -352,6 +371,7 @@ class NaiveEngine:
             for cause, blocks in match.misses.items():
                 self.run.misses[cause] = self.run.misses.get(cause, 0) + blocks
         self.running.append(job)
+        self.cache.unguard(job)
         self.prefilling.append(job)
 
     def _victim(self) -> Job:

@@ -111,7 +111,7 @@ class Cluster:
         self._decoding: list[DecodeReplica] = []
         self._sent: dict[Job, tuple[PrefillReplica, Job]] = {}
         for number in range(cluster.num_replicas):
-            manager = make_manager(build, cache, num_blocks, num_host_blocks, events=False)
+            manager = make_manager(build, cache, num_blocks, num_host_blocks, engine)
             recorder = Recorder(requests, manager, 0)
             self._recorders.append(recorder)
             kind = Scheduler if not apart else PrefillScheduler if number < apart else DecodeScheduler

@@ -33,6 +33,8 @@ class StepsAlike(Preemption):
             return 0
         if self.waiting and self._may_start():
             return 0
+        if self.protection is not None and not self.protection.is_current():
+            return 0
         manager, batch = self.manager, self.batch
         steps = self.end_tick - batch.tick
         if self._windowed is not None:
@@ -62,8 +64,14 @@ class StepsAlike(Preemption):
         return self.sequences + self.waiting.first.samples <= self.max_batch_size
 
     def _untouched_blocks(self) -> int:
-        """Return how many blocks steps may take and still be like the one before: evicting makes some move."""
-        return self._pool.num_free if self._tiered else self._pool.num_free + self._pool.num_evictable
+        """Return how many blocks steps may take and still be like the one before: evicting makes some move, and what
+        is protected is given up at once.
+        """
+        pool = self._pool
+        if self._tiered:
+            return pool.num_free
+        blocks = pool.num_free + pool.num_evictable
+        return blocks if self.protection is None else blocks - self.protection.num_blocks
 
     def quiet_steps(self) -> int:
         """Return how many steps like the one just scheduled, which only decodes, can follow it: until somebody
@@ -77,6 +85,11 @@ class StepsAlike(Preemption):
             steps = min(steps, self.window_keys.even_ticks(self.batch.tick))
         if self.beams.groups:
             steps = min(steps, self.beams.next_tick() - self.batch.tick)
+        if self.protection is not None:
+            if not self.protection.is_settled():
+                return 0
+            if self._named and self.protection:  # what a step fills is protected from the next one on
+                steps = min(steps, 0 if self.batch.starting() else self.batch.ticks_until_fill())
         if self.waiting and self._may_start():
             if self.manager.config.enable_partial_reuse:
                 return 0  # what a step fills can be hit in part in the next
@@ -118,6 +131,8 @@ class StepsAlike(Preemption):
 
     def accepts_arrivals(self) -> bool:
         """Return whether a job that arrives now could be admitted: none waits before it, and the batch has room."""
+        if self.protection is not None and self.protection.takes_arrivals:
+            return True  # if not admitted, then protected
         if self.sequences >= self.max_batch_size or self._closed:
             return False
         return not self.waiting or self.waiting.arrivals_may_lead

@@ -40,6 +40,8 @@ class EngineConfig:
     memory (--host-cache-bytes) while that has room; cheaper, whichever takes less time by the cost model."""
     watermark: float = 0.0
     """Share of the pool that admission leaves free while something is running."""
+    protect_waiting_hits: bool = False
+    """Evict what the first 16 waiting requests would find in the cache only when nothing else can be evicted."""
     slo_ttft_s: float = 2.0
     """Service level: time to first token, seconds."""
     slo_tpot_s: float = 0.1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
+from allocator.eviction.protecting import Protecting
 from allocator.manager import KVCacheManager, PrefixMatch
 from sim.cost import StepCost
 from sim.scheduler.admission import make_admission
 from sim.scheduler.beams import Beams
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
+from sim.scheduler.protection import Protection
 from sim.scheduler.waiting import make_waiting
 from sim.scheduler.window_keys import WindowKeys
 
@@ -29,6 +31,8 @@ class Places:
     window_keys
                keys that they attend to in each of the cost's windows, None if it has none
     beams      the beam searches among those that decode
+    protection
+               of what waiting jobs would hit, if it is wanted
     end_tick   the batch's tick at which the next decoding job has its last token; NO_TICK if none decodes
     """
 
@@ -45,6 +49,9 @@ class Places:
         windows: tuple[int, ...] = getattr(cost, "windows", ())
         self.window_keys = WindowKeys(windows) if windows else None
         self.beams = Beams(manager)
+        self.protection: Protection | None = None
+        if config.protect_waiting_hits and isinstance(manager.pool.policy, Protecting):
+            self.protection = Protection(manager, manager.pool.policy, self.waiting, self._look_up)
         self.end_tick = NO_TICK
         self._config = config
         self._mixed = config.mixed_steps

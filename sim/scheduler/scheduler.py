@@ -73,6 +73,8 @@ class Scheduler(StepsAlike):
         Where blocks are lacking, the jobs that started last are preempted; then nothing is admitted.
         """
         plan = Plan()
+        if self.protection is not None:
+            self.protection.update()
         if self._mixed:
             if self._stalled:
                 plan.resumes, self._stalled = True, False
@@ -212,6 +214,8 @@ class Scheduler(StepsAlike):
             job.sequence = manager.admit(
                 match.content, chunk, match, match.salt, readmission=job.preemptions > 0
             )
+            if self.protection is not None:
+                self.protection.release(job)
             if job.written > hits:
                 job.recomputed_tokens += job.written - hits
             self._final_blocks += job.final_blocks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from heapq import heappop, heappush
-from itertools import islice
+from heapq import heappop, heappush, nsmallest
+from itertools import chain, islice
 from typing import Protocol
 
 from sim.scheduler.job import Job
@@ -27,6 +27,10 @@ class Waiting(Protocol):
     @property
     def first(self) -> Job:
         """Return the job that is to start next. The queue must not be empty."""
+        ...
+
+    def first_few(self, count: int) -> list[Job]:
+        """Return the first `count` jobs in their order; where that follows the cache, those that waited longest."""
         ...
 
     def append(self, job: Job) -> None:
@@ -52,6 +56,9 @@ class FirstCome(deque[Job]):
     def first(self) -> Job:
         return self[0]
 
+    def first_few(self, count: int) -> list[Job]:
+        return list(islice(self, count))
+
     def put_back(self, job: Job) -> None:
         self.appendleft(job)
 
@@ -76,6 +83,10 @@ class Least:
     @property
     def first(self) -> Job:
         return self._preempted[0] if self._preempted else self._heap[0][2]
+
+    def first_few(self, count: int) -> list[Job]:
+        few = list(islice(self._preempted, count))
+        return few + [job for _, _, job in nsmallest(count - len(few), self._heap)]
 
     def append(self, job: Job) -> None:
         self._arrived += 1
@@ -111,6 +122,9 @@ class LongestPrefix:
             if self._preempted
             else max(islice(self._jobs, CONSIDERED), key=self._hit_tokens)
         )
+
+    def first_few(self, count: int) -> list[Job]:
+        return list(islice(chain(self._preempted, self._jobs), count))
 
     def append(self, job: Job) -> None:
         self._jobs[job] = None
