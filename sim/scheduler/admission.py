@@ -21,8 +21,10 @@ class AdmissionRule(ABC):
 
     promises_the_end: ClassVar[bool] = True
 
-    def __init__(self, manager: KVCacheManager) -> None:
+    def __init__(self, manager: KVCacheManager, watermark: float) -> None:
         self._manager = manager
+        self.watermark = int(watermark * manager.num_blocks)
+        """Blocks that admission leaves available while something is running."""
 
     @abstractmethod
     def least_blocks(self, job: Job) -> int:
@@ -93,4 +95,4 @@ _RULES: dict[str, type[AdmissionRule]] = {
 
 def make_admission(config: EngineConfig, manager: KVCacheManager) -> AdmissionRule:
     """Return the rule that `config.admission` names."""
-    return _RULES[config.admission](manager)
+    return _RULES[config.admission](manager, config.watermark)

@@ -56,7 +56,6 @@ class Places:
         self._config = config
         self._mixed = config.mixed_steps
         self._rule = make_admission(config, manager)
-        self._watermark = int(config.watermark * manager.num_blocks)
         self._prefilling: dict[Job, None] = {}  # whose prompts take further steps
         self._final_blocks = 0  # that the running jobs hold at their end
         self._named = 0  # decoding jobs whose output others may find in the cache
@@ -193,7 +192,7 @@ class Places:
                 promised += self.manager.tables.copies_needed(self.batch.unready)
         else:
             promised = self._unfinished_prompts()
-        return self._pool.num_free + self._pool.num_evictable - promised - self._watermark
+        return self._pool.num_free + self._pool.num_evictable - promised - self._rule.watermark
 
     def _unfinished_prompts(self) -> int:
         size = self.manager.tokens_per_block
