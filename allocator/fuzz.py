@@ -27,8 +27,10 @@ with a shadow of the pool:
 
 from __future__ import annotations
 
+import itertools
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -58,6 +60,7 @@ __all__ = [
     "PolicyMachine",
     "QuotaMachine",
     "RetentionMachine",
+    "RetentionSharingMachine",
     "ReuseMachine",
     "SharingMachine",
     "Tally",
@@ -127,6 +130,10 @@ class WindowRetentionMachine(WindowRules, RetentionMachine):
         return 2 + drawn % 8
 
 
+class RetentionSharingMachine(RetentionRules, SharingRules):
+    """Forks, beams and truncated sequences, and how their blocks are to be kept."""
+
+
 class PartialMachine(ReuseRules, EventRules, PartialRules):
     """Hits that end within a block; both ways of partial reuse, blocks of four tokens."""
 
@@ -176,35 +183,42 @@ class AllocatorMachine(
     """Everything at once."""
 
     partials = ("", "", "copy", "steal")
+    weights: ClassVar[Mapping[str, int]] = {
+        "admit": 3,
+        "admit_again": 2,
+        "admit_halves": 2,
+        "admit_retained": 2,
+        "admit_with_match": 5,
+        "append": 3,
+        "append_batch": 4,
+        "come_back": 18,
+        "decode": 3,
+        "extend": 4,
+        "finish_transfers": 24,
+        "fork": 3,
+        "join_or_leave": 5,
+        "part": 6,
+        "pass_time": 8,
+        "press": 4,
+        "race": 2,
+        "readmit": 7,
+        "rebuild": 3,
+        "release": 4,
+        "release_swapped": 26,
+        "reorder_beams": 2,
+        "sample": 3,
+        "serve": 3,
+        "search": 3,
+        "swap_in": 18,
+        "swap_out": 6,
+        "truncate": 3,
+    }
+    """What can seldom be done would hardly be."""
 
 
-_WEIGHTS = {
-    "append": 2,
-    "append_batch": 2,
-    "come_back": 24,
-    "decode": 2,
-    "extend": 2,
-    "finish_transfers": 9,
-    "fork": 2,
-    "join_or_leave": 4,
-    "part": 10,
-    "pass_time": 4,
-    "readmit": 2,
-    "rebuild": 18,
-    "release_swapped": 9,
-    "reorder_beams": 2,
-    "sample": 3,
-    "serve": 2,
-    "set_quota": 4,
-    "swap_in": 14,
-    "swap_out": 4,
-    "truncate": 2,
-}
-"""How often a rule of AllocatorMachine counts among those to choose from: what can seldom be done would hardly be."""
-
-for _name, _times in _WEIGHTS.items():
-    for _again in range(1, _times):
-        setattr(AllocatorMachine, f"{_name}_{_again}", getattr(AllocatorMachine, _name))
+BATCH = 9
+"""Programs of one call of Hypothesis. From the tenth on, it would rather vary those that it has run than draw new ones:
+five in six would do nearly the same as another."""
 
 
 def run_machine(
@@ -226,10 +240,12 @@ def run_machine(
     began = time.perf_counter()
     counted = type(machine.__name__, (machine,), {"tally": tally})
     try:
-        while tally.steps < steps:
-            programs = min(max(1, (steps - tally.steps) // (steps_per_program + 1)), 500)
+        for batch in itertools.count():
+            if tally.steps >= steps:
+                break
+            programs = min(max(1, (steps - tally.steps) // (steps_per_program + 1)), BATCH)
             run_state_machine_as_test(
-                seed(seed_ + tally.steps)(counted),
+                seed(seed_ * 1_000_003 + batch)(counted),
                 settings=settings(
                     max_examples=programs,
                     stateful_step_count=steps_per_program,

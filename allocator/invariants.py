@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
-from allocator.invariants_host import check_host
+from allocator.invariants_host import check_host, check_partition
 from allocator.prefix import Extent
+from allocator.stats import CacheStats
 from allocator.windowed_invariants import check_windowed_sequences, check_windowed_tree
 
 if TYPE_CHECKING:
@@ -32,22 +34,18 @@ def check_invariants(manager: KVCacheManager) -> None:
     for sequence in manager.sequences:
         if sequence.batch is not None and sequence.batch.coasted:
             sequence.batch.catch_up_all()
+    transfers = [] if manager.pool.tier is None else manager.pool.tier.queue.gpu_held()
+    stats = manager.stats()
     if manager.windowed is None:
-        cached = _check_tree(manager)
-        private = _check_sequences(manager)
+        cached = _check_tree(manager, transfers)
+        private = _check_sequences(manager, stats)
     else:
         cached = check_windowed_tree(manager, manager.windowed.index)
-        private = check_windowed_sequences(manager)
+        private = check_windowed_sequences(manager, stats)
     pool = manager.pool
 
     free = pool.free_ids().tolist()
-    owners = Counter(free)
-    owners.update(list(cached))
-    owners.update(list(private))
-    owners.update(list(pool.limbo))
-    twice = [block for block, count in owners.items() if count > 1]
-    assert not twice, f"blocks {twice} are in two states at once"
-    assert set(owners) == set(range(pool.num_blocks)), f"{pool.num_blocks - len(owners)} blocks are lost"
+    check_partition(pool.num_blocks, "blocks", free, cached, private, pool.limbo)
     assert len(free) == pool.num_free
     reused = manager.tables.copies.blocks().intersection(free)
     assert not reused, f"blocks {sorted(reused)} are free, but still to be copied"
@@ -60,11 +58,10 @@ def check_invariants(manager: KVCacheManager) -> None:
         pool.partial.check()
     manager._prefilling.check()
 
-    _check_saved(manager)
+    _check_saved(manager, stats, cached)
 
     evictable = sum(1 for extent in cached.values() if not extent.references)
     assert pool.num_evictable == evictable, f"{evictable} blocks are evictable, not {pool.num_evictable}"
-    transfers = [] if pool.tier is None else pool.tier.queue.gpu_held()
     needed = Counter(each for held in transfers for each in manager.index.held_with(held))
     transferred = sum(len(extent.ids) for extent in needed if extent.references == needed[extent])
     in_transfer = len(pool.limbo) + transferred
@@ -77,15 +74,11 @@ def check_invariants(manager: KVCacheManager) -> None:
         check_host(manager, pool.tier)
 
 
-def _check_tree(manager: KVCacheManager) -> dict[int, Extent]:
+def _check_tree(manager: KVCacheManager, transfers: Iterable[Extent]) -> dict[int, Extent]:
     """Check the shape of the tree and its references; return the extent of each cached block."""
-    references: Counter[Extent] = Counter()
-    for sequence in manager.sequences:
-        references.update(sequence.anchor.path())
-    for held in manager.tables.copies.held_extents():
-        references.update(held.path())
-    for held in manager.pool.tier.queue.gpu_held() if manager.pool.tier is not None else []:
-        references.update(held.path())
+    anchors = [sequence.anchor for sequence in manager.sequences]
+    anchors += [*manager.tables.copies.held_extents(), *transfers]
+    references = Counter(extent for anchor in anchors for extent in anchor.path())
 
     cached: dict[int, Extent] = {}
     ghosts = 0
@@ -118,7 +111,7 @@ def _check_tree(manager: KVCacheManager) -> dict[int, Extent]:
     return cached
 
 
-def _check_sequences(manager: KVCacheManager) -> Counter[int]:
+def _check_sequences(manager: KVCacheManager, stats: CacheStats) -> Counter[int]:
     """Check each table against tree and content; return how many tables hold each private block."""
     size = manager.tokens_per_block
     private: Counter[int] = Counter()
@@ -158,24 +151,21 @@ def _check_sequences(manager: KVCacheManager) -> Counter[int]:
         for tenant in manager.quotas:
             used = sum(len(s.table) for s in manager.sequences if s.tenant is tenant)
             assert tenant.blocks == used, f"tenant {tenant.name!r} uses {used} blocks, not {tenant.blocks}"
-    stats = manager.stats()
     assert (stats.logical_blocks, stats.logical_tokens) == (blocks, tokens), "logical counts are off"
     assert set(manager.tables.twinned) == {s for s in manager.sequences if s.twins}
     return private
 
 
-def _check_saved(manager: KVCacheManager) -> None:
+def _check_saved(manager: KVCacheManager, stats: CacheStats, cached: Container[int]) -> None:
     """Compare what sharing saves with a recount of the blocks in tables, and of the slots written in them."""
     size = manager.tokens_per_block
-    cached = {block for extent in manager.index.extents() for block in extent.ids}
     written: dict[int, int] = {}
     for sequence in manager.sequences:
-        unwritten = -sequence.num_tokens % size  # slots of its last block
-        for position, block in enumerate(sequence.table, 1):
-            is_last = position == len(sequence.table)
-            slots = size - unwritten if is_last and block not in cached else size
-            written[block] = max(slots, written.get(block, 0))
-    stats = manager.stats()
+        *whole, last = sequence.table
+        for block in whole:
+            written[block] = size
+        slots = size if last in cached else size - -sequence.num_tokens % size
+        written[last] = max(slots, written.get(last, 0))
     saved = stats.logical_blocks - len(written), stats.logical_tokens - sum(written.values())
     assert (stats.saved_blocks, stats.saved_tokens) == saved, f"{saved} blocks and tokens are saved"
     assert manager.saved_blocks == stats.saved_blocks

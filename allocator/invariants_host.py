@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from allocator.prefix import Extent
@@ -10,6 +11,16 @@ from allocator.tiers import HostTier
 
 if TYPE_CHECKING:
     from allocator.manager import KVCacheManager
+
+
+def check_partition(num_blocks: int, name: str, *kinds: Iterable[int]) -> None:
+    """Raise AssertionError unless each block from 0 on is in exactly one of these."""
+    owned = [block for kind in kinds for block in kind]
+    found = set(owned)
+    if len(found) < len(owned):
+        twice = [block for block, count in Counter(owned).items() if count > 1]
+        raise AssertionError(f"{name} {twice} are in two states at once")
+    assert found == set(range(num_blocks)), f"{num_blocks - len(found)} {name} are lost"
 
 
 def check_host(manager: KVCacheManager, tier: HostTier) -> None:
@@ -29,14 +40,7 @@ def check_host(manager: KVCacheManager, tier: HostTier) -> None:
     private = _check_swapped(manager, tier)
     host = tier.host
 
-    free = host.free_ids().tolist()
-    owners = Counter(free)
-    owners.update(list(held))
-    owners.update(private)
-    owners.update(list(host.limbo))
-    twice = [block for block, count in owners.items() if count > 1]
-    assert not twice, f"host blocks {twice} are in two states at once"
-    assert set(owners) == set(range(host.num_blocks)), f"{host.num_blocks - len(owners)} host blocks are lost"
+    check_partition(host.num_blocks, "host blocks", host.free_ids().tolist(), held, private, host.limbo)
 
     evictable = sum(1 for extent in held.values() if not extent.ids and not extent.host_references)
     assert host.num_evictable == evictable, f"{evictable} host blocks are evictable, not {host.num_evictable}"
@@ -56,12 +60,9 @@ def check_host(manager: KVCacheManager, tier: HostTier) -> None:
 
 def _check_tree(manager: KVCacheManager, tier: HostTier) -> dict[int, Extent]:
     """Check the tree as far as the host is concerned; return the extent of each host block in it."""
-    references: Counter[Extent] = Counter()
     windowed = manager.windowed is not None
-    for sequence in tier.swapped:
-        references.update(manager.tables.held_extents(sequence))
-    for extent in tier.queue.host_held():
-        references.update(manager.index.held_with(extent))
+    references = Counter(each for s in tier.swapped for each in manager.tables.held_extents(s))
+    references.update(each for extent in tier.queue.host_held() for each in manager.index.held_with(extent))
     held: dict[int, Extent] = {}
     evictable = []
     for extent in manager.index.extents():

@@ -143,17 +143,19 @@ class KVCacheManager(Swapping):
     def stats(self) -> CacheStats:
         """Return a snapshot of counters and block states. O(blocks shared by a fork)."""
         pool, counts = self.pool, self._lookups
-        kv_tokens, aside = self.kv_tokens, blocks_in_no_table(self.tables)
+        in_transfer = pool.num_in_transfer
+        referenced = pool.num_blocks - pool.num_free - pool.num_evictable - in_transfer
+        kv_tokens, aside = self._kv_tokens(referenced), blocks_in_no_table(self.tables)
         return CacheStats(
             num_blocks=pool.num_blocks,
             tokens_per_block=self.tokens_per_block,
             free_blocks=pool.num_free,
             evictable_blocks=pool.num_evictable,
-            referenced_blocks=pool.num_referenced,
-            in_transfer_blocks=pool.num_in_transfer,
+            referenced_blocks=referenced,
+            in_transfer_blocks=in_transfer,
             logical_blocks=self._logical_blocks,
             logical_tokens=self._logical_tokens,
-            saved_blocks=self._logical_blocks - pool.num_referenced + aside,
+            saved_blocks=self._logical_blocks - referenced + aside,
             saved_tokens=self._logical_tokens - kv_tokens + aside * self.tokens_per_block,
             kv_tokens=kv_tokens,
             query_tokens=counts.query_tokens,
@@ -178,6 +180,9 @@ class KVCacheManager(Swapping):
         Only last blocks are partly written. Where tables share them, a block is written as far as its
         furthest holder goes.
         """
+        return self._kv_tokens(self.pool.num_referenced)
+
+    def _kv_tokens(self, referenced: int) -> int:
         size, pool = self.tokens_per_block, self.pool
         unwritten = self._logical_blocks * size - self._logical_tokens
         if pool.shared or self._truncated:
@@ -190,7 +195,7 @@ class KVCacheManager(Swapping):
                 for position in sequence.twins:
                     least.pop(sequence.table[sequence.index_of(position)], None)
             unwritten = sum(least.values())
-        return pool.num_referenced * size - unwritten
+        return referenced * size - unwritten
 
     def check_invariants(self) -> None:
         """Recount everything from tables and tree. Raises AssertionError where a counter disagrees.

@@ -202,13 +202,13 @@ class Oracle(Recount):
     def flush(self) -> bool:
         """Run the step being scheduled: transfers, copies, then writes; return whether there were any but writes."""
         moved = self.host.run()
-        copies = [tuple(map(int, row)) for row in self.manager.pending_copies()]
+        copies = self.manager.pending_copies().tolist()
         sources, destinations = {c[0] for c in copies}, [c[1] for c in copies]
         assert len(set(destinations)) == len(destinations), f"{copies} writes a block twice"
         assert not sources & set(destinations), f"{copies} reads what it writes"
         self.copies += len(copies)
         self.copied_tokens += sum(valid for _, _, valid in copies)
-        self.shadow.copy([(source, destination, valid) for source, destination, valid in copies])
+        self.shadow.copy(copies)
         for _, slots, states in self.writes:
             self.shadow.write(slots, states)
         self.writes.clear()
@@ -259,13 +259,15 @@ class Oracle(Recount):
     def check_all(self) -> None:
         """Check everything that holds after every operation; run the step unless it is to stay open."""
         self.manager.check_invariants()
-        if self.hold:
+        between_steps = not self.hold
+        if not between_steps:
             self.hold -= 1
-        else:
-            if self.flush():
-                self.manager.check_invariants()
-            self.check_reads()
-        self.check_counters()
+        elif self.flush():
+            self.manager.check_invariants()
+        look = self.look()
+        if between_steps:
+            self.check_reads(look)
+        self.check_counters(look)
 
     def drain(self) -> None:
         """Release all, and see that nothing is left; add to the tally."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 from allocator.manager import PrefixMatch
@@ -16,6 +17,46 @@ from allocator.oracle_tiers import HostOracle
 from allocator.oracle_windows import WindowOracle
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, ShadowKV, State
+from allocator.stats import CacheStats
+
+
+class Look:
+    """What a manager shows at one moment, each thing looked up once: while it is looked at, nothing changes."""
+
+    def __init__(self, oracle: Recount) -> None:
+        self._oracle = oracle
+        self.tables = {sequence: oracle.table(sequence) for sequence in oracle.stories}
+        self.distinct = {block for table in self.tables.values() for block in table}
+        self.cached = oracle.cached_blocks()
+
+    @cached_property
+    def stats(self) -> CacheStats:
+        """Return what the manager counted."""
+        stats: CacheStats = self._oracle.manager.stats()
+        return stats
+
+    @cached_property
+    def positions(self) -> dict[KVSequence, list[int]]:
+        """Return the positions that each sequence holds."""
+        return {sequence: self._oracle.held_positions(sequence) for sequence in self.tables}
+
+    @cached_property
+    def states(self) -> dict[State, int]:
+        """Return which history each cached block ends. Only between steps."""
+        oracle, found = self._oracle, dict[State, int]()
+        for block in self.cached:
+            state = oracle.shadow.block(block)
+            assert state, f"block {block} is cached, but does not hold one prefix"
+            assert state not in found or not oracle.reuse, f"blocks {block} and {found[state]} cache the same"
+            found[state] = block
+        return found
+
+    def available(self) -> tuple[int, int]:
+        """Recount (free, evictable) from tables and content. Only between steps, and with nothing in flight."""
+        oracle = self._oracle
+        held = oracle.held_states()
+        idle = [block for block in self.cached - self.distinct if oracle.shadow.block(block) not in held]
+        return oracle.num_blocks - len(self.distinct | self.cached | oracle.host.gpu_ends()), len(idle)
 
 
 class Recount(WindowOracle):
@@ -54,25 +95,20 @@ class Recount(WindowOracle):
 
     def table(self, sequence: KVSequence) -> list[int]:
         """Return a sequence's block table."""
-        return list(map(int, sequence.block_table))
+        found: list[int] = sequence.block_table.tolist()
+        return found
+
+    def look(self) -> Look:
+        """Return a look at the manager as it is now."""
+        return Look(self)
 
     def cached_states(self) -> dict[State, int]:
         """Return which history each cached block ends. Only between steps."""
-        found: dict[State, int] = {}
-        for block in self.cached_blocks():
-            state = self.shadow.block(block)
-            assert state, f"block {block} is cached, but does not hold one prefix"
-            assert state not in found or not self.reuse, f"blocks {block} and {found[state]} cache the same"
-            found[state] = block
-        return found
+        return self.look().states
 
     def available(self) -> tuple[int, int]:
         """Recount (free, evictable) from tables and content. Only between steps, and with nothing in flight."""
-        tables = {block for sequence in self.stories for block in self.table(sequence)}
-        held = self.held_states()
-        cached = self.cached_blocks()
-        idle = [block for block in cached - tables if self.shadow.block(block) not in held]
-        return self.num_blocks - len(tables | cached | self.host.gpu_ends()), len(idle)
+        return self.look().available()
 
     def longest_hit(self, prompt: Prompt, salt: Hashable) -> tuple[int, list[int | None]]:
         """Return how many blocks a lookup has to hit, and those of them it needs, None for one on the host.
@@ -144,35 +180,35 @@ class Recount(WindowOracle):
             return True
         return any(self.shadow.block_before(self.shadow.block(other)) == state for other in cached)
 
-    def check_reads(self) -> None:
+    def check_reads(self, look: Look | None = None) -> None:
         """Let every sequence read all it said, and recount the blocks. Only between steps."""
+        look = look or self.look()
         for sequence, story in self.stories.items():
-            table = self.table(sequence)
+            table, positions = look.tables[sequence], look.positions[sequence]
             assert sequence.num_tokens == story.length
-            positions = self.held_positions(sequence)
             assert len(table) == -(-len(positions) // self.size), (
                 f"{sequence} holds other blocks than it needs"
             )
             found = self.shadow.read(table, len(positions))
-            assert found == [story.states[p] for p in positions], f"{sequence} reads the KV of other tokens"
+            wanted = story.states if len(positions) == story.length else [story.states[p] for p in positions]
+            assert found == wanted, f"{sequence} reads the KV of other tokens"
             if self.window is not None:
                 self.check_window(sequence, found)
-        self.cached_states()
-        stats = self.manager.stats()
-        free, evictable = self.available()
+        stats = look.stats
+        free, evictable = look.available()
         assert stats.free_blocks == free
         if self.host.in_flight:
             assert evictable - self.host.most_held() <= stats.evictable_blocks <= evictable
         else:
             assert stats.evictable_blocks == evictable
             assert stats.in_transfer_blocks == 0
-        self.host.check()
+        self.host.check(look.states)
         assert stats.cow_copies + stats.partial_copies == self.copies
         assert stats.cow_tokens + stats.partial_copied_tokens == self.copied_tokens
 
-    def check_counters(self) -> None:
+    def check_counters(self, look: Look) -> None:
         """Compare the counters with a recount."""
-        stats = self.manager.stats()
+        stats, tables = look.stats, look.tables
         blocks = [
             stats.free_blocks,
             stats.evictable_blocks,
@@ -181,24 +217,22 @@ class Recount(WindowOracle):
         ]
         assert sum(blocks) == stats.num_blocks == self.num_blocks
         assert self.manager.available_blocks == stats.free_blocks + stats.evictable_blocks
-        tables = {sequence: self.table(sequence) for sequence in self.stories}
         assert stats.logical_blocks == sum(map(len, tables.values()))
-        tokens = {sequence: len(self.held_positions(sequence)) for sequence in self.stories}
+        tokens = {sequence: len(positions) for sequence, positions in look.positions.items()}
         assert stats.logical_tokens == sum(tokens.values())
-        distinct = {block for table in tables.values() for block in table}
-        assert stats.saved_blocks == stats.logical_blocks - len(distinct)
-        written = {
-            block * self.size + i: None
-            for sequence, table in tables.items()
-            for p, block in enumerate(table)
-            for i in range(min(self.size, tokens[sequence] - p * self.size))
-        }
+        assert stats.saved_blocks == stats.logical_blocks - len(look.distinct)
+        written: dict[int, int] = {}  # tokens of each block in a table
+        for sequence, table in tables.items():
+            *whole, last = table
+            written.update(dict.fromkeys(whole, self.size))
+            written[last] = max(tokens[sequence] - len(whole) * self.size, written.get(last, 0))
         held = self.num_blocks - sum(blocks[:2]) - blocks[3]
-        assert len(written) <= stats.kv_tokens <= held * self.size
-        if held == len({slot // self.size for slot in written}) and not self.cached_blocks() & {
-            table[-1] for s, table in tables.items() if self.stories[s].length % self.size
-        }:
-            assert stats.kv_tokens == len(written)
+        slots = sum(written.values())
+        assert slots <= stats.kv_tokens <= held * self.size
+        if held == len(written) and not any(
+            tables[s][-1] in look.cached for s, story in self.stories.items() if story.length % self.size
+        ):
+            assert stats.kv_tokens == slots
         assert (stats.query_tokens, stats.query_blocks) == (self.queried_tokens, self.queried_blocks)
         assert (stats.hit_tokens, stats.hit_blocks) == (self.hit_tokens, self.hit_blocks)
         assert sum(stats.miss_blocks.values()) == self.queried_blocks - self.hit_blocks

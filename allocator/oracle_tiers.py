@@ -6,7 +6,7 @@ order. Which blocks are moved and why is the manager's business; that everybody 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from allocator.sequence import KVSequence
@@ -76,6 +76,8 @@ class HostOracle:
     def run(self) -> bool:
         """Execute the pending transfers; return whether there were any."""
         if not self.num_blocks:
+            return False
+        if not self.pending:  # nor are there arrays to be made
             return False
         transfers = self.manager.pending_swaps()
         outs, ins = transfers.swap_outs.tolist(), transfers.swap_ins.tolist()
@@ -172,8 +174,8 @@ class HostOracle:
                 state = self.shadow.block_before(state)
         return found
 
-    def check(self) -> None:
-        """Check everything on the host. Only between steps."""
+    def check(self, on_gpu: Mapping[State, int]) -> None:
+        """Check everything on the host, given which histories the GPU has cached. Only between steps."""
         if not self.num_blocks:
             return
         for each in self.in_flight:
@@ -190,9 +192,10 @@ class HostOracle:
                 f"{sequence} was not kept on the host"
             )
             assert not self.oracle.table(sequence), f"{sequence} is swapped out, but has GPU blocks"
-        cached, states = self.cached_blocks(), self.states()
+        states = self.states()
+        cached = set(states.values()) if oracle.reuse else self.cached_blocks()
         if oracle.reuse and oracle.window is None:
-            reachable = oracle.cached_states().keys() | states.keys()
+            reachable = on_gpu.keys() | states.keys()
             for state in states:
                 before = self.shadow.block_before(state)
                 assert before in reachable or self.shadow.is_root(before), (
@@ -207,7 +210,7 @@ class HostOracle:
             assert stats.in_transfer_blocks == 0
             assert stats.evictable_blocks == len(cached - tables)
             both = [state for state, block in states.items() if block not in tables]
-            assert not oracle.reuse or not oracle.cached_states().keys() & set(both), "held by both tiers"
+            assert not oracle.reuse or not on_gpu.keys() & set(both), "held by both tiers"
         assert stats.offloaded_blocks + stats.swapped_out_blocks == self.moved_out
         assert stats.onboarded_blocks + stats.swapped_in_blocks == self.moved_in
 

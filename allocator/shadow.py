@@ -66,7 +66,7 @@ class ShadowKV:
         for slot, state in zip(slots, states, strict=True):
             self._slots[slot] = state
 
-    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
+    def copy(self, copies: Iterable[Sequence[int]]) -> None:
         """Execute a copy list as parallel kernels would: all reads before all writes."""
         size = self.tokens_per_block
         moved = {

@@ -249,7 +249,10 @@ class HostTier:
 
     def num_gpu_blocks_held(self) -> int:
         """Return how many cached GPU blocks only transfers hold."""
-        held = self._references(self.queue.gpu_held())
+        extents = self.queue.gpu_held()
+        if not extents:
+            return 0
+        held = self._references(extents)
         return sum(len(extent.ids) for extent, count in held.items() if extent.references == count)
 
     def stats(self) -> HostStats:
@@ -275,7 +278,4 @@ class HostTier:
 
     def _references(self, extents: Iterable[Extent]) -> Counter[Extent]:
         """Return how often holding these extents, each with its path, counts on each extent."""
-        counts: Counter[Extent] = Counter()
-        for extent in extents:
-            counts.update(self.index.held_with(extent))
-        return counts
+        return Counter(each for extent in extents for each in self.index.held_with(extent))

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from allocator.prefix import Extent
+from allocator.stats import CacheStats
 from allocator.windowed_index import WindowedIndex
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def check_windowed_tree(manager: KVCacheManager, index: WindowedIndex) -> dict[i
     return cached
 
 
-def check_windowed_sequences(manager: KVCacheManager) -> Counter[int]:
+def check_windowed_sequences(manager: KVCacheManager, stats: CacheStats) -> Counter[int]:
     """Check each table against tree and content; return how many tables hold each private block.
 
     - a table has the sinks' blocks, and those after what has left, which no later query needs;
@@ -91,7 +92,8 @@ def check_windowed_sequences(manager: KVCacheManager) -> Counter[int]:
         assert sequence.history.keys(0, full) == keys[: full * sequence.history.key_width], (
             f"{sequence} is anchored at other content"
         )
-        positions = [p for p in range(left + len(table)) if not 0 <= p - window.sink_blocks < left]
+        sinks = window.sink_blocks
+        positions = [*range(sinks), *range(sinks + left, left + len(table))] if left else [*range(len(table))]
         for at, (position, block) in enumerate(zip(positions, table, strict=True)):
             assert sequence.index_of(position) == at
             if position >= anchored or position in sequence.twins:
@@ -104,6 +106,5 @@ def check_windowed_sequences(manager: KVCacheManager) -> Counter[int]:
         batch = sequence.batch
         if batch is not None and sequence not in batch.unready:
             assert manager.tables.shared_tail(sequence) is None, f"{sequence} would write to a shared block"
-    stats = manager.stats()
     assert (stats.logical_blocks, stats.logical_tokens) == (blocks, tokens), "logical counts are off"
     return private

@@ -49,6 +49,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print which machine found each planted bug, and after how many steps."""
+    reports = [each for found in terminalreporter.stats.values() for each in found]
+    properties = [each for report in reports for each in getattr(report, "user_properties", ())]
+    lines = dict.fromkeys(value for name, value in properties if name == "planted bug")
+    if lines:
+        terminalreporter.section("planted bugs")
+        for line in lines:
+            terminalreporter.line(str(line))
+
+
 @pytest.fixture(scope="session")
 def traces_dir(request: pytest.FixtureRequest) -> Path:
     """Return the folder of public traces, or skip: the project ships none of them."""

@@ -11,6 +11,7 @@ from allocator.fuzz import (
     PolicyMachine,
     QuotaMachine,
     RetentionMachine,
+    RetentionSharingMachine,
     ReuseMachine,
     SharingMachine,
     TierMachine,
@@ -35,6 +36,7 @@ TestWindowTier = WindowTierMachine.TestCase
 TestQuota = QuotaMachine.TestCase
 TestPolicy = PolicyMachine.TestCase
 TestRetention = RetentionMachine.TestCase
+TestRetentionSharing = RetentionSharingMachine.TestCase
 
 
 def test_a_run_counts_what_it_did() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from allocator.eviction import LRU
+from allocator.fuzz import Tally
 from allocator.prefix import Extent
 from experiments.tools import fuzz
 
@@ -54,6 +56,11 @@ def test_the_program_that_is_printed_fails_when_pasted(capsys: pytest.CaptureFix
     assert callable(test)
     with pytest.raises((ValueError, AssertionError)):
         test()
+
+
+def test_what_is_hardly_done_is_pointed_out() -> None:
+    tally = Tally(steps=1000, operations=Counter({"admit": 10, "swap in": 9}))
+    assert fuzz.rare(tally) == ["swap in was done in 0.90% of the steps, less than 1%"]
 
 
 def test_coverage_is_reported_by_module() -> None:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from allocator.oracle import MAX_LIVE, Oracle
+from allocator.rules.operation import Call, Operation, calls, operation, operations_of, switched_off
 from allocator.sequence import KVSequence
 from allocator.shadow import PromptSpec
+
+
+def symbols_up_to(longest: int) -> st.SearchStrategy[list[int]]:
+    """Return a strategy for lists of zeros and ones, of all lengths alike. It draws once: draws cost most of a step."""
+    lengths = [[list(each) for each in product((0, 1), repeat=length)] for length in range(1, longest + 1)]
+    return st.sampled_from([each for lists in lengths for each in lists * (2**longest // len(lists))])
+
 
 PROMPTS = st.builds(
     PromptSpec,
     kind=st.sampled_from(["runs", "tokens", "chunks", "unique"]),
-    symbols=st.lists(st.integers(0, 1), min_size=1, max_size=4),
+    symbols=symbols_up_to(4),
     cut=st.integers(0, 3),
     named=st.booleans(),
     granularity=st.sampled_from([1, 2, 3, 4, 6]),
@@ -26,11 +36,26 @@ SOME = st.integers(1, 9)
 WAITS = st.sampled_from([0, 0, 0, 2, 4])
 CHUNKS = st.sampled_from([1, 2, 3, 5, 9, 99])
 FEW = st.sampled_from([1, 1, 1, 2, 3, 5])
-TOKEN_BITS = st.none() | st.integers(0, 15)
+TOKEN_BITS = st.sampled_from([*[None] * 12, *range(16)])
+PARENTS = st.tuples(INDEX, INDEX, INDEX, INDEX)
 
 
 class ManagerMachine(Oracle, RuleBasedStateMachine):
-    """The rules without which nothing happens; see `Oracle` for what a subclass may replace."""
+    """The operations without which nothing happens; see `Oracle` for what a subclass may replace."""
+
+    weights: ClassVar[Mapping[str, int]] = {}
+    """How often an operation counts among those to choose from, if not once."""
+    operations: ClassVar[dict[str, Operation]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.operations = operations_of(cls)
+
+    @rule(call=calls())
+    def do(self, call: Call | None) -> None:
+        """Do what was drawn. In a program that is pasted, it has been done when it gets here."""
+        if call is not None:
+            getattr(self, call.name)(**call.arguments)
 
     @initialize(
         num_blocks=st.integers(3, 12),
@@ -44,6 +69,7 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         partial=st.integers(0, 11),
         window=st.integers(0, 15),
         num_sinks=st.integers(0, 3),
+        without=switched_off(always=("admit",)),
     )
     def start(
         self,
@@ -58,8 +84,14 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         partial: int = 0,
         window: int = 0,
         num_sinks: int = 0,
+        without: Sequence[str] = (),
     ) -> None:
-        """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`."""
+        """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`.
+
+        Operations named in `without` are not drawn.
+        """
+        names = [name for name in self.operations if name not in without]
+        self.slots = [self.operations[name] for name in names for _ in range(self.weights.get(name, 1))]
         chosen = self.choose_window(window)
         self.begin(
             num_blocks, tokens_per_block, reuse, policy, ghosts, log, host_blocks, partial, chosen, num_sinks
@@ -89,23 +121,22 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         if hasattr(self, "manager") and sys.exc_info()[0] is None:
             self.drain()
 
-    @precondition(lambda self: len(self.stories) < MAX_LIVE)
-    @rule(prompt=PROMPTS, salt=SALTS, chunk=CHUNKS)
+    @operation(when=lambda self: len(self.stories) < MAX_LIVE, prompt=PROMPTS, salt=SALTS, chunk=CHUNKS)
     def admit(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
         """Admit a new prompt."""
         made = self.learn(prompt.make(self.size))
         self.admit_prompt(made, salt, chunk)
         self.did("admit")
 
-    @precondition(lambda self: self.prompts and len(self.stories) < MAX_LIVE)
-    @rule(index=INDEX, salt=SALTS, chunk=CHUNKS)
+    @operation(
+        when=lambda self: self.prompts and len(self.stories) < MAX_LIVE, index=INDEX, salt=SALTS, chunk=CHUNKS
+    )
     def admit_again(self, index: int, salt: str, chunk: int) -> None:
         """Admit a prompt that was seen before."""
         self.admit_prompt(self.prompts[index % len(self.prompts)], salt, chunk)
         self.did("admit again")
 
-    @precondition(lambda self: not all(self.complete(s) for s in self.stories))
-    @rule(index=INDEX, count=SOME)
+    @operation(when=lambda self: not all(self.complete(s) for s in self.stories), index=INDEX, count=SOME)
     def extend(self, index: int, count: int) -> None:
         """Prefill the next chunk of a prompt."""
         sequence = self.live(index, lambda s: not self.complete(s))
@@ -113,8 +144,13 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
             self.prefill(sequence, count)
             self.did("extend")
 
-    @precondition(lambda self: any(self.alone(s) for s in self.stories))
-    @rule(chosen=st.integers(1, 2**MAX_LIVE - 1), count=FEW, bits=TOKEN_BITS, wait=WAITS)
+    @operation(
+        when=lambda self: any(self.alone(s) for s in self.stories),
+        chosen=st.integers(1, 2**MAX_LIVE - 1),
+        count=FEW,
+        bits=TOKEN_BITS,
+        wait=WAITS,
+    )
     def append(self, chosen: int, count: int, bits: int | None, wait: int) -> None:
         """Decode some of the sequences that are in no batch, the later ones first every other time."""
         ready = [s for s in self.stories if self.alone(s)]
@@ -125,15 +161,13 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
             self.append_to(sequences, count, bits, wait)
             self.did("append")
 
-    @precondition(lambda self: any(self.alone(s) for s in self.stories))
-    @rule(bits=TOKEN_BITS, wait=WAITS)
+    @operation(when=lambda self: any(self.alone(s) for s in self.stories), bits=TOKEN_BITS, wait=WAITS)
     def decode(self, bits: int | None, wait: int) -> None:
         """Let all sequences that are in no batch go on by a token."""
         self.append_to([s for s in self.stories if self.alone(s)], 1, bits, wait)
         self.did("decode")
 
-    @precondition(lambda self: self.stories)
-    @rule(index=INDEX, count=st.integers(1, 4))
+    @operation(when=lambda self: self.stories, index=INDEX, count=st.integers(1, 4))
     def release(self, index: int, count: int) -> None:
         """End a sequence, or several: that makes room."""
         for _ in range(count):
@@ -145,8 +179,7 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
             del self.stories[sequence]
             self.did("release")
 
-    @precondition(lambda self: self.stories)
-    @rule(index=INDEX)
+    @operation(when=lambda self: self.stories, index=INDEX)
     def misuse(self, index: int) -> None:
         """Ask for what must be refused as bad input."""
         sequence = self.live(index)

@@ -8,13 +8,13 @@ from types import FrameType
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
 from allocator.content import TokenContent
 from allocator.eviction import POLICIES, make_policy
 from allocator.manager import KVCacheManager
 from allocator.retention import RetentionConfig
 from allocator.rules.base import ManagerMachine
+from allocator.rules.operation import operation
 
 _PACKAGE = str(Path(__file__).parent.parent)
 _FEW, _MANY = 60, 6000
@@ -60,8 +60,9 @@ class CostRules(ManagerMachine):
 
     counted = False
 
-    @precondition(lambda self: not self.counted)
-    @rule(policy=st.sampled_from(sorted(POLICIES)), blocks=st.integers(1, 3))
+    @operation(
+        when=lambda self: not self.counted, policy=st.sampled_from(sorted(POLICIES)), blocks=st.integers(1, 3)
+    )
     def count(self, policy: str, blocks: int) -> None:
         """Compare the lines run in a small and in a large pool; heaps may grow by their logarithm."""
         self.counted = True

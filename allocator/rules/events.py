@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule
+from hypothesis.stateful import invariant
 
 from allocator.events import CacheState, EventLog, Replayer, rebuild
 from allocator.rules.base import ManagerMachine
+from allocator.rules.operation import operation
 
 
 class EventRules(ManagerMachine):
@@ -46,8 +47,11 @@ class EventRules(ManagerMachine):
             assert counted["in transfer"] == stats.host.in_transfer_blocks
         self.remembered.append((len(log), found))
 
-    @precondition(lambda self: self.keeps_log and len(self.remembered) % 4 == 3)
-    @rule(place=st.integers(0, 999), by_columns=st.booleans())
+    @operation(
+        when=lambda self: self.keeps_log and self.remembered,
+        place=st.integers(0, 999),
+        by_columns=st.booleans(),
+    )
     def rebuild(self, place: int, by_columns: bool) -> None:
         """Rebuild an earlier state from the log, or from what its columns say."""
         log = self.manager.events

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
 from allocator.content import TokenContent
 from allocator.oracle import MAX_LIVE
-from allocator.rules.base import CHUNKS, INDEX, SALTS, ManagerMachine
+from allocator.rules.base import CHUNKS, INDEX, SALTS, ManagerMachine, symbols_up_to
+from allocator.rules.operation import operation
 from allocator.shadow import Prompt, PromptSpec
 
 HALVES = st.builds(
     PromptSpec,
     kind=st.sampled_from(["tokens", "chunks"]),
-    symbols=st.lists(st.integers(0, 1), min_size=2, max_size=7).map(lambda s: [x for x in s for _ in (0, 1)]),
+    symbols=symbols_up_to(7).map(lambda symbols: [each for each in symbols for _ in (0, 1)]),
     cut=st.integers(0, 3),
     named=st.booleans(),
     granularity=st.sampled_from([1, 2]),
@@ -24,15 +24,14 @@ HALVES = st.builds(
 class PartialRules(ManagerMachine):
     """Hits that end within a block: prompts that agree on a block's first tokens."""
 
-    @precondition(lambda self: len(self.stories) < MAX_LIVE)
-    @rule(prompt=HALVES, salt=SALTS, chunk=CHUNKS)
+    @operation(when=lambda self: len(self.stories) < MAX_LIVE, prompt=HALVES, salt=SALTS, chunk=CHUNKS)
     def admit_halves(self, prompt: PromptSpec, salt: str, chunk: int) -> None:
         """Admit a prompt that others share parts of blocks with."""
         self.admit_prompt(self.learn(prompt.make(self.size)), salt, chunk)
         self.did("admit halves")
 
-    @precondition(lambda self: any(isinstance(p.content, TokenContent) for p in self.prompts))
-    @rule(
+    @operation(
+        when=lambda self: any(isinstance(p.content, TokenContent) for p in self.prompts),
         index=INDEX,
         keep=st.integers(1, 15),
         more=st.integers(0, 5),

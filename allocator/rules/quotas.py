@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
+from allocator.oracle_recount import Look
 from allocator.quotas import QuotaExceeded
 from allocator.rules.base import SALTS, ManagerMachine
+from allocator.rules.operation import operation
 
 
 class QuotaRules(ManagerMachine):
@@ -30,8 +31,7 @@ class QuotaRules(ManagerMachine):
             used[story.salt] = used.get(story.salt, 0) + len(self.table(sequence))
         return used
 
-    @precondition(lambda self: self.stories and self.age % 4 == 0)
-    @rule(salt=SALTS, quota=st.none() | st.integers(0, 14))
+    @operation(when=lambda self: self.stories, salt=SALTS, quota=st.none() | st.integers(0, 14))
     def set_quota(self, salt: str, quota: int | None) -> None:
         """Give a tenant a quota, perhaps below what it uses, or lift it."""
         self.manager.set_quota(salt, quota)
@@ -46,9 +46,9 @@ class QuotaRules(ManagerMachine):
         assert refused.available == max(quota - used, 0)
         assert refused.needed > refused.available
 
-    def check_counters(self) -> None:
+    def check_counters(self, look: Look) -> None:
         """See that nobody grows beyond its quota, and that the manager counts as the tables do."""
-        super().check_counters()
+        super().check_counters(look)
         used = self.tenants()
         for salt, quota in self.quotas.items():
             now = used.get(salt, 0)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
 from allocator.eviction import Priority
 from allocator.oracle import MAX_LIVE
 from allocator.retention import DEFAULT_PRIORITY, Retention, RetentionConfig, TokenRange
-from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine
+from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine, symbols_up_to
+from allocator.rules.operation import operation
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, PromptSpec, State
 
-WISHES = st.builds(Retention, st.sampled_from([0, 20, 35, 50, 100]), st.sampled_from([None, None, 1, 2, 5]))
+WISHES = [
+    Retention(priority, duration) for duration in (None, None, 1, 2, 5) for priority in (0, 20, 35, 50, 100)
+]
+
+CUTS: list[tuple[int, ...]] = [(), *combinations(range(17), 1)] * 8
+CUTS += [*combinations(range(17), 2), *combinations(range(17), 3)][::3]
 
 
 def make_retention(
-    cuts: list[int], wishes: list[Retention | None], decode: Retention, *, is_open: bool
+    cuts: Sequence[int], wishes: Sequence[Retention | None], decode: Retention, *, is_open: bool
 ) -> RetentionConfig:
     """Return the wishes for the tokens between the cuts, and behind the last one if `is_open`."""
     starts = sorted(set(cuts))
@@ -31,9 +37,9 @@ def make_retention(
 
 RETENTIONS = st.builds(
     make_retention,
-    cuts=st.lists(st.integers(0, 16), max_size=4),
-    wishes=st.lists(st.none() | WISHES, min_size=4, max_size=4),
-    decode=WISHES,
+    cuts=st.sampled_from(CUTS),
+    wishes=st.tuples(*[st.sampled_from([*[None] * 12, *WISHES])] * 3),
+    decode=st.sampled_from(WISHES),
     is_open=st.booleans(),
 )
 
@@ -66,7 +72,6 @@ class Keeping:
         self.said: dict[State, Retention] = {}  # nothing of those of default priority
         self.ends: dict[State, int] = {}
         self.unsure: set[State] = set()
-        self._undated: set[State] = set()  # held by a transfer perhaps, and so without an end yet
         self._idle: set[State] = set()
         self._touched: set[State] = set()
         self._log: list[tuple[State, set[Retention] | None]] = []  # None where the history's block was lost
@@ -88,8 +93,8 @@ class Keeping:
         """Return the histories of which nobody can tell what was said last, or not yet."""
         return self.unsure | {state for state, _ in self._log}
 
-    def settle(self, cached: dict[State, int], held: set[State], *, in_flight: bool) -> None:
-        """Draw conclusions, between steps."""
+    def settle(self, cached: dict[State, int], held: set[State]) -> None:
+        """Draw conclusions. Only between steps, and while nothing is in flight: what transfers hold has no end yet."""
         for state, wishes in self._log:
             if wishes is None:  # whatever is cached under it later is computed anew
                 self._forget(state)
@@ -106,13 +111,9 @@ class Keeping:
                 self._forget(state)
         idle = cached.keys() - held
         for state in idle - (self._idle - self._touched):
-            self._undated.add(state)
-        if not in_flight:
-            for state in self._undated & idle & self.said.keys():
-                duration = self.said[state].duration
-                if duration is not None:
-                    self.ends[state] = self.now + duration
-            self._undated.clear()
+            duration = self.said[state].duration if state in self.said else None
+            if duration is not None:
+                self.ends[state] = self.now + duration
         for state in [*self.ends]:
             if state not in idle:
                 del self.ends[state]
@@ -126,8 +127,6 @@ class Keeping:
     def pass_time(self, now: int) -> None:
         """Let it be `now`. Only when all is settled."""
         self.now = now
-        self.unsure |= self._undated
-        self._undated.clear()
         for state, end in [*self.ends.items()]:
             if end <= now:
                 self._forget(state)
@@ -261,31 +260,35 @@ class RetentionRules(ManagerMachine):
         self.keeping.touch(wishes)
         self.keeping.say({state: set() if wish is None else {wish} for state, wish in wishes.items()})
 
+    @property
+    def time_can_pass(self) -> bool:
+        """Return whether all is settled: no step is being scheduled, and no transfer in flight."""
+        return self.settled and not self.host.in_flight
+
     def check_all(self) -> None:
         """Check everything, and what is to be kept besides."""
         self.take_notes()
         super().check_all()
-        in_flight = self.host.in_flight  # what transfers hold is not unreferenced yet
-        if self.settled and not in_flight:
+        if self.time_can_pass:
             self.settle_retention()
 
     def settle_retention(self) -> None:
-        """Compare what the manager remembers with what was said last. Only between steps."""
+        """Compare what the manager remembers with what was said last. Only when all is settled."""
         cached = self.cached_states() if self.reuse else {}
         tables = {block for sequence in self.stories for block in self.table(sequence)}
         held = self.held_states()
         held.update(state for state, block in cached.items() if block in tables)
         keeping = self.keeping
-        keeping.settle(cached, held, in_flight=bool(self.host.in_flight))
+        keeping.settle(cached, held)
         remembered = self.retention_of_blocks() if self.reuse else {}
         for state, block in cached.items():
             if state not in keeping.unsure:
                 said = keeping.said.get(state)
                 assert remembered[block] == said, f"block {block} is kept by {remembered[block]}, not {said}"
-        if not keeping.unsure and not self.host.in_flight:
+        if not keeping.unsure:
             assert self.manager.next_expiry() == min(keeping.ends.values(), default=None)
 
-    @rule(prompt=PROMPTS, again=INDEX, salt=SALTS, chunk=CHUNKS, retention=RETENTIONS)
+    @operation(prompt=PROMPTS, again=INDEX, salt=SALTS, chunk=CHUNKS, retention=RETENTIONS)
     def admit_retained(
         self, prompt: PromptSpec, again: int, salt: str, chunk: int, retention: RetentionConfig
     ) -> None:
@@ -295,9 +298,10 @@ class RetentionRules(ManagerMachine):
         self.admit_prompt(made, salt, chunk, retention=retention)
         self.did("admit retained")
 
-    @precondition(lambda self: len(self.stories) <= MAX_LIVE - 2)
-    @rule(
-        symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5), wishes=st.tuples(RETENTIONS, RETENTIONS)
+    @operation(
+        when=lambda self: len(self.stories) <= MAX_LIVE - 2,
+        symbols=symbols_up_to(5),
+        wishes=st.tuples(RETENTIONS, RETENTIONS),
     )
     def race(self, symbols: list[int], wishes: tuple[RetentionConfig, RetentionConfig]) -> None:
         """Let two requests with wishes of their own compute one prompt at a time: the later one repeats the other."""
@@ -314,12 +318,10 @@ class RetentionRules(ManagerMachine):
                 self.flush()
         self.did("race")
 
-    @precondition(
-        lambda self: (
-            (self.keeping.said or len(self.stories) == 1) and self.settled and not self.host.in_flight
-        )
+    @operation(
+        when=lambda self: (self.keeping.said or len(self.stories) == 1) and self.time_can_pass,
+        by=st.integers(1, 3),
     )
-    @rule(by=st.integers(1, 3))
     def pass_time(self, by: int) -> None:
         """Let time pass, between steps."""
         self.let_time_pass(by)

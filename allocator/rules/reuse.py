@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from hypothesis.stateful import precondition, rule
-
 from allocator.oracle import MAX_LIVE
 from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine
+from allocator.rules.operation import operation
 from allocator.shadow import PromptSpec
 
 
 class ReuseRules(ManagerMachine):
     """Hits across requests: matches that grow stale, preempted sequences that come back."""
 
-    @rule(prompt=PROMPTS, again=INDEX, salt=SALTS)
+    @operation(prompt=PROMPTS, again=INDEX, salt=SALTS)
     def lookup(self, prompt: PromptSpec, again: int, salt: str) -> None:
         """Look a prompt up and keep the match for later; ask what those kept before have to say by now."""
         for kept, its_salt, earlier in self.matches:
@@ -26,16 +25,14 @@ class ReuseRules(ManagerMachine):
         self.matches = [*self.matches[-3:], (made, salt, match)]
         self.did("lookup")
 
-    @precondition(lambda self: self.matches and len(self.stories) < MAX_LIVE)
-    @rule(index=INDEX, chunk=CHUNKS)
+    @operation(when=lambda self: self.matches and len(self.stories) < MAX_LIVE, index=INDEX, chunk=CHUNKS)
     def admit_with_match(self, index: int, chunk: int) -> None:
         """Admit with a match that may be stale by now."""
         prompt, salt, match = self.matches[index % len(self.matches)]
         self.admit_prompt(prompt, salt, chunk, match)
         self.did("admit with a match")
 
-    @precondition(lambda self: self.stories)
-    @rule(index=INDEX)
+    @operation(when=lambda self: self.stories, index=INDEX)
     def preempt(self, index: int) -> None:
         """Release a sequence that is to be computed again."""
         sequence = self.live(index)
@@ -47,8 +44,7 @@ class ReuseRules(ManagerMachine):
             self.waiting = [*self.waiting[-3:], (prompt, story.salt)]
             self.did("preempt")
 
-    @precondition(lambda self: self.waiting and len(self.stories) < MAX_LIVE)
-    @rule(chunk=CHUNKS)
+    @operation(when=lambda self: self.waiting and len(self.stories) < MAX_LIVE, chunk=CHUNKS)
     def readmit(self, chunk: int) -> None:
         """Admit the sequence preempted last again."""
         prompt, salt = self.waiting[-1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
 
 from allocator.retention import RetentionConfig
+from allocator.rules.base import symbols_up_to
+from allocator.rules.operation import operation
 from allocator.rules.retention import RETENTIONS, RetentionRules
 from allocator.sequence import KVSequence
 from allocator.shadow import PromptSpec
@@ -13,7 +14,7 @@ from allocator.shadow import PromptSpec
 SERVED = st.builds(
     PromptSpec,
     kind=st.sampled_from(["runs", "runs", "tokens"]),
-    symbols=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    symbols=symbols_up_to(5),
     cut=st.integers(0, 1),
 )
 
@@ -28,7 +29,7 @@ class ServingRules(RetentionRules):
         del self.stories[sequence]
         self.check_all()
 
-    @rule(
+    @operation(
         prompts=st.lists(SERVED, min_size=1, max_size=4),
         retention=st.none() | RETENTIONS,
         wait=st.sampled_from([0, 0, 1, 3]),
@@ -46,6 +47,6 @@ class ServingRules(RetentionRules):
             sequence = next(reversed(self.stories))
             self.check_all()
             self.dismiss(sequence)
-            if wait and self.settled:
+            if wait and self.time_can_pass:
                 self.let_time_pass(wait)
             self.did("come and go")

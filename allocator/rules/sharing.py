@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
 from allocator.oracle import MAX_LIVE
-from allocator.rules.base import INDEX, TOKEN_BITS, WAITS, ManagerMachine
+from allocator.rules.base import INDEX, PARENTS, TOKEN_BITS, WAITS, ManagerMachine
+from allocator.rules.operation import operation
 from allocator.sequence import KVSequence
 
 
@@ -18,8 +20,7 @@ class SharingRules(ManagerMachine):
         for child in children:
             self.stories[child] = self.stories[parent].fork()
 
-    @precondition(lambda self: 0 < len(self.stories) < MAX_LIVE)
-    @rule(index=INDEX, n=st.integers(1, 3))
+    @operation(when=lambda self: 0 < len(self.stories) < MAX_LIVE, index=INDEX, n=st.integers(1, 3))
     def fork(self, index: int, n: int) -> None:
         """Fork a sequence."""
         sequence = self.live(index)
@@ -32,8 +33,14 @@ class SharingRules(ManagerMachine):
             self.forked(sequence, children)
             self.did("fork")
 
-    @precondition(lambda self: any(self.alone(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
-    @rule(index=INDEX, n=st.integers(1, 3), bits=TOKEN_BITS, wait=WAITS, ends=st.booleans())
+    @operation(
+        when=lambda self: any(self.alone(s) for s in self.stories) and len(self.stories) < MAX_LIVE,
+        index=INDEX,
+        n=st.integers(1, 3),
+        bits=TOKEN_BITS,
+        wait=WAITS,
+        ends=st.booleans(),
+    )
     def sample(self, index: int, n: int, bits: int | None, wait: int, ends: bool) -> None:
         """Fork a sequence and let the children decode at once, with their parent unless that `ends`."""
         sequence = self.live(index, self.alone)
@@ -50,9 +57,13 @@ class SharingRules(ManagerMachine):
             del self.stories[sequence]
         self.did("sample")
 
-    @precondition(lambda self: len(self.stories) > 1)
-    @rule(index=INDEX, width=st.integers(2, 4), parents=st.lists(INDEX, min_size=4, max_size=4))
-    def reorder_beams(self, index: int, width: int, parents: list[int]) -> None:
+    @operation(
+        when=lambda self: len(self.stories) > 1,
+        index=INDEX,
+        width=st.integers(2, 4),
+        parents=PARENTS,
+    )
+    def reorder_beams(self, index: int, width: int, parents: Sequence[int]) -> None:
         """Let beams of equal length go on from others, all in the batch or none."""
         one = self.live(index, self.complete)
         if one is None:
@@ -60,7 +71,7 @@ class SharingRules(ManagerMachine):
         self.reorder(one, width, parents)
         self.did("reorder beams")
 
-    def reorder(self, one: KVSequence, width: int, parents: list[int]) -> None:
+    def reorder(self, one: KVSequence, width: int, parents: Sequence[int]) -> None:
         """Let a sequence and those that can be beams of one group with it go on from others."""
         story = self.stories[one]
         beams = [
@@ -80,9 +91,14 @@ class SharingRules(ManagerMachine):
             if chosen[i] != i:
                 self.stories[beam] = heir
 
-    @precondition(lambda self: any(self.complete(s) for s in self.stories) and len(self.stories) < MAX_LIVE)
-    @rule(index=INDEX, n=st.integers(1, 3), parents=st.lists(INDEX, min_size=4, max_size=4), bits=TOKEN_BITS)
-    def search(self, index: int, n: int, parents: list[int], bits: int | None) -> None:
+    @operation(
+        when=lambda self: any(self.complete(s) for s in self.stories) and len(self.stories) < MAX_LIVE,
+        index=INDEX,
+        n=st.integers(1, 3),
+        parents=PARENTS,
+        bits=TOKEN_BITS,
+    )
+    def search(self, index: int, n: int, parents: Sequence[int], bits: int | None) -> None:
         """Fork a sequence into beams that decode in the batch, and let them go on from one another, twice."""
         sequence = self.live(index, self.complete)
         assert sequence is not None
@@ -109,8 +125,9 @@ class SharingRules(ManagerMachine):
             self.batch.remove(beam)
         self.did("search")
 
-    @precondition(lambda self: any(self.alone(s) for s in self.stories))
-    @rule(index=INDEX, keep=st.integers(1, 24))
+    @operation(
+        when=lambda self: any(self.alone(s) for s in self.stories), index=INDEX, keep=st.integers(1, 24)
+    )
     def truncate(self, index: int, keep: int) -> None:
         """Forget the last tokens of a sequence."""
         sequence = self.live(index, self.alone)
@@ -118,9 +135,9 @@ class SharingRules(ManagerMachine):
             return
         story = self.stories[sequence]
         least = self.least_length(sequence)
-        length = least + keep % (story.length - least + 1)
-        if length == story.length:
+        if least == story.length:
             return
+        length = least + keep % (story.length - least)
         self.end_step_of(sequence)
         self.manager.truncate(sequence, length)
         story.truncate(length)

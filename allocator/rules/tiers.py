@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
 from allocator.oracle import MAX_LIVE
 from allocator.rules.base import CHUNKS, INDEX, SALTS, TOKEN_BITS, ManagerMachine
+from allocator.rules.operation import operation
 from allocator.sequence import KVSequence
 from allocator.shadow import PromptSpec
 
@@ -27,8 +27,11 @@ class TierRules(ManagerMachine):
         found = list(self.host.swapped)
         return found[index % len(found)] if found else None
 
-    @precondition(lambda self: self.host.num_blocks and any(s not in self.batch for s in self.stories))
-    @rule(index=INDEX, blocks=st.none() | st.integers(1, 6))
+    @operation(
+        when=lambda self: self.host.num_blocks and any(s not in self.batch for s in self.stories),
+        index=INDEX,
+        blocks=st.none() | st.integers(1, 6),
+    )
     def swap_out(self, index: int, blocks: int | None) -> None:
         """Swap a sequence out, if the host has room; bring it back after others took `blocks` blocks, if given."""
         sequence = self.live(index, lambda s: s not in self.batch)
@@ -65,12 +68,14 @@ class TierRules(ManagerMachine):
         self.host.swapped[sequence] = self.stories.pop(sequence)
         return True
 
-    @precondition(
-        lambda self: (
+    @operation(
+        when=lambda self: (
             self.host.num_blocks and len(self.stories) < MAX_LIVE and any(self.alone(s) for s in self.stories)
-        )
+        ),
+        index=INDEX,
+        keep=st.integers(0, 24),
+        bits=TOKEN_BITS,
     )
-    @rule(index=INDEX, keep=st.integers(0, 24), bits=TOKEN_BITS)
     def part(self, index: int, keep: int, bits: int | None) -> None:
         """Fork a sequence, swap the fork out, and let the other go on, perhaps from an earlier token."""
         sequence = self.live(index, self.alone)
@@ -93,8 +98,7 @@ class TierRules(ManagerMachine):
         self.append_to([sequence], 1, bits, 0)
         self.did("part")
 
-    @precondition(lambda self: self.host.swapped)
-    @rule(index=INDEX)
+    @operation(when=lambda self: self.host.swapped, index=INDEX)
     def swap_in(self, index: int) -> None:
         """Swap a sequence in, if the GPU has room."""
         sequence = self.swapped_out(index)
@@ -114,8 +118,7 @@ class TierRules(ManagerMachine):
             self.came_back(sequence)
         self.did("swap in")
 
-    @precondition(lambda self: self.host.swapped)
-    @rule(index=INDEX)
+    @operation(when=lambda self: self.host.swapped, index=INDEX)
     def release_swapped(self, index: int) -> None:
         """End a sequence that is swapped out."""
         sequence = self.swapped_out(index)
@@ -124,27 +127,30 @@ class TierRules(ManagerMachine):
             del self.host.swapped[sequence]
             self.did("release swapped")
 
-    @precondition(lambda self: self.host.in_flight)
-    @rule(index=INDEX)
+    @operation(when=lambda self: self.host.in_flight, index=INDEX)
     def finish_transfers(self, index: int) -> None:
         """Let some transfers be done, not always the oldest."""
         self.host.finish(index)
         self.did("finish transfers")
 
-    @precondition(lambda self: self.host.num_blocks and self.prompts)
-    @rule(index=INDEX, salt=SALTS, chunk=CHUNKS, leaves=st.booleans())
+    @operation(
+        when=lambda self: self.prompts and self.host.num_blocks and self.host.cached_blocks(),
+        index=INDEX,
+        salt=SALTS,
+        chunk=CHUNKS,
+        leaves=st.booleans(),
+    )
     def come_back(self, index: int, salt: str, chunk: int, leaves: bool) -> None:
         """Admit a prompt whose beginning only the host holds, if there is one; end sequences that are in the way.
 
         It may end again at once, and be pushed out.
         """
         order = self.prompts[index % len(self.prompts) :] + self.prompts[: index % len(self.prompts)]
-        for prompt in order:
-            match = self.manager.lookup(prompt.content, salt)
-            if match.host_blocks:
-                break
-        else:
+        matches = (self.manager.lookup(prompt.content, each) for each in (salt, "") for prompt in order)
+        match = next((match for match in matches if match.host_blocks), None)
+        if match is None:
             return
+        prompt, salt = self.known[id(match.content)], match.salt
         while self.stories and (len(self.stories) >= MAX_LIVE or not self.manager.can_admit(match, 1)):
             self.end(index)
         before = set(self.stories)
@@ -153,8 +159,12 @@ class TierRules(ManagerMachine):
             self.end_new(before)
             self.push(PromptSpec("unique", [0] * max(self.manager.available_blocks, 1) * self.size))
 
-    @precondition(lambda self: self.host.num_blocks and len(self.stories) < MAX_LIVE)
-    @rule(blocks=st.integers(1, 6), symbol=st.integers(2, 6), ends=st.integers(0, 3))
+    @operation(
+        when=lambda self: self.host.num_blocks and len(self.stories) < MAX_LIVE,
+        blocks=st.integers(1, 6),
+        symbol=st.integers(2, 6),
+        ends=st.integers(0, 3),
+    )
     def press(self, blocks: int, symbol: int, ends: int) -> None:
         """Let the end of some, and something short-lived that may have been there before, push out what is cached."""
         for _ in range(min(ends, len(self.stories))):
@@ -187,8 +197,7 @@ class TierRules(ManagerMachine):
         self.manager.release(sequence)
         del self.stories[sequence]
 
-    @precondition(lambda self: self.host.swapped or self.host.pending)
-    @rule(index=INDEX)
+    @operation(when=lambda self: self.host.swapped or self.host.pending, index=INDEX)
     def misuse_tiers(self, index: int) -> None:
         """Ask for what must be refused as bad input."""
         manager = self.manager

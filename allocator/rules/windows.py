@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
-from allocator.rules.base import CHUNKS, INDEX, SALTS, TOKEN_BITS, ManagerMachine
+from allocator.rules.base import CHUNKS, INDEX, SALTS, TOKEN_BITS, ManagerMachine, symbols_up_to
+from allocator.rules.operation import operation
 from allocator.sequence import KVSequence
 from allocator.shadow import PromptSpec
 
-LONG = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+LONG = symbols_up_to(6)
 
 
 class WindowRules(ManagerMachine):
@@ -21,8 +21,13 @@ class WindowRules(ManagerMachine):
         """Return a window of 2 to 6 tokens, or none."""
         return drawn - 9 if drawn > 10 else None
 
-    @precondition(lambda self: any(self.complete(s) for s in self.stories))
-    @rule(index=INDEX, count=st.integers(1, 12), bits=TOKEN_BITS, in_batch=st.booleans())
+    @operation(
+        when=lambda self: any(self.complete(s) for s in self.stories),
+        index=INDEX,
+        count=st.integers(1, 12),
+        bits=TOKEN_BITS,
+        in_batch=st.booleans(),
+    )
     def slide(self, index: int, count: int, bits: int | None, in_batch: bool) -> None:
         """Let a sequence, alone or in the batch, decode token by token as far as a window moves on."""
         sequence = self.live(index, self.complete)
@@ -30,7 +35,7 @@ class WindowRules(ManagerMachine):
         self.decode_on(sequence, count, bits, in_batch)
         self.did("slide")
 
-    @rule(symbols=LONG, salt=SALTS, chunk=CHUNKS, count=st.integers(1, 6), in_batch=st.booleans())
+    @operation(symbols=LONG, salt=SALTS, chunk=CHUNKS, count=st.integers(1, 6), in_batch=st.booleans())
     def serve(self, symbols: list[int], salt: str, chunk: int, count: int, in_batch: bool) -> None:
         """Admit a prompt of whole blocks, complete it chunk by chunk, and decode from there at once."""
         prompt = self.learn(PromptSpec("runs", symbols).make(self.size))

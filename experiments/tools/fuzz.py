@@ -12,6 +12,7 @@ and is printed as the shortest program that still fails, ready to paste into a t
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,16 @@ from sim.command_line import parse_dataclass, require_writable, run_command
 
 RUN_STEPS = 5_000
 """Steps of one run: some seconds."""
+
+RARE = 0.01
+"""An operation with a smaller share of the steps is pointed out: it is hardly fuzzed."""
+
+
+PASTED = {
+    "allocator.retention": ("Retention", "RetentionConfig", "TokenRange"),
+    "allocator.shadow": ("PromptSpec",),
+}
+"""What the arguments of a program are made of, by module."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,6 @@ def as_test(error: BaseException, machine: str, policy: str | None) -> str:
     errors = list(error.exceptions) if isinstance(error, ExceptionGroup) else [error]
     name = machine.rpartition(":")[2]
     imports = [f"from {machine.rpartition(':')[0] or 'allocator.fuzz'} import {name}"]
-    imports.append("from allocator.shadow import PromptSpec")
     body: list[str] = []
     if policy is not None:
         chosen = repr(policy)
@@ -139,6 +149,10 @@ def as_test(error: BaseException, machine: str, policy: str | None) -> str:
     program = [
         line for note in notes for line in note.splitlines() if line.startswith(("state", "class", "    "))
     ]
+    program = [re.sub(r"^state\.do\(call=(state\..*)\)$", r"\1", line) for line in program]
+    for module, names in PASTED.items():
+        used = [each for each in names if any(f"{each}(" in line for line in program)]
+        imports += [f"from {module} import {', '.join(used)}"] if used else []
     made = name if policy is None else "Machine"
     body += [f"    {line.replace(f'state = {name}()', f'state = {made}()')}" for line in program]
     what = [
@@ -175,6 +189,17 @@ def show(tally: Tally, console: Console) -> None:
     for name, count in sorted(tally.outcomes.items()):
         table.add_row(name, f"{count:,}", "")
     console.print(table)
+    for line in rare(tally):
+        console.print(line, highlight=False)
+
+
+def rare(tally: Tally) -> list[str]:
+    """Return a line for each operation that had less than RARE of the steps."""
+    return [
+        f"{name} was done in {count / tally.steps:.2%} of the steps, less than {RARE:.0%}"
+        for name, count in sorted(tally.operations.items())
+        if count < RARE * tally.steps
+    ]
 
 
 # -------------------------------------------------------- coverage
