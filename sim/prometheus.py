@@ -219,12 +219,11 @@ def _sample(name: str, labels: dict[str, str], value: float) -> str:
     return f"{name}{{{shown}}} {value}"
 
 
-def write_prometheus(result: RunResult, spec: RunSpec, path: Path) -> None:
+def write_whole(text: str, path: Path) -> None:
     """Write the text to a file, at once: whoever collects it sees all of it or what was there before.
 
     Raises ValueError where the file cannot be written.
     """
-    text = prometheus_text(result, spec)
     try:
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
             whole = Path(folder) / path.name

@@ -31,7 +31,8 @@ def replay(arguments: list[str]) -> None:
     spec = options.spec(manifest.spec if manifest else None)
 
     from sim.export import ResultFolder
-    from sim.prometheus import write_prometheus
+    from sim.prometheus import prometheus_text, write_whole
+    from sim.report import print_report, report_rows
     from sim.runner import load_trace, memory_budget
 
     memory_budget(spec)  # an impossible configuration is found out before a long trace is read
@@ -53,13 +54,12 @@ def replay(arguments: list[str]) -> None:
             summary = write_run(
                 finished, folder, draw=options.figures, began=began, perfetto=options.perfetto
             )
-        paths = folder.publish()
-        if options.prometheus is not None:
-            write_prometheus(finished.result, spec, options.prometheus)
-
-    from sim.report import print_report
-
-    print_report(finished, summary, paths)
+            report = report_rows(finished, summary)
+            counters = None if options.prometheus is None else prometheus_text(finished.result, spec)
+        paths = folder.publish()  # what the run recorded may have gone with the scratch folder
+        if options.prometheus is not None and counters is not None:
+            write_whole(counters, options.prometheus)
+    print_report(report, paths)
 
 
 def _simulate(spec: RunSpec, trace: Trace, scratch: Path) -> Run:

@@ -193,13 +193,13 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def print_report(run: Run, summary: dict[str, Any], paths: list[Path]) -> None:
-    """Print the summary table, and where the results are, on stdout."""
+def print_report(rows: list[tuple[str, str]], paths: list[Path]) -> None:
+    """Print the summary table, of `report_rows`, and where the results are, on stdout."""
     console = Console(file=sys.stdout, highlight=False, markup=False)  # names may hold brackets
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in report_rows(run, summary):
+    for label, value in rows:
         table.add_row(label, value)
     console.print(table)
     folder = paths[-1].parent

@@ -27,6 +27,10 @@ from sim.engine import simulate
 from sim.export import write_columns
 from sim.hardware import GPU_PRESETS
 from sim.metrics import summarise
+from sim.options import parse
+from sim.overload import Overload
+from sim.perfetto import write_perfetto
+from sim.prometheus import prometheus_text
 from sim.records import RunResult
 from sim.replay import main
 from sim.request import Request
@@ -54,7 +58,7 @@ def _stream(requests: Sequence[Request]) -> RequestStream:
 
 
 def _assert_equal(ours: RunResult, theirs: RunResult) -> None:
-    for kind in ("requests", "timeline"):
+    for kind in ("requests", "timeline", "pauses"):
         one, other = getattr(ours, kind), getattr(theirs, kind)
         assert list(one) == list(other)
         for name in one:
@@ -92,6 +96,14 @@ def _simulate(requests: object, folder: Path | None, max_seq_len: int = 1200) ->
     )
 
 
+def _told(result: RunResult, folder: Path) -> tuple[bytes, str, object]:
+    """Return what else is made of a run's records."""
+    path = folder / "trace"
+    write_perfetto(result, path)
+    spec = parse(["synthetic", "--out", "o"])[0].spec(None)
+    return path.read_bytes(), prometheus_text(result, spec), Overload.of(result)
+
+
 def test_records_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = list(generate(WORKLOAD).requests)
     expected = _simulate(requests, None)
@@ -105,6 +117,7 @@ def test_records_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest
     assert isinstance(found.lifetimes["lifetime"], StoredTimes)
     _assert_equal(found, expected)
     _assert_equal(_simulate(stream, None), expected)  # packed in small pieces, in memory
+    assert _told(found, tmp_path) == _told(expected, tmp_path)
     for kind in ("requests", "timeline"):
         paths = [tmp_path / f"{kind}.{end}" for end in ("disk", "memory")]
         for path, result in zip(paths, (found, expected), strict=True):
@@ -239,14 +252,26 @@ def test_values_must_not_be_negative() -> None:
 # ------------------------------------------------------------------ a run that keeps its records on disk
 
 
-def test_a_replay_leaves_the_same_files_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["synthetic", "--num-requests", "60", "--max-seq-len", "16384", "--no-figures", "--out"]
-    assert main([*arguments, str(tmp_path / "memory")]) == 0
-    monkeypatch.setattr(sim.runner, "MOST_IN_MEMORY", 10)
-    assert main([*arguments, str(tmp_path / "disk")]) == 0
+@pytest.mark.parametrize("max_seq_len", ["16384", "900"], ids=["all finish", "some are rejected"])
+def test_a_replay_leaves_the_same_files_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], max_seq_len: str
+) -> None:
+    arguments = ["synthetic", "--num-requests", "150", "--max-seq-len", max_seq_len, "--requests-per-s", "50"]
+    arguments += ["--num-blocks", "260", "--admission", "max_utilization", "--no-figures", "--perfetto"]
+    reports = []
+    for kind in ("memory", "disk"):
+        if kind == "disk":
+            monkeypatch.setattr(sim.runner, "MOST_IN_MEMORY", 10)
+        out = tmp_path / kind
+        assert main([*arguments, "--prometheus", str(tmp_path / f"{kind}.prom"), "--out", str(out)]) == 0
+        reports.append(capsys.readouterr().out.partition("wall time")[0])
+    assert reports[0] == reports[1]
+    assert "overloaded" in reports[0]
+    assert ("rejected" in reports[0]) == (max_seq_len == "900")
+    assert (tmp_path / "memory.prom").read_text() == (tmp_path / "disk.prom").read_text()
     names = [sorted(path.name for path in (tmp_path / kind).iterdir()) for kind in ("memory", "disk")]
     assert names[0] == names[1]
-    for name in ("requests.parquet", "timeline.parquet"):
+    for name in ("requests.parquet", "timeline.parquet", "timeline.perfetto-trace"):
         one, other = ((tmp_path / kind / name).read_bytes() for kind in ("memory", "disk"))
         assert one == other
     one, other = (json.loads((tmp_path / kind / "summary.json").read_text()) for kind in ("memory", "disk"))
