@@ -35,7 +35,12 @@ class Admission(Coasting):
             return no_match(self.index, content, salt, self.tokens_per_block, "cold")
         if self.windowed is not None:
             return find_windowed_match(
-                self.windowed.index, content, salt, self.windowed.window, self._prefilling
+                self.windowed.index,
+                content,
+                salt,
+                self.windowed.window,
+                self._prefilling,
+                self.pool.partial,
             )
         return find_match(
             self.index, content, salt, self.tokens_per_block, self._prefilling, self.pool.partial
@@ -197,7 +202,7 @@ class Admission(Coasting):
         if match.partial is not None:
             sequence.partial_tokens = match.partial.num_tokens
         if self.windowed is not None:
-            self.windowed.begin(sequence, root, (extent for extent, _ in match.path), match.hit_tokens)
+            self.windowed.begin(sequence, root, (extent for extent, _ in match.path), hit_blocks * size)
             self._logical_tokens -= sequence.left * size
         if events is not None:
             sequence.number = number
@@ -235,9 +240,15 @@ class Admission(Coasting):
             table.extend(extent.ids)
             anchor = extent
         if arriving and pool.tier is not None:
-            table.extend(pool.tier.onboard(arriving, count=count))
             if self.windowed is None:
+                table.extend(pool.tier.onboard(arriving, count=count))
                 return arriving[-1], table
+            source = None if match.partial is None else match.partial.extent
+            if source is not None:  # the GPU has it, behind what it has not: lest it be evicted now
+                pool.acquire(source)
+            pool.tier.onboard(arriving, count=count)
+            if source is not None:
+                pool.drop(source)
             # There, what comes from the host may lie before what the GPU has.
             return match.path[-1][0], array("i", [node.ids[0] for node, _ in match.path])
         return anchor, table

@@ -320,7 +320,9 @@ class BlockReplay:
 
     def branched(self, event: Event) -> None:
         sequence = self._sequences[event.sequence]
-        held = sequence.prefix + self._positions(event.blocks[:1])
+        held = self._positions(event.blocks[:1])
+        if not self._windowed:
+            held = sequence.prefix + held
         destination = event.blocks[1:]
         self._require_free(destination)
         self._enter(sequence, destination)

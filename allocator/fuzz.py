@@ -68,6 +68,7 @@ __all__ = [
     "TierMachine",
     "WindowEventsMachine",
     "WindowMachine",
+    "WindowPartialMachine",
     "WindowRetentionMachine",
     "WindowTierMachine",
     "run_machine",
@@ -104,6 +105,7 @@ class WindowEventsMachine(EventRules, WindowRules, SharingRules, BatchRules):
     """The event log of a windowed cache, of every program."""
 
     logging = (True,)
+    partials = ("", "copy", "steal")
 
     def choose_window(self, drawn: int) -> int | None:
         """Return a window."""
@@ -154,9 +156,24 @@ class WindowMachine(WindowRules, ReuseRules, SharingRules, BatchRules):
 class WindowTierMachine(WindowRules, TierRules, SharingRules, BatchRules):
     """A host tier behind a windowed cache, in every program."""
 
+    partials = ("", "copy")
+
     def choose_window(self, drawn: int) -> int | None:
         """Return a window."""
         return 2 + drawn % 8
+
+
+class WindowPartialMachine(WindowRules, PartialRules, ReuseRules, SharingRules):
+    """Hits that end within a block of a windowed cache; both ways of partial reuse."""
+
+    partials = ("copy", "steal")
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window."""
+        return 2 + drawn % 8
+
+    def begin(self, num_blocks: int, tokens_per_block: int, reuse: bool, *others: Any, **more: Any) -> None:
+        super().begin(num_blocks, 4, True, *others, **more)
 
 
 class CostMachine(CostRules):

@@ -141,14 +141,7 @@ def find_match(
     partial = None
     if partial_reuse is not None and root is not None:
         parent, at = path[-1] if path else (root, 0)
-        query, unit = content.block_units(tokens_per_block, hit_blocks)
-        found = partial_reuse.find(parent, at, query, unit, query_blocks)
-        if found is not None:
-            extent, at, units = found
-            tokens = tokens_per_block * unit // root.width  # of a unit
-            units = min(units, (prompt - 1 - hit_blocks * tokens_per_block) // tokens)
-            if units:
-                partial = PartialHit(extent, at, units * tokens, partial_reuse.has_host)
+        partial = partial_reuse.find_hit(parent, at, content, tokens_per_block, hit_blocks, query_blocks)
 
     misses: dict[str, int] = {}
     computed_by = None

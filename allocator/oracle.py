@@ -147,7 +147,7 @@ class Oracle(Recount):
         self.window = window
         self.num_sinks = num_sinks if window is not None else 0
         self.attended = Attended(self.window, self.num_sinks, tokens_per_block)
-        self.partial = self.partials[partial % len(self.partials)] if window is None else ""
+        self.partial = self.partials[partial % len(self.partials)]
         self.host_blocks = host_blocks if self.serves_host and self.partial != "steal" else 0
         self.keeps_log = self.logging[log % len(self.logging)]
         if self.keeps_log and window is not None:
@@ -341,7 +341,9 @@ class Oracle(Recount):
         assert sequence.hit_tokens == found.hit_tokens
         if found.partial_tokens:
             was_stolen = self.manager.stats().stolen_blocks > stolen
-            self.check_part(part, self.table(sequence)[found.hit_blocks], was_stolen)
+            whole = found.hit_blocks * self.size
+            behind = len(self.attended.blocks(whole, whole))
+            self.check_part(part, self.table(sequence)[behind], was_stolen)
         if not readmission:
             self.queried_tokens += prompt.num_tokens
             self.queried_blocks += found.query_blocks
@@ -351,6 +353,10 @@ class Oracle(Recount):
         self.stories[sequence] = story
         story.say(found.hit_tokens)
         self.note(sequence, self.manager.prefill_slots(sequence).tolist(), story.say(chunk))
+        if (
+            self.window is not None and found.partial_tokens
+        ):  # it holds what a query right behind the whole hits needs
+            story.step = found.hit_blocks * self.size
         return True
 
     def check_part(self, part: PartExpected | None, block: int, was_stolen: bool) -> None:

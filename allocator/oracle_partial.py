@@ -8,6 +8,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from allocator.shadow import Prompt
+from allocator.windows import AttentionWindow
 
 if TYPE_CHECKING:
     from allocator.oracle_recount import Recount
@@ -40,13 +41,16 @@ def expected_part(oracle: Recount, prompt: Prompt, salt: Hashable, hit_blocks: i
     size = oracle.size
     if not oracle.partial or not oracle.reuse:
         return PartExpected()
-    if oracle.partial == "copy" and -(-prompt.num_tokens // size) >= oracle.num_blocks:
+    blocks = -(-prompt.num_tokens // size)
+    if oracle.window is not None and blocks > oracle.num_blocks:  # it can be computed in chunks
+        blocks = AttentionWindow(oracle.window, oracle.num_sinks, size).blocks_held(prompt.num_tokens)
+    if oracle.partial == "copy" and blocks >= oracle.num_blocks:
         return PartExpected()  # no room for a copy beside its source
     wanted = oracle.shadow.states(salt, prompt.tokens[: prompt.num_tokens - 1])[hit_blocks * size :][:size]
     unit = unit_tokens(prompt, size)
     cached = oracle.cached_blocks()
     tables = {block for sequence in oracle.stories for block in oracle.table(sequence)}
-    states = {state for story in oracle.stories.values() for state in story.full_states()}
+    states = oracle.held_states()
     on_host = oracle.host.states().keys()
     here = {oracle.shadow.block(block) for block in cached}
     parents = {oracle.shadow.block_before(state) for state in here | on_host}

@@ -55,6 +55,7 @@ class WindowOracle:
     """The part of the oracle that knows which blocks a sequence has to hold."""
 
     window: int | None
+    num_sinks: int
     attended: Attended
     size: int
     stories: dict[KVSequence, Story]

@@ -10,6 +10,9 @@ the one with most leading tokens in common is used:
 Only what was computed in an earlier step can be used: a list of copies runs before the writes of its step. A
 step ends, for the cache, when its copies are asked for (`pending_copies`).
 
+In a windowed cache, what is hit in part lies right behind the deepest whole hit. What that needs of the window
+serves the tokens behind, too, so it is held as for a query right behind the whole blocks.
+
 The same rules as TensorRT-LLM's partial reuse (`enablePartialReuse`, `copyOnPartialReuse`), but for the search:
 that compares all children of a node, while the cost here does not depend on their number (see Fan).
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from allocator.content import Content
 from allocator.overlap import Fan
 from allocator.prefix import Extent, PrefixIndex, common_blocks
 
@@ -58,7 +62,7 @@ class PartialReuse:
         self.copy = copy
         self.has_host = has_host
         self._index = index
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
         self._fans: dict[Extent, Fan] = {}  # by parent; of extents, the first block is the candidate
         self._fresh: set[int] = set()  # blocks that the step being scheduled fills
         self._waiting: dict[Extent, None] = {}  # extents that begin with one
@@ -104,6 +108,25 @@ class PartialReuse:
 
     # -------------------------------------------------------- finding it
 
+    def find_hit(
+        self,
+        parent: Extent,
+        at: int,
+        content: Content,
+        tokens_per_block: int,
+        hit_blocks: int,
+        prompt_blocks: int,
+    ) -> PartialHit | None:
+        """Return what a prompt hits of a block beyond its `hit_blocks`, its last token apart; see `find`."""
+        query, unit = content.block_units(tokens_per_block, hit_blocks)
+        found = self.find(parent, at, query, unit, prompt_blocks)
+        if found is None:
+            return None
+        extent, at, units = found
+        tokens = tokens_per_block * unit // parent.width  # of a unit
+        units = min(units, (content.num_prompt_tokens - 1 - hit_blocks * tokens_per_block) // tokens)
+        return PartialHit(extent, at, units * tokens, self.has_host) if units else None
+
     def find(
         self, parent: Extent, at: int, query: bytes, unit: int, prompt_blocks: int
     ) -> tuple[Extent, int, int] | None:
@@ -111,9 +134,9 @@ class PartialReuse:
 
         parent         the extent (or root) in which a lookup ends, after `at` of its blocks
         query          keys of the units that follow there, `unit` bytes each, at most a block's
-        prompt_blocks  blocks that the whole prompt fills
+        prompt_blocks  blocks that the prompt needs at once, at the least, to be computed
         """
-        if self.copy and prompt_blocks >= self._num_blocks:
+        if self.copy and prompt_blocks >= self.num_blocks:
             return None  # a copy needs its source beside it: the prompt could never start
         if at < len(parent.ids):
             width = parent.width

@@ -143,15 +143,18 @@ class BlockPool(FreeBlocks):
             if extent.retention is not None:
                 self.expiries.discard(extent)
                 extent.retention = None
-            if (
-                (self._notes_exposed or partial is not None)
-                and not self._windowed
-                and self._is_exposed(parent)
-            ):
+            if self._windowed:
+                self._note_bereft(parent)
+            elif (self._notes_exposed or partial is not None) and self._is_exposed(parent):
                 self.policy.exposed(parent)
                 if partial is not None:
                     partial.changed(parent)
         return ids
+
+    def _note_bereft(self, node: Extent) -> None:
+        """Let partial reuse know that a node of a windowed cache has lost a cached child: it need not be held."""
+        if self.partial is not None and node.parent is not None:
+            self.partial.changed(node)
 
     def _can_be_taken(self, chosen: object, wanted: int) -> bool:
         """Return whether a policy's answer is one: policies are the users', and mistakes would corrupt the pool."""
@@ -209,6 +212,8 @@ class BlockPool(FreeBlocks):
             extent.retention = None
         if self.partial is not None:
             self.partial.changed(extent)
+            if self._windowed and extent.parent is not None:
+                self._note_bereft(extent.parent)
         return block
 
     def steal(self, extent: Extent) -> int:

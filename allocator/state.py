@@ -69,8 +69,10 @@ class ManagerState:
             raise ValueError(
                 f"num_host_blocks ({num_host_blocks}) needs copy_on_partial_reuse, if any partial reuse"
             )
-        if self.window is not None:
-            _refuse_with_a_window(config, events and num_host_blocks > 0)
+        if self.window is not None and events and num_host_blocks:
+            raise ValueError(
+                f"events (True) must be False with a window ({config.window}) and num_host_blocks ({num_host_blocks})"
+            )
         if num_host_blocks:
             behind = HostTier if self.window is None else WindowedHostTier
             self.pool.tier = behind(self.pool, num_host_blocks, config.offload_min_priority)
@@ -137,11 +139,3 @@ class ManagerState:
         self._check_live(sequence)
         if sequence in self._prefilling:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")
-
-
-def _refuse_with_a_window(config: CacheConfig, events: bool) -> None:
-    """Raise ValueError for what a windowed cache cannot do."""
-    options: dict[str, object] = {"enable_partial_reuse": config.enable_partial_reuse, "events": events}
-    for name, value in options.items():
-        if value:
-            raise ValueError(f"{name} ({value}) must be {type(value)()} with a window ({config.window})")

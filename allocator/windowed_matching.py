@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 from allocator.content import Content
 from allocator.matching import PrefixMatch
+from allocator.partial import PartialReuse
 from allocator.prefilling import Prefilling
 from allocator.prefix import Extent
 from allocator.windowed_index import WindowedIndex
@@ -18,6 +19,7 @@ def find_windowed_match(
     salt: Hashable,
     window: AttentionWindow,
     prefilling: Prefilling,
+    partial_reuse: PartialReuse | None = None,
 ) -> PrefixMatch:
     """Look a prompt up. Changes nothing.
 
@@ -57,6 +59,13 @@ def find_windowed_match(
                 reached = end
         if full > reached:
             misses["unknown" if index.forgot else "cold"] = full - reached
+    query_blocks = -(-prompt // size)
+    partial = None
+    if partial_reuse is not None and root is not None:
+        # At once it needs all its blocks, if it is computed in one go, or else those of a window.
+        blocks = query_blocks if query_blocks <= partial_reuse.num_blocks else window.blocks_held(prompt)
+        parent, at = (nodes[hit - 1], 1) if hit else (root, 0)
+        partial = partial_reuse.find_hit(parent, at, content, size, hit, blocks)
     held = nodes[: min(window.sink_blocks, hit)] + nodes[window.first_needed(hit * size) : hit]
     return PrefixMatch(
         index,
@@ -66,10 +75,11 @@ def find_windowed_match(
         [(node, 1) for node in held],
         None,
         hit,
-        hit * size,
-        -(-prompt // size),
+        hit * size + (0 if partial is None else partial.num_tokens),
+        query_blocks,
         misses,
         index.version,
+        partial=partial,
         computed_by=computed_by,
         host_blocks=sum(not node.ids for node in held),
     )

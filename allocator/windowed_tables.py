@@ -131,6 +131,8 @@ class WindowedTables(Tables):
                     child.retention = kept(plan.at(position)[0])
                 pool.cached(child, 1)
                 sequence.held.append(child)
+                if pool.partial is not None and node.parent is not None:
+                    pool.partial.changed(node)  # it may be held by nobody, and now something builds on it
                 if child.host is not None and pool.tier is not None:
                     pool.tier.recomputed(child)
                 if self.events is not None:

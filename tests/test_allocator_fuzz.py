@@ -16,6 +16,7 @@ from allocator.fuzz import (
     SharingMachine,
     TierMachine,
     WindowMachine,
+    WindowPartialMachine,
     WindowRetentionMachine,
     WindowTierMachine,
     run_machine,
@@ -31,6 +32,7 @@ TestSharing = SharingMachine.TestCase
 TestTier = TierMachine.TestCase
 TestBatch = BatchMachine.TestCase
 TestWindow = WindowMachine.TestCase
+TestWindowPartial = WindowPartialMachine.TestCase
 TestWindowRetention = WindowRetentionMachine.TestCase
 TestWindowTier = WindowTierMachine.TestCase
 TestQuota = QuotaMachine.TestCase

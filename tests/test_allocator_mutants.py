@@ -428,6 +428,13 @@ MUTANTS = [
         "WindowRetentionMachine",
     ),
     Mutant(
+        "blocks_before_a_part_taken_for_passed",
+        "admission.py",
+        "(extent for extent, _ in match.path), hit_blocks * size)",
+        "(extent for extent, _ in match.path), match.hit_tokens)",
+        "WindowPartialMachine",
+    ),
+    Mutant(
         "node_that_the_host_holds_forgotten",
         "windowed_index.py",
         "node.ids or node.host is not None or node.children",

@@ -179,3 +179,22 @@ def test_several_ticks_at_once_count_what_transfers_still_hold() -> None:
             manager.advance(batch, possible)
         assert batch.tick == possible
         manager.check_invariants()
+
+
+def test_what_comes_back_does_not_push_out_the_part_behind_it() -> None:
+    """The second block is on the host, and the third, of which two tokens are hit, the first that would be evicted."""
+    config = CacheConfig(window=4, enable_partial_reuse=True)
+    manager = KVCacheManager(4, 4, config, num_host_blocks=4)
+    manager.release(admit_all(manager, list(range(12))))
+    other = manager.admit(UniqueContent(12), 12)  # one block is free; the first two go to the host
+    run_transfers(manager)
+    manager.pending_copies()
+    manager.release(other)
+    content = TokenContent([*range(10), 50])
+    match = manager.lookup(content)
+    assert (match.hit_tokens, match.host_blocks, match.copied_blocks) == (10, 1, 0)
+    sequence = manager.admit(content, 1, match)
+    assert sequence.table[1] == 2
+    assert manager.stats().stolen_blocks == 1
+    assert run_transfers(manager)[1] == [[1, sequence.table[0]]]
+    manager.check_invariants()

@@ -229,6 +229,27 @@ def test_parents_leave_first(policy: str) -> None:
     assert sorted(cached) == [2, 3, 4, 5, 6]
 
 
+def test_part_of_a_block_is_hit_behind_a_window() -> None:
+    """Two whole blocks and half of the third: of them it needs the second one, and copies or takes over the third."""
+    for runs_on in (True, False):
+        manager = KVCacheManager(8, 4, CacheConfig(window=4, enable_partial_reuse=True))
+        first = admit_all(manager, list(range(12)))
+        manager.pending_copies()  # the step ends; what it wrote can be a source now
+        if not runs_on:
+            manager.release(first)
+        content = TokenContent([*range(10), 50, 51])
+        match = manager.lookup(content)
+        assert (match.hit_tokens, match.partial_tokens) == (10, 2)
+        assert [node.start for node, _ in match.path] == [1]
+        sequence = manager.admit(content, 2, match)
+        assert (sequence.left, sequence.context_len) == (1, 8)
+        third = 3 if runs_on else 2
+        assert sequence.block_table.tolist() == [1, third]
+        assert manager.pending_copies().tolist() == ([[2, 3, 2]] if runs_on else [])
+        manager.append([sequence], [52])
+        manager.check_invariants()
+
+
 # ------------------------------------------------------------------ what kernels are given
 
 
@@ -378,8 +399,6 @@ def test_quotas_count_what_tables_hold() -> None:
 
 
 def test_what_a_windowed_cache_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"enable_partial_reuse \(True\) must be False with a window"):
-        KVCacheManager(8, 2, CacheConfig(window=8, enable_partial_reuse=True))
     with pytest.raises(ValueError, match=r"events \(True\) must be False with a window"):
         KVCacheManager(8, 2, CacheConfig(window=8), num_host_blocks=4, events=True)
 

@@ -156,9 +156,10 @@ def test_skipping_equals_stepping_with_host_memory(
     st.integers(1, 12),
     st.integers(0, 5),
     st.integers(30, 100),
+    st.booleans(),
 )
 def test_windowed_skipping_equals_stepping_with_host_memory(
-    scenario: Scenario, preemption: Any, host: int, window: int, num_sinks: int, share: int
+    scenario: Scenario, preemption: Any, host: int, window: int, num_sinks: int, share: int, partial: bool
 ) -> None:
     """Windows are swapped out and in, and the blocks that have left them go to host memory and come back."""
     build = dataclasses.replace(scenario.build, enable_paged_kv_cache=True)
@@ -167,7 +168,10 @@ def test_windowed_skipping_equals_stepping_with_host_memory(
         build=build,
         num_blocks=max(scenario.num_blocks * share // 100, 1),
         cache=dataclasses.replace(
-            scenario.cache, window=window, num_sinks=num_sinks, enable_partial_reuse=False
+            scenario.cache,
+            window=window,
+            num_sinks=num_sinks,
+            enable_partial_reuse=partial and scenario.cache.enable_block_reuse,
         ),
         engine=dataclasses.replace(scenario.engine, preemption=preemption, events=False),
         cost=dataclasses.replace(scenario.cost, swap=1),  # type: ignore[type-var]

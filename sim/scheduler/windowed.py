@@ -62,7 +62,8 @@ class WindowedRoom:
         """Return how many of `chunk` tokens a waiting job may start with; 0 if it has to wait."""
         manager = self._manager
         blocks = manager.available_blocks
-        idle = match.evictable_blocks + match.host_blocks  # hits that take of what is available, too
+        # Hits take of what is available, too, and the source of a copy does for the time being.
+        idle = match.evictable_blocks + match.host_blocks + match.copied_blocks
         if running:
             spare = self.unpromised(running) - self._watermark
             needed = job.final_blocks
