@@ -61,7 +61,8 @@ def assert_states_match(log: EventLog, timeline: pl.DataFrame) -> None:
         assert counts["evictable"] == row["evictable_blocks"]
         assert counts["referenced"] == row["referenced_blocks"]
         assert sum(len(one.table) for one in state.sequences.values()) == row["logical_blocks"]
-        assert sum(one.num_tokens for one in state.sequences.values()) == row["logical_tokens"]
+        held = (one.num_tokens - one.left * replayer.tokens_per_block for one in state.sequences.values())
+        assert sum(held) == row["logical_tokens"]
 
 
 def test_the_table_says_how_the_blocks_stood_at_a_random_moment(run: Path) -> None:
@@ -130,6 +131,33 @@ def test_other_ways_to_run(flags: list[str], tmp_path: Path) -> None:
     assert_states_match(
         read_events(tmp_path / "events.parquet"), pl.read_parquet(tmp_path / "timeline.parquet")
     )
+
+
+HOST = ["--host-cache-bytes", str(2**29), "--preemption", "swap"]  # 64 blocks
+WINDOW = ["--window", "200", "--num-sinks", "8", "--num-blocks", "130"]
+
+
+@pytest.mark.parametrize("skipping", [True, False])
+@pytest.mark.parametrize("flags", [HOST, WINDOW], ids=["host", "window"])
+def test_states_behind_a_host_tier_and_within_windows(
+    flags: list[str], skipping: bool, tmp_path: Path
+) -> None:
+    """Every stretch ends in the state that the log says, and the log changes nothing else."""
+    command = [*TIGHT, *flags] if skipping else [*TIGHT, *flags, "--no-event-skipping"]
+    assert main([*command, "--events", "--out", str(tmp_path / "with")]) == 0
+    assert main([*TIGHT, *flags, "--out", str(tmp_path / "without")]) == 0
+    for name in ("requests.parquet", "timeline.parquet"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    timeline = pl.read_parquet(tmp_path / "with" / "timeline.parquet")
+    log = read_events(tmp_path / "with" / "events.parquet")
+    assert_states_match(log, timeline)
+    kinds = set(pl.read_parquet(tmp_path / "with" / "events.parquet")["kind"])
+    summary = json.loads((tmp_path / "with" / "summary.json").read_text())
+    if flags is HOST:
+        assert summary["swapped_blocks"] > 0
+        assert {"swapped_out", "swapped_in"} <= kinds
+    else:
+        assert {"window", "passed", "placed"} <= kinds
 
 
 def test_samples_belong_to_their_request() -> None:
