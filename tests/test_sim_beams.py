@@ -111,6 +111,21 @@ def test_a_search_is_preempted_as_a_whole_and_once(monkeypatch: pytest.MonkeyPat
     assert result.requests["first_token_ps"].tolist() == [10, 10]  # not that of the search that began anew
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_what_a_beam_lets_go_of_lets_the_next_request_start(
+    monkeypatch: pytest.MonkeyPatch, mixed: bool
+) -> None:
+    """Of 22 blocks of one token, A may come to hold 17, B 7: there is room when beam 1 of A gives up 3 at 40 ps.
+
+    With prompts first, only the admission of the step after sees it.
+    """
+    _let_beams_be(monkeypatch, {3: [0, 0]})
+    requests = [Request(0, 0, 1, 9, beam_width=2), Request(1, 5, 2, 6)]
+    build = BuildConfig(4, 64, 64, tokens_per_block=1)
+    result = _check(Scenario(requests, build, 22, engine=EngineConfig(mixed_steps=mixed)))
+    assert result.requests["admit_ps"].tolist() == [0, 40 if mixed else 50]
+
+
 def test_stretches_end_where_beams_change_places() -> None:
     """Alone, with blocks to spare: rows begin at the steps before which beams change, and where one has copied."""
     request = Request(0, 0, 64, 200, beam_width=4)

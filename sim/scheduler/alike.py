@@ -99,7 +99,8 @@ class StepsAlike(Preemption):
                 or self._windowed is not None  # the next shorter hit may be on blocks that others hold
                 or (match is not None and match.repeated_blocks)
             )
-            if not self._mixed and (self._named or eviction_tells):
+            let_go = self.beams.reordered == self.batch.tick - 1  # of blocks, by beams that ended
+            if not self._mixed and (self._named or eviction_tells or let_go):
                 return 0  # what this very step has cached or evicted, only the next one's admission sees
             if self._named:
                 # a block can be hit in the very step that fills it, so that step is not like this one

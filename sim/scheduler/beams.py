@@ -65,12 +65,14 @@ class Beams:
 
     groups      the first beam's job -> those of all beams
     began_anew  whether a search has ever been preempted
+    reordered   the tick before which beams have last changed places
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
         self._manager = manager
         self.groups: dict[Job, list[Job]] = {}
         self.began_anew = False
+        self.reordered = -1
         self._joined: dict[Job, tuple[int, int]] = {}  # its number in the order of joining, and the tick
         self._count = 0
         self._due: list[
@@ -105,6 +107,7 @@ class Beams:
     def reorder(self, tick: int) -> None:
         """Let all beams change places that do so before the step at this tick, in the order of joining."""
         while self.next_tick() <= tick:
+            self.reordered = tick
             first = heappop(self._due)[2]
             beams, tokens = self.groups[first], tick - self._joined[first][1]
             sequences = []
