@@ -52,8 +52,9 @@ class StepsAlike(Preemption):
 
     def _surely_enough(self, steps: int, blocks: int) -> bool:
         """Return whether so many blocks are plainly enough for the whole batch to decode for so many steps."""
-        # Nobody starts, or fills, more than a block every tokens_per_block steps.
-        return 2 * len(self.decoding) * -(-steps // self.manager.tokens_per_block) <= blocks
+        # Nobody starts, or fills, more than a block every tokens_per_block steps; see _most_blocks.
+        most = len(self.decoding) * -(-steps // self.manager.tokens_per_block)
+        return 2 * most <= blocks or most + self._pool.num_evictable <= blocks
 
     def _may_start(self) -> bool:
         """Return whether a waiting job finds a place in the batch, so that it depends on blocks."""

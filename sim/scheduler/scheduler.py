@@ -97,9 +97,9 @@ class Scheduler(StepsAlike):
         manager, batch, decoding = self.manager, self.batch, len(self.decoding)
         if self.beams.groups:
             self.beams.reorder(batch.tick)
-        if (
-            2 * decoding > self._pool.num_free + self._pool.num_evictable
-        ):  # a block, and a copy, for each at most
+        available = self._pool.num_free + self._pool.num_evictable
+        # At most, everybody takes a block and a copy; more closely, who starts a block, and who may have to copy.
+        if 2 * decoding > available and len(batch.starting()) + len(batch.unready) > available:
             while self.decoding and manager.blocks_to_advance(batch) > manager.available_blocks:
                 plan.out_of_blocks = True
                 self._preempt(self._victim(), plan)
