@@ -66,6 +66,7 @@ __all__ = [
     "Tally",
     "TierEventsMachine",
     "TierMachine",
+    "TierPartialMachine",
     "WindowEventsMachine",
     "WindowMachine",
     "WindowPartialMachine",
@@ -93,6 +94,15 @@ class QuotaMachine(QuotaRules, SharingRules, BatchRules):
 
 class TierMachine(TierRules, RetentionRules):
     """A host tier: offloading of what is retained dearly enough, onboarding, swapping."""
+
+
+class TierPartialMachine(TierRules, PartialRules, SharingRules):
+    """Hits that end within a block, before a host tier; both ways of partial reuse."""
+
+    partials = ("copy", "steal")
+
+    def begin(self, num_blocks: int, tokens_per_block: int, reuse: bool, *others: Any, **more: Any) -> None:
+        super().begin(num_blocks, 4 if num_blocks % 2 else 2, True, *others, **more)
 
 
 class EventsMachine(EventRules, SharingRules, BatchRules):
@@ -156,7 +166,7 @@ class WindowMachine(WindowRules, ReuseRules, SharingRules, BatchRules):
 class WindowTierMachine(WindowRules, TierRules, SharingRules, BatchRules):
     """A host tier behind a windowed cache, in every program."""
 
-    partials = ("", "copy")
+    partials = ("", "copy", "steal")
 
     def choose_window(self, drawn: int) -> int | None:
         """Return a window."""

@@ -15,6 +15,7 @@ from collections import OrderedDict
 
 from allocator.blocks import FreeBlocks
 from allocator.event_log import FORGOTTEN, HOST_FREED, NOBODY, EventLog
+from allocator.partial import PartialReuse
 from allocator.prefix import Extent, PrefixIndex
 
 _MERGED_EXTENT_BYTES = 4096
@@ -86,6 +87,7 @@ class HostPool(FreeBlocks):
         self.keep_cached = keep_cached
         self.events: EventLog | None = None
         self.order: OrderedDict[Extent, None] = OrderedDict()  # evictable, the next to be taken first
+        self.partial: PartialReuse | None = None
 
     def acquire_path(self, extent: Extent) -> None:
         """Hold an extent and, unless the cache is windowed, all those above it."""
@@ -114,6 +116,8 @@ class HostPool(FreeBlocks):
         ids, extent.host = extent.host[::-1], None
         if not extent.ids:
             self.index.remove(extent)
+        elif self.partial is not None:
+            self.partial.changed(extent)
         self._free(ids)
 
     def _free(self, ids: array[int]) -> None:
@@ -145,7 +149,10 @@ class HostPool(FreeBlocks):
             del self.order[extent]
         self.num_evictable -= num_blocks
         self.evicted_blocks += num_blocks
+        parent = extent.parent
         ids = self.index.trim_host(extent, num_blocks)
+        if self.partial is not None and parent is not None and parent.ids:
+            self.partial.changed(parent)  # it may be one now that nothing builds on
         if self.events is not None:
             self.events.add_blocks(FORGOTTEN, NOBODY, -1, -1, ids)
         return ids

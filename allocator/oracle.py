@@ -148,7 +148,7 @@ class Oracle(Recount):
         self.num_sinks = num_sinks if window is not None else 0
         self.attended = Attended(self.window, self.num_sinks, tokens_per_block)
         self.partial = self.partials[partial % len(self.partials)]
-        self.host_blocks = host_blocks if self.serves_host and self.partial != "steal" else 0
+        self.host_blocks = host_blocks if self.serves_host else 0
         self.keeps_log = self.logging[log % len(self.logging)]
         if self.keeps_log and window is not None:
             self.host_blocks = 0
@@ -320,7 +320,8 @@ class Oracle(Recount):
             hits = self.longest_hit(prompt, salt)[1]
             needed += sum(b is None or (b not in tables and self.shadow.block(b) not in held) for b in hits)
             part = expected_part(self, prompt, salt, found.hit_blocks)
-            assert part.idle if found.copied_blocks else part.free or part.held or not part.num_tokens
+            if self.knows_parts:
+                assert part.idle if found.copied_blocks else part.free or part.held or not part.num_tokens
         else:
             needed += found.evictable_blocks + (found.host_blocks if self.host.num_blocks else 0)
         needed += found.copied_blocks
@@ -362,7 +363,7 @@ class Oracle(Recount):
     def check_part(self, part: PartExpected | None, block: int, was_stolen: bool) -> None:
         """See that a partial hit took over a block that was free to take, or else went to a copy."""
         self.tally.outcomes["parts stolen" if was_stolen else "parts copied"] += 1
-        if part is not None:
+        if part is not None and self.knows_parts:
             assert block in part.free if was_stolen else part.idle or part.held, f"{block} of {part}"
 
     def note(self, sequence: KVSequence, slots: list[int], states: list[State]) -> None:

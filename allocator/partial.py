@@ -85,7 +85,7 @@ class PartialReuse:
         fan = self._fans.get(parent)
         if extent.ids and extent.ids[0] in self._fresh:
             self._waiting[extent] = None
-        elif bool(extent.ids) if self.copy else is_free_leaf(extent) and len(extent.ids) == 1:
+        elif self._is_candidate(extent):
             if fan is None:
                 fan = self._fans[parent] = Fan()
             if key not in fan:
@@ -94,6 +94,12 @@ class PartialReuse:
             fan.discard(key)
             if not fan:
                 del self._fans[parent]
+
+    def _is_candidate(self, extent: Extent) -> bool:
+        """Return whether the first block of an extent, not being filled right now, can be used."""
+        if self.copy:
+            return bool(extent.ids)
+        return len(extent.ids) == 1 and is_free_leaf(extent, has_host=self.has_host)
 
     def end_step(self) -> None:
         """Note that whatever is filled is computed before anything that is scheduled from now on."""
@@ -142,7 +148,7 @@ class PartialReuse:
             width = parent.width
             if parent.ids[at] in self._fresh:
                 return None
-            if not self.copy and not PartialHit(parent, at, 0).can_be_stolen:
+            if not self.copy and not PartialHit(parent, at, 0, self.has_host).can_be_stolen:
                 return None
             return parent, at, common_blocks(parent.keys[at * width : (at + 1) * width], query, 0, unit)
         fan = self._fans.get(parent)
@@ -160,7 +166,7 @@ class PartialReuse:
         for extent in self._index.extents():
             if not extent.ids or extent.ids[0] in self._fresh:
                 assert not extent.ids or extent in self._waiting, f"{extent} will never be a candidate"
-            elif self.copy or (is_free_leaf(extent) and len(extent.ids) == 1):
+            elif self._is_candidate(extent):
                 assert extent.parent is not None
                 expected.setdefault(extent.parent, set()).add(extent.first_key)
         found = {parent: set(fan.keys()) for parent, fan in self._fans.items()}

@@ -65,10 +65,6 @@ class ManagerState:
                 f"host_cache_bytes ({config.host_cache_bytes}) needs num_host_blocks: a manager counts blocks"
             )
         num_host_blocks = as_int("num_host_blocks", num_host_blocks or 0, 0)
-        if num_host_blocks and config.enable_partial_reuse and not config.copy_on_partial_reuse:
-            raise ValueError(
-                f"num_host_blocks ({num_host_blocks}) needs copy_on_partial_reuse, if any partial reuse"
-            )
         if self.window is not None and events and num_host_blocks:
             raise ValueError(
                 f"events (True) must be False with a window ({config.window}) and num_host_blocks ({num_host_blocks})"
@@ -81,6 +77,8 @@ class ManagerState:
                 self.index, num_blocks, copy=config.copy_on_partial_reuse, has_host=num_host_blocks > 0
             )
             self.pool.drains = False  # candidates have to know at once what is gone
+            if self.pool.tier is not None:
+                self.pool.tier.host.partial = self.pool.partial
         if lifetimes:
             self.pool.lifetimes = Lifetimes(self.pool.settle)
         self.sequences: dict[KVSequence, None] = {}

@@ -15,6 +15,7 @@ from allocator.fuzz import (
     ReuseMachine,
     SharingMachine,
     TierMachine,
+    TierPartialMachine,
     WindowMachine,
     WindowPartialMachine,
     WindowRetentionMachine,
@@ -30,6 +31,7 @@ TestReuse = ReuseMachine.TestCase
 TestPartial = PartialMachine.TestCase
 TestSharing = SharingMachine.TestCase
 TestTier = TierMachine.TestCase
+TestTierPartial = TierPartialMachine.TestCase
 TestBatch = BatchMachine.TestCase
 TestWindow = WindowMachine.TestCase
 TestWindowPartial = WindowPartialMachine.TestCase

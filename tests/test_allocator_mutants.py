@@ -435,6 +435,20 @@ MUTANTS = [
         "WindowPartialMachine",
     ),
     Mutant(
+        "block_not_to_be_stolen_once_the_host_forgets_what_built_on_it",
+        "host.py",
+        "            self.partial.changed(parent)",
+        "            parent.sealed = True",
+        "TierPartialMachine",
+    ),
+    Mutant(
+        "block_stolen_that_the_host_builds_on",
+        "partial.py",
+        "len(extent.ids) == 1 and is_free_leaf(extent, has_host=self.has_host)",
+        "len(extent.ids) == 1 and is_free_leaf(extent)",
+        "TierPartialMachine",
+    ),
+    Mutant(
         "node_that_the_host_holds_forgotten",
         "windowed_index.py",
         "node.ids or node.host is not None or node.children",

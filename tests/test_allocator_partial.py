@@ -312,8 +312,29 @@ def test_what_the_host_builds_on_is_copied() -> None:
     assert (manager.stats().partial_copies, manager.stats().stolen_blocks) == (1, 0)
     assert manager.lookup(TokenContent([1] * 9)).hit_blocks == 2
     manager.check_invariants()
-    with pytest.raises(ValueError, match=r"num_host_blocks \(4\) needs copy_on_partial_reuse"):
-        KVCacheManager(3, 4, STEAL, num_host_blocks=4)
+
+
+def test_what_the_host_builds_on_is_not_taken_over_before_it_forgets() -> None:
+    manager = KVCacheManager(3, 4, STEAL, num_host_blocks=2)
+
+    def serve(ids: list[int]) -> None:
+        content = TokenContent(ids)
+        sequence = manager.admit(content, len(ids) - manager.lookup(content).hit_tokens)
+        manager.transfers_done(manager.pending_swaps())
+        manager.pending_copies()
+        manager.release(sequence)
+
+    serve([1] * 8)
+    serve([2] * 8)  # pushes the second block of the first prompt out to the host
+    serve([1] * 5)  # hits its first block, and pushes one more out
+    assert manager.lookup(TokenContent([1] * 9)).host_blocks == 1
+    assert manager.lookup(TokenContent([1, 1, 3])).partial is None
+    serve([4] * 8)  # and one more: the host forgets the one that came first
+    assert manager.lookup(TokenContent([1] * 9)).host_blocks == 0
+    sequence = manager.admit(TokenContent([1, 1, 3]), 1)
+    assert (sequence.hit_tokens, sequence.block_table.tolist()) == (2, [0])
+    assert manager.stats().stolen_blocks == 1
+    manager.check_invariants()
 
 
 def test_off_by_default() -> None:
