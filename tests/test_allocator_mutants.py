@@ -727,7 +727,7 @@ MUTANTS = [
     Mutant(
         "hit_keeps_its_old_retention",
         "admission.py",
-        "                retain_hits(pool, anchor, plan)\n",
+        "                self.tables.retain_held(sequence, plan)\n",
         "                pass\n",
         "RetentionMachine",
     ),

@@ -301,10 +301,16 @@ class RetentionRules(ManagerMachine):
     @operation(
         when=lambda self: len(self.stories) <= MAX_LIVE - 2,
         symbols=symbols_up_to(5),
-        wishes=st.tuples(RETENTIONS, RETENTIONS),
+        wishes=st.tuples(RETENTIONS, st.none() | RETENTIONS),
+        count=st.integers(0, 5),
     )
-    def race(self, symbols: list[int], wishes: tuple[RetentionConfig, RetentionConfig]) -> None:
-        """Let two requests with wishes of their own compute one prompt at a time: the later one repeats the other."""
+    def race(
+        self, symbols: list[int], wishes: tuple[RetentionConfig, RetentionConfig | None], count: int
+    ) -> None:
+        """Let two requests with wishes of their own say the same at a time: the later one repeats the other.
+
+        After `count` tokens beyond the prompt the first one ends, and the other goes on by as many.
+        """
         prompt = self.learn(PromptSpec("runs", symbols).make(self.size))
         runners = []
         for wish in wishes:
@@ -316,6 +322,14 @@ class RetentionRules(ManagerMachine):
             if not self.complete(sequence):
                 self.prefill(sequence, prompt.num_tokens)
                 self.flush()
+        if len(runners) == 2 and all(map(self.complete, runners)) and count and not self.hold:
+            for _ in range(count):
+                self.append_to(runners, 1, 0, 0)
+                self.flush()
+            first, second = runners
+            self.manager.release(first)
+            del self.stories[first]
+            self.append_to([second], count, 0, 0)
         self.did("race")
 
     @operation(
