@@ -92,13 +92,19 @@ def test_bad_input_is_one_line(flags: list[str], message: str, capsys: pytest.Ca
 def test_a_failure_that_is_not_made_shorter_is_printed_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(*given: object, shrink: bool = False, **named: object) -> None:
+        if shrink:
+            print("making very slow progress")
+            raise KeyboardInterrupt
+        run_machine(*given, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fuzz, "shrunk", interrupted)
+    run_machine = fuzz.run_machine
+    monkeypatch.setattr(fuzz, "run_machine", interrupted)
     flags = ["--steps", "3000", "--coverage-steps", "0", "--jobs", "1", "--machine", "ReuseMachine"]
     assert fuzz.main([*flags, "--policy", f"{__name__}:Greedy"]) == 1
     said = capsys.readouterr()
     assert "Ctrl-C prints it as it is" in said.err
     assert said.out.startswith("Found after ")
     assert "def test_found_by_fuzzing() -> None:" in said.out
+    assert "slow" in said.err
+    assert "slow" not in said.out  # what Hypothesis says is not part of the program

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -118,7 +119,8 @@ def shrunk(machine: str, policy: str | None, steps: int, seed: int, program_step
     """Find the failure of a run once more, and return its program as short as it can be made. Takes minutes."""
     kind = _with_policy(machine, policy)
     try:
-        run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
+        with redirect_stdout(sys.stderr):  # Hypothesis says when it gives up; that is not part of the program
+            run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
     except Exception as error:
         return as_test(error, machine, policy)
     return None
