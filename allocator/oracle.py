@@ -325,7 +325,7 @@ class Oracle(Recount):
         else:
             needed += found.evictable_blocks + (found.host_blocks if self.host.num_blocks else 0)
         needed += found.copied_blocks
-        stolen = self.manager.stats().stolen_blocks
+        stolen = self.manager.stats().stolen_blocks if found.partial_tokens else 0
         tenant = self.tenant(salt)
         fits = self.manager.can_admit(found, chunk, tenant)
         options = {} if retention is None else {"retention": retention}

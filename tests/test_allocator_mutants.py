@@ -478,9 +478,9 @@ MUTANTS = [
     ),
     Mutant(
         "hit_in_part_to_the_last_token",
-        "matching.py",
-        "units = min(units, (prompt - 1 - hit_blocks * tokens_per_block) // tokens)",
-        "units = min(units, (prompt - hit_blocks * tokens_per_block) // tokens)",
+        "partial.py",
+        "(content.num_prompt_tokens - 1 - hit_blocks * tokens_per_block)",
+        "(content.num_prompt_tokens - hit_blocks * tokens_per_block)",
         "PartialMachine",
     ),
     Mutant(
