@@ -89,6 +89,28 @@ def test_bad_input_is_one_line(flags: list[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+def test_statements_that_are_broken_into_lines_are_joined() -> None:
+    notes = [
+        "Failing test case:\nstate = M()",
+        "state.start(without=('a',\n 'b'), log=8)",
+        "state.do(call=x(\n))",
+    ]
+    assert fuzz.statements(notes) == [
+        "state = M()",
+        "state.start(without=('a', 'b'), log=8)",
+        "state.do(call=x( ))",
+    ]
+
+
+def test_programs_can_be_pasted_whatever_they_do() -> None:
+    """With the machine that has every operation, whose arguments are longest."""
+    outcomes = [fuzz.one_run("AllocatorMachine", f"{__name__}:Greedy", 300, seed, 30) for seed in range(4)]
+    programs = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    assert programs
+    for program in programs:
+        compile(program, "program", "exec")
+
+
 def test_a_failure_that_is_not_made_shorter_is_printed_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

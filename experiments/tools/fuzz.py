@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -148,10 +148,7 @@ def as_test(error: BaseException, machine: str, policy: str | None) -> str:
         body += [f"class Machine({name}):", f"    policies = ({chosen},)", ""]
     body += ["def test_found_by_fuzzing() -> None:"]
     notes = getattr(errors[0], "__notes__", [])
-    program = [
-        line for note in notes for line in note.splitlines() if line.startswith(("state", "class", "    "))
-    ]
-    program = [re.sub(r"^state\.do\(call=(state\..*)\)$", r"\1", line) for line in program]
+    program = [re.sub(r"^state\.do\(call=(state\..*)\)$", r"\1", line) for line in statements(notes)]
     for module, names in PASTED.items():
         used = [each for each in names if any(f"{each}(" in line for line in program)]
         imports += [f"from {module} import {', '.join(used)}"] if used else []
@@ -161,6 +158,21 @@ def as_test(error: BaseException, machine: str, policy: str | None) -> str:
         f"# {type(each).__name__}: {line}" for each in errors for line in (str(each) or "?").splitlines()[:1]
     ]
     return "\n".join([*sorted(imports), "", *body, *what])
+
+
+def statements(notes: Iterable[str]) -> list[str]:
+    """Return the program's statements, a line each; Hypothesis breaks what is long."""
+    found: list[str] = []
+    unfinished = False
+    for line in (line for note in notes for line in note.splitlines()):
+        if unfinished:
+            found[-1] += " " + line.strip()
+        elif line.startswith(("state", "class", "    ")):
+            found.append(line)
+        else:
+            continue
+        unfinished = any(found[-1].count(left) > found[-1].count(right) for left, right in ("()", "[]", "{}"))
+    return found
 
 
 def runs(config: Config) -> Iterator[tuple[int, int]]:
