@@ -18,14 +18,16 @@ from engine_cases import LinearCost, Scenario, unlike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.config import BuildConfig, CacheConfig
+from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
 from sim.cluster.cluster import simulate_cluster
 from sim.cluster.config import ClusterConfig
 from sim.cluster.link import TransferCost
-from sim.cost import StepBatch
+from sim.cost import RooflineCost, StepBatch
+from sim.hardware import GPU_PRESETS
 from sim.records import RunResult
 from sim.request import Request
 from sim.scheduler.config import EngineConfig
+from sim.workload import WorkloadConfig, generate
 
 PLAIN = EngineConfig(block_map_samples=0)
 PAIR = ClusterConfig(2, prefill_replicas=1)
@@ -54,6 +56,35 @@ def test_policies_see_the_same_skipping_or_not(scenario: ClusterScenario) -> Non
         scenario.run(skipping)
         seen.append(list(Spy.seen))
     assert seen[0] == seen[1]
+
+
+def test_skipping_equals_stepping_on_a_larger_workload_with_sessions() -> None:
+    workload = WorkloadConfig(
+        num_requests=150,
+        requests_per_s=20.0,
+        system_prompts=3,
+        system_prompt_tokens=256,
+        turns_mean=3.0,
+        session_tokens_max=2048,
+        think_s_mean=0.5,
+        output_tokens_mean=60.0,
+        output_tokens_max=512,
+        user_tokens_max=1024,
+        sampling_share=0.2,
+    )
+    scenario = ClusterScenario(
+        list(generate(workload)),
+        BuildConfig(16, 512, tokens_per_block=16),
+        num_blocks=200,
+        engine=dataclasses.replace(PLAIN, admission="max_utilization"),
+        cost=RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["a100-80gb"]),
+        cluster=ClusterConfig(4, "longest_prefix", prefill_replicas=2),
+        transfer=TransferCost(block_ps=82 * 10**6, latency_ps=10**7),
+    )
+    result = _check(scenario)
+    assert set(result.requests["decode_replica"]) >= {2, 3}
+    assert result.timeline["steps"].max() > 4
+    assert result.timeline["preemptions"].any()
 
 
 # ------------------------------------------------------------------ each half, where there is room

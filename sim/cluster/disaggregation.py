@@ -13,7 +13,8 @@ A request's life:
   stays cached there, and the decode replica gives it a token from its next step on: all its samples, if there are
   several. Who is preempted there computes again where it is.
 
-What is hit on a prefill replica counts in the hit rates; what is hit on a decode replica only saves transfers.
+What is hit on a prefill replica counts in the hit rates; what is hit on a decode replica only saves transfers. The
+timeline has rows of steps only: blocks that are held for a transfer while a replica takes none are in no row.
 """
 
 from __future__ import annotations
