@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush, nsmallest
 from itertools import chain, islice
+from operator import itemgetter
 from typing import Protocol
 
 from sim.scheduler.job import Job
@@ -52,9 +53,7 @@ class FirstCome(deque[Job]):
     arrivals_may_lead = False
     order_follows_cache = False
 
-    @property
-    def first(self) -> Job:
-        return self[0]
+    first = property(itemgetter(0))  # asked in every step: there is no Python function to call
 
     def first_few(self, count: int) -> list[Job]:
         return list(islice(self, count))
