@@ -72,7 +72,7 @@ class Admission(Coasting):
         if type(num_tokens) is not int or num_tokens < 0:
             num_tokens = as_int("num_tokens", num_tokens, 0)
         needed = -(-(match.hit_tokens + num_tokens) // size) - match.hit_blocks
-        return needed if match.is_empty else needed + self._blocks_tied(match)
+        return needed + self._blocks_tied(match) if match.hit_tokens else needed
 
     def _blocks_tied(self, match: PrefixMatch) -> int:
         """Return how many blocks a match's hits make unavailable, or need beside those that are missed."""
@@ -146,25 +146,25 @@ class Admission(Coasting):
         Raises OutOfBlocks, QuotaExceeded, or ValueError for a chunk that does not fit the prompt, a match of another
         content or salt, a retention that is none (or in a windowed cache), or a time that runs back.
         """
-        if match is None or not self.is_current(match):
+        if match is None or match.version != self.index.version or match.index is not self.index:
             match = self.lookup(content, salt)
         elif match.content is not content or match.salt != salt:
             raise ValueError("match must come from a lookup of the same content and salt")
         if type(num_tokens) is not int or num_tokens < 1:
             num_tokens = as_int("num_tokens", num_tokens, 1)
         size, pool, events = self.tokens_per_block, self.pool, self.events
-        prompt, hit_blocks = content.num_prompt_tokens, match.hit_blocks
-        tokens = match.hit_tokens + num_tokens
+        prompt, hit_blocks, hit_tokens = content.num_prompt_tokens, match.hit_blocks, match.hit_tokens
+        tokens = hit_tokens + num_tokens
         if tokens > prompt:
-            left = prompt - match.hit_tokens
+            left = prompt - hit_tokens
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
         if retention is not None and not isinstance(retention, RetentionConfig):
             raise ValueError(f"retention ({retention!r}) must be a RetentionConfig")
         if now is not None:
             now = as_int("now", now, pool.now)
         new_blocks = -(-tokens // size) - hit_blocks
-        needed = new_blocks if match.is_empty else new_blocks + self._blocks_tied(match)
-        if needed > pool.available:
+        needed = new_blocks + self._blocks_tied(match) if hit_tokens else new_blocks
+        if needed > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(needed, pool.available)
         account = None
         if tenant is not None:
@@ -179,23 +179,14 @@ class Admission(Coasting):
         family, label = (content.family(), salt) if self.reuse else (None, history)
         root: Extent = self.index.root(family, label, history.key_width)
         root.references += 1
-        number = NOBODY
-        if events is not None:
-            number = events.new_sequence()
-        if match.is_empty:
-            anchor, table = root, array("i")
+        number = NOBODY if events is None else events.new_sequence()
+        if hit_tokens:
+            anchor, table = self._take_hits(match, root, number, not readmission)
+            table.extend(pool.take(new_blocks - (match.partial is not None)))
         else:
-            anchor, table = self._take_hits(match, root, not readmission)
-        if events is not None:
-            events.add(ADMITTED, number, value=prompt)
-            if table:
-                events.add_blocks(HIT, number, -1, hit_blocks * size, table)
-        if match.partial is not None:
-            # The cut above has left the block as the first one of its extent.
-            table.append(self.tables.reuse_part(match.partial.extent, match.partial.num_tokens, number))
-            new_blocks -= 1
-        fresh = pool.take(new_blocks)
-        table.extend(fresh)
+            if events is not None:
+                events.add(ADMITTED, number, value=prompt)
+            anchor, table = root, pool.take(new_blocks)
 
         sequence = KVSequence(history, salt, prompt, anchor, table, tokens)
         sequence.hit_blocks = hit_blocks
@@ -206,7 +197,8 @@ class Admission(Coasting):
             self._logical_tokens -= sequence.left * size
         if events is not None:
             sequence.number = number
-            events.add_blocks(TAKEN, number, -1, num_tokens, fresh)
+            held = len(table) - new_blocks + (match.partial is not None)
+            events.add_blocks(TAKEN, number, -1, num_tokens, table[held:])
         if retention is not None:
             sequence.retention = plan = retention.plan(prompt, size)
             if plan is not None:
@@ -217,17 +209,24 @@ class Admission(Coasting):
             sequence.tenant = account
             account.blocks += len(table)
         self._logical_tokens += tokens
-        if self.indexes_full:
-            self._index_prompt(sequence)
+        full = tokens // size
+        if full > hit_blocks and self.indexes_full:
+            self.tables.index_full(sequence, full)
         if tokens < prompt:
             self._note_prefilling(sequence, True)
         if not readmission:
             self._count(match)
         return sequence
 
-    def _take_hits(self, match: PrefixMatch, root: Extent, count: bool) -> tuple[Extent, array[int]]:
-        """Reference what a match found; return the deepest extent, and the blocks. `count` hits on the host or not."""
-        pool, anchor = self.pool, root
+    def _take_hits(
+        self, match: PrefixMatch, root: Extent, number: int, count: bool
+    ) -> tuple[Extent, array[int]]:
+        """Reference what a match found; return the deepest extent, and the blocks.
+
+        number  of the sequence in the event log
+        count   whether hits on the host count
+        """
+        pool, anchor, events = self.pool, root, self.events
         table = array("i")
         arriving: list[Extent] = []
         for extent, blocks in match.path:
@@ -242,15 +241,23 @@ class Admission(Coasting):
         if arriving and pool.tier is not None:
             if self.windowed is None:
                 table.extend(pool.tier.onboard(arriving, count=count))
-                return arriving[-1], table
-            source = None if match.partial is None else match.partial.extent
-            if source is not None:  # the GPU has it, behind what it has not: lest it be evicted now
-                pool.acquire(source)
-            pool.tier.onboard(arriving, count=count)
-            if source is not None:
-                pool.drop(source)
-            # There, what comes from the host may lie before what the GPU has.
-            return match.path[-1][0], array("i", [node.ids[0] for node, _ in match.path])
+                anchor = arriving[-1]
+            else:
+                source = None if match.partial is None else match.partial.extent
+                if source is not None:  # the GPU has it, behind what it has not: lest it be evicted now
+                    pool.acquire(source)
+                pool.tier.onboard(arriving, count=count)
+                if source is not None:
+                    pool.drop(source)
+                # There, what comes from the host may lie before what the GPU has.
+                anchor, table = match.path[-1][0], array("i", [node.ids[0] for node, _ in match.path])
+        if events is not None:
+            events.add(ADMITTED, number, value=match.content.num_prompt_tokens)
+            if table:
+                events.add_blocks(HIT, number, -1, match.hit_blocks * self.tokens_per_block, table)
+        if match.partial is not None:
+            # The cut above has left the block as the first one of its extent.
+            table.append(self.tables.reuse_part(match.partial.extent, match.partial.num_tokens, number))
         return anchor, table
 
     def set_quota(self, tenant: Hashable, num_blocks: int | None) -> None:
@@ -295,7 +302,8 @@ class Admission(Coasting):
         left = sequence.num_prompt_tokens - first
         if num_tokens > left:
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
-        if first % self.tokens_per_block or sequence.tenant is not None or self.windowed is not None:
+        copies = first % self.tokens_per_block and self.tables.borrowers((sequence,))
+        if copies or sequence.tenant is not None or self.windowed is not None:
             self._write([sequence], num_tokens)
         else:  # no block to copy before it is written, and no quota: the pool says whether there is room
             self._grow(sequence, num_tokens)

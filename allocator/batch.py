@@ -17,10 +17,21 @@ from allocator.event_log import JOINED, LEFT, NOBODY, EventLog
 from allocator.ring import LastSlots, Rows, TokenRing
 from allocator.sequence import KVSequence
 
-Bucket = dict[KVSequence, int]
-"""Members that start their blocks at the same ticks, and the row of each."""
 
-_NONE: Bucket = {}
+class Bucket(dict[KVSequence, int]):
+    """Members that start their blocks at the same ticks, and the row of each.
+
+    dates  lifetimes: when the blocks were filled before which they started others while coasting, the latest last
+    """
+
+    __slots__ = ("dates",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dates = array("q")
+
+
+_NONE = Bucket()
 _by_offset = itemgetter(0)
 
 
@@ -61,7 +72,7 @@ class Batch(Sequence[KVSequence]):
         self.ring = TokenRing(tokens_per_block)
         self.unready: dict[KVSequence, None] = {}  # to be looked at before the next write: may have to copy
         self.nameless = 0  # members whose content cannot name tokens one by one
-        self._members: Bucket = {}
+        self._members: dict[KVSequence, int] = {}  # and the row of each
         self._buckets: dict[int, Bucket] = {}
         self._free_rows: list[int] = []
         self._num_rows = 0  # given out so far, free ones included
@@ -118,7 +129,7 @@ class Batch(Sequence[KVSequence]):
         self._order = None
         bucket = self._buckets.get(residue)
         if bucket is None:
-            bucket = self._buckets[residue] = {}
+            bucket = self._buckets[residue] = Bucket()
         bucket[sequence] = row
         if not sequence.settled_history.nameable:
             self.nameless += 1
@@ -243,10 +254,16 @@ class Batch(Sequence[KVSequence]):
         return np.frombuffer(packed, np.int32) if are_token_ids(packed) else None
 
     def catch_up_all(self) -> None:
-        """Let every member catch up."""
+        """Let every member catch up, and forget when their blocks were filled."""
         for sequence in self._members:
             self.catch_up(sequence)
+        for bucket in self._buckets.values():
+            del bucket.dates[:]
         self.coasted = False
+
+    def bucket_of(self, sequence: KVSequence) -> Bucket:
+        """Return the bucket of a member."""
+        return self._buckets[-sequence.base_tokens % self.tokens_per_block]
 
     def settle(self, sequence: KVSequence) -> None:
         """Write a member's token ids that are still in the ring to its history."""

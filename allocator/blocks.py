@@ -69,51 +69,51 @@ class FreeBlocks:
         """Return `count` blocks, evicting as needed. Raises OutOfBlocks, with nothing changed."""
         freed = self._freed
         left = len(freed) - count
-        if left < 0:
-            return self._take_more(count)
+        if left < self._stocked:
+            if left < 0:
+                self._refill(count)
+            else:
+                self._evict_stock(self._stocked - left)
+            left = len(freed) - count
         taken = freed[left:]
         del freed[left:]
         taken.reverse()
         self.num_free -= count
-        if left < self._stocked:
-            self._stock_taken(self._stocked - left, taken)
         return taken
 
-    def _take_more(self, count: int) -> array[int]:
-        """Do what `take` does where there are fewer blocks on the stack."""
+    def _refill(self, count: int) -> None:
+        """Put blocks below those on the stack, until there are `count`."""
         if count > self.available:
             raise OutOfBlocks(count, self.available, self.name)
         freed = self._freed
-        taken = self.take(len(freed)) if freed else array("i")
-        while True:
-            wanted = count - len(taken)
+        while len(freed) < count:
+            wanted = count - len(freed)
             fresh = min(wanted, self.num_blocks - self._fresh)
             if fresh:
                 self._fresh += fresh
-                freed.frombytes(
-                    np.arange(self._fresh - 1, self._fresh - fresh - 1, -1, dtype=np.int32).tobytes()
-                )
+                ids = np.arange(self._fresh - 1, self._fresh - fresh - 1, -1, dtype=np.int32)
+                freed[:0] = array("i", ids.tobytes())
+            elif self._stocked:
+                self._evict_stock(self._stocked)
             else:
                 self._evict(wanted)
-            if len(freed) >= wanted:
-                last = self.take(wanted)
-                return taken + last if taken else last
-            taken.extend(self.take(len(freed)))
+        if self._stocked > len(freed) - count:
+            self._evict_stock(self._stocked - len(freed) + count)
 
     def _evict(self, wanted: int) -> None:
-        """Put between 1 and `wanted` blocks of what is evictable on the empty stack, or a victim's blocks as a stock.
+        """Put between 1 and `wanted` blocks of what is evictable below the free ones, or a victim as the stock.
 
-        Called only while something is evictable.
+        Called only while something is evictable, and without a stock.
         """
         raise NotImplementedError
 
-    def _stock_taken(self, count: int, taken: array[int]) -> None:
-        """Note that the last `count` blocks taken were evictable till now, and not free."""
+    def _evict_stock(self, count: int) -> None:
+        """Note that the top `count` blocks of the stock are free now."""
         raise NotImplementedError
 
     def free_evicted(self, ids: array[int]) -> None:
-        """Put blocks that have just lost their content on the stack, the first of them to be taken first."""
-        self._freed.extend(ids[::-1])
+        """Put blocks that have just lost their content below the free ones, the first of them to be taken first."""
+        self._freed[:0] = ids[::-1]
         self.num_free += len(ids)
 
     def give(self, ids: Iterable[int]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from itertools import chain, islice
+from itertools import chain
 
 from allocator.batch import Batch
 from allocator.decoding import Decoding
-from allocator.prefix import Extent
 from allocator.sequence import KVSequence
+
+_MOST_DATES = 4096
+"""Blocks that members of a batch start at the same ticks before everybody is caught up."""
 
 
 class Coasting(Decoding):
@@ -16,8 +18,8 @@ class Coasting(Decoding):
 
     A block that fills while coasting goes into the index only when its sequence leaves the batch, is forked, or
     advances in another way: *catches up*. Till then it counts as what it is, a referenced block, and nobody misses
-    it, since its content is the sequence's own. Where lifetimes are collected, the sequence keeps the dates at which
-    its blocks were filled.
+    it, since its content is the sequence's own. Where lifetimes are collected, the batch's buckets keep the dates at
+    which blocks were filled.
     """
 
     def batch(self) -> Batch:
@@ -58,27 +60,22 @@ class Coasting(Decoding):
         batch.forget_slots()
         starts, growth, first = batch.starts(num_tokens)
         if growth:
-            members = chain.from_iterable(starts)
-            stock = pool.take(growth)
-            if pool.lifetimes is None:
-                for sequence, block in zip(members, stock, strict=True):
-                    sequence.table.append(block)
-            else:
-                before, now = (
-                    batch.coasted_at,
-                    pool.now,
-                )  # of the coast before were the ticks before the first
-                for sequence, block in zip(islice(members, first), stock, strict=False):
-                    sequence.table.append(block)
-                    sequence.dates.append(before)
-                for sequence, block in zip(members, stock[first:], strict=True):
-                    sequence.table.append(block)
-                    sequence.dates.append(now)
+            for sequence, block in zip(chain.from_iterable(starts), pool.take(growth), strict=True):
+                sequence.table.append(block)
             self._logical_blocks += growth
+            if pool.lifetimes is not None:
+                date = (
+                    batch.coasted_at if first else pool.now
+                )  # who starts at once was full when the last coast ended
+                for bucket in starts:
+                    bucket.dates.append(date)
+                    date = pool.now
         batch.tick += num_tokens
         batch.coasted = True
         batch.coasted_at = pool.now
         self._logical_tokens += num_tokens * len(batch)
+        if growth and len(starts[0].dates) > _MOST_DATES:
+            batch.catch_up_all()
         return growth - first
 
     def catch_up(self, sequence: KVSequence) -> None:
@@ -88,28 +85,22 @@ class Coasting(Decoding):
         """
         batch, anchor = sequence.batch, sequence.anchor
         assert batch is not None
+        size = self.tokens_per_block
         tokens = sequence.base_tokens + batch.tick
-        full, first = tokens // self.tokens_per_block, anchor.end
-        dates, sequence.dates = sequence.dates, []
+        full, first = tokens // size, anchor.start + len(anchor.keys) // anchor.width
         if full <= first or not self.indexes_full:
             return
-        tables = self.tables
-        if self.pool.lifetimes is None:
-            tables.index_full(sequence, full)
-            return
-        if tokens % self.tokens_per_block == 0:
-            dates.append(batch.coasted_at)  # nobody has started the block after it
-        del dates[: first - full]  # starting its first block said when one was filled that is in the index
+        dates = None
+        if self.pool.lifetimes is not None:
+            dates = batch.bucket_of(sequence).dates
+            if tokens % size:
+                dates = dates[first - full :]
+            else:  # nobody has started the block after the last one
+                dates = dates[first - full + 1 :] if full - first > 1 else array("q")
+                dates.append(batch.coasted_at)
         if sequence.retention is None:
-            tables.index_full(sequence, full)
-            _date(sequence.anchor, dates)
-        else:  # blocks of one extent are retained alike
-            for block in range(first, full):
-                tables.index_full(sequence, block + 1)
-                _date(sequence.anchor, dates[block - first : block - first + 1])
-
-
-def _date(extent: Extent, dates: list[int]) -> None:
-    """Say when the last blocks of an extent were filled."""
-    assert extent.born is not None
-    extent.born[-len(dates) :] = array("q", dates)
+            self.tables.index_full(sequence, full, dates)
+            return
+        for block in range(first, full):  # as it would have been: extents are sealed on the way
+            at = block - first
+            self.tables.index_full(sequence, block + 1, dates and dates[at : at + 1])

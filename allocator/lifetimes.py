@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,24 +29,24 @@ class Lifetimes:
     def __init__(self, settle: Callable[[], None]) -> None:
         """Take what lets a pool complete the eviction of the victim that it is emptying."""
         self._settle = settle
-        self._evictions = array("q")  # now, blocks, last use; a triple for each eviction from an extent
-        self._born = array("q")  # when each evicted block was filled, eviction by eviction
-        self._hits = array("q")  # now, blocks, last use
-        self._evicted = self._evictions.extend
-        self._hit = self._hits.extend
+        self.evictions: list[tuple[int, int, int]] = []  # now, blocks, last use; see `gone`
+        self._born: list[
+            array[int]
+        ] = []  # when blocks were filled that an extent has lost; the last one went first
+        self._born_blocks = 0
+        self._hits: list[tuple[int, int, int]] = []  # now, blocks, last use
 
     def __len__(self) -> int:
-        """Return how many numbers are held, 8 bytes each."""
-        return len(self._evictions) + len(self._born) + len(self._hits)
+        """Return about how many numbers are held, 8 bytes each."""
+        return 16 * len(self.evictions) + self._born_blocks + 16 * len(self._hits)
 
-    def filled(self, extent: Extent, num_blocks: int, now: int) -> None:
-        """Note that the last `num_blocks` blocks of `extent` were filled just now."""
+    @staticmethod
+    def filled(extent: Extent, dates: array[int]) -> None:
+        """Note when the last len(dates) blocks of `extent` were filled; the array is the extent's from now on."""
         if extent.born is None:
-            extent.born = array("q", (now,)) * num_blocks
-        elif num_blocks == 1:
-            extent.born.append(now)
+            extent.born = dates
         else:
-            extent.born.extend(array("q", (now,)) * num_blocks)
+            extent.born.extend(dates)
 
     def hit(self, extent: Extent, now: int) -> None:
         """Note a hit on all of `extent`, before it is referenced."""
@@ -54,23 +55,19 @@ class Lifetimes:
 
     def reused(self, extent: Extent, now: int) -> None:
         """Note a hit on an extent that nobody referenced."""
-        self._hit((now, len(extent.ids), extent.touched))
+        self._hits.append((now, len(extent.ids), extent.touched))
 
     def evicted(self, extent: Extent, num_blocks: int, now: int) -> None:
         """Note the eviction, `now`, of the last `num_blocks` blocks of `extent`, which are still there."""
-        self.taken(extent, num_blocks, now)
+        self.evictions.append((now, num_blocks, extent.touched))
         self.gone(extent, num_blocks)
 
-    def taken(self, extent: Extent, num_blocks: int, now: int) -> None:
-        """Note half of an eviction: that `num_blocks` blocks of `extent` went now. `gone` has to follow."""
-        self._evicted((now, num_blocks, extent.touched))
-
     def gone(self, extent: Extent, num_blocks: int) -> None:
-        """Note the other half: `num_blocks`, the last ones of `extent` and still there, are all that went of it."""
-        assert extent.born is not None
-        born = extent.born[-num_blocks:]
-        born.reverse()  # the last goes first
-        self._born.extend(born)
+        """Note when the last `num_blocks` blocks of `extent` were filled, of which `evictions` were noted."""
+        born = extent.born
+        assert born is not None
+        self._born_blocks += num_blocks
+        self._born.append(born if num_blocks == len(born) else born[-num_blocks:])
 
     def take(self) -> dict[str, Durations]:
         """Return and forget the durations, by name, in the order in which they ended.
@@ -79,12 +76,16 @@ class Lifetimes:
         """
         self._settle()
         evictions, hits = (
-            np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (self._evictions, self._hits)
+            np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
+            for rows in (self.evictions, self._hits)
         )
-        born = np.array(self._born, dtype=np.int64)
-        for kept in (self._evictions, self._born, self._hits):
-            del kept[:]
-        lived = np.repeat(evictions[:, 0], evictions[:, 1]) - born
+        born = array("q")
+        for times in self._born:
+            born.extend(times[::-1])
+        for kept in (self.evictions, self._born, self._hits):
+            kept.clear()
+        self._born_blocks = 0
+        lived = np.repeat(evictions[:, 0], evictions[:, 1]) - np.array(born, dtype=np.int64)
         return {
             "lifetime": joined([(lived, np.ones_like(lived))]),
             "idle_before_evict": joined([(evictions[:, 0] - evictions[:, 2], evictions[:, 1])]),

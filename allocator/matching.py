@@ -49,11 +49,6 @@ class PrefixMatch:
     idle: int = 0
 
     @property
-    def is_empty(self) -> bool:
-        """Return whether nothing is hit."""
-        return not self.hit_tokens
-
-    @property
     def partial_tokens(self) -> int:
         """Return how many of the hit tokens lie in a block that is hit in part."""
         return 0 if self.partial is None else self.partial.num_tokens

@@ -79,28 +79,30 @@ class BlockPool(FreeBlocks):
             )
         extent, count = chosen
         if self.drains and self.tier is None:
-            self._freed.extend(extent.ids)
+            self._freed[:0] = extent.ids
             self._stocked = len(extent.ids)
             index.draining = extent
             index.version += 1  # a match that leads through it is not current any more
         else:
             self.free_evicted(self._evict_from(extent, count))
 
-    def _stock_taken(self, count: int, taken: array[int]) -> None:
-        """Note that the last `count` blocks taken were the victim's; `settle` will tell index and policy."""
+    def _evict_stock(self, count: int) -> None:
+        """Note that the victim has lost `count` blocks more; `settle` will tell index and policy."""
         index = self.index
         extent = index.draining
         assert extent is not None
-        self._stocked -= count
-        self.num_free += count  # it was not from the free ones that they were taken
+        left = self._stocked - count
+        if self.events is not None:
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : self._stocked][::-1])
+        self._stocked = left
+        self.num_free += count
         self.num_evictable -= count
         self.evicted_blocks += count
         if self.lifetimes is not None:
-            self.lifetimes.taken(extent, count, self.now)
-        if self.events is not None:
-            self.events.add_blocks(EVICTED, NOBODY, -1, -1, taken[-count:])
-        gone = len(extent.ids) - self._stocked
-        if not self._stocked or (not index.forgot and index.ghost_blocks + gone > index.ghost_capacity):
+            self.lifetimes.evictions.append((self.now, count, extent.touched))
+        if not left or (
+            not index.forgot and index.ghost_blocks + len(extent.ids) - left > index.ghost_capacity
+        ):
             self.settle()
 
     def settle(self) -> None:
@@ -164,8 +166,9 @@ class BlockPool(FreeBlocks):
         return (
             isinstance(extent, Extent)
             and isinstance(count, int)
+            and 1 <= count <= wanted
+            and count <= len(extent.ids)
             and self._is_exposed(extent)
-            and 1 <= count <= min(wanted, len(extent.ids))
         )
 
     def _is_exposed(self, extent: Extent) -> bool:
@@ -190,10 +193,13 @@ class BlockPool(FreeBlocks):
             self.shared[block] = holders - 1
         return True
 
-    def cached(self, extent: Extent, num_blocks: int) -> None:
-        """Note that `num_blocks` referenced blocks were appended to `extent` in the index."""
+    def cached(self, extent: Extent, num_blocks: int, dates: array[int] | None = None) -> None:
+        """Note that `num_blocks` referenced blocks were appended to `extent` in the index.
+
+        dates  when they were filled, int64 [num_blocks], if that was before now
+        """
         if self.lifetimes is not None:
-            self.lifetimes.filled(extent, num_blocks, self.now)
+            self.lifetimes.filled(extent, dates or array("q", (self.now,)) * num_blocks)
         if self.notes_cached:
             self.policy.cached(extent, num_blocks)
         if self.partial is not None:

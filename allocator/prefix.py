@@ -300,7 +300,14 @@ class PrefixIndex:
             ids, extent.ids = extent.ids, array("i")
             extent.born = None
         ids.reverse()
-        self._bury(extent, keep)
+        if keep or extent.children or not self.ghost_capacity:
+            self._bury(extent, keep)
+            return ids
+        self._ghosts[extent] = None  # of a leaf that goes whole, as most do, the node is the ghost
+        self._last_ghost = extent
+        self.ghost_blocks += num_blocks
+        if self.ghost_blocks > self.ghost_capacity:
+            self._forget()
         return ids
 
     def trim_host(self, extent: Extent, num_blocks: int) -> array[int]:
@@ -360,7 +367,7 @@ class PrefixIndex:
         return ghost
 
     def _become_ghost(self, extent: Extent) -> None:
-        below = self._recent_child(extent) if extent.children else None
+        below = self._recent_child(extent)
         if below is None:
             self._list(extent)
             return

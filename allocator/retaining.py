@@ -7,6 +7,7 @@ where no request asks for it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -64,11 +65,17 @@ def retain_hits(pool: BlockPool, anchor: Extent, plan: RetentionPlan) -> None:
         extent.retention = last
 
 
-def index_retained(tables: Tables, sequence: KVSequence, plan: RetentionPlan, full: int) -> None:
-    """Put a sequence's blocks up to `full` into the index, those with equal wishes at a time."""
+def index_retained(
+    tables: Tables, sequence: KVSequence, plan: RetentionPlan, full: int, dates: array[int] | None = None
+) -> None:
+    """Put a sequence's blocks up to `full` into the index, those with equal wishes at a time; `dates` as there."""
+    start = sequence.anchor.end
     while (first := sequence.anchor.end) < full:
         wish, end = plan.at(first)
-        tables.index_alike(sequence, min(end, full))
+        end_of_run = min(end, full)
+        tables.index_full(
+            sequence, end_of_run, dates and dates[first - start : end_of_run - start], alike=True
+        )
         for extent in sequence.anchor.path():
             if extent.start < first:
                 break

@@ -49,7 +49,6 @@ class KVSequence:
         "base_tokens",
         "batch",
         "cow_copies",
-        "dates",
         "held",
         "hit_blocks",
         "host",
@@ -94,9 +93,6 @@ class KVSequence:
         self.retention: RetentionPlan | None = None
         self.base_tokens = num_tokens  # what it has, or, in a batch, would have had at tick 0
         self.left = 0
-        self.dates: list[
-            int
-        ] = []  # lifetimes: of the blocks started while coasting, when the one before was filled
         # Of a windowed cache alone: what is held of the index, a node (None for a twin) for each anchored block.
         self.sink_blocks = 0
         self.held: list[Extent | None] = []

@@ -147,9 +147,14 @@ class Sharing(Admission):
         return private + sum(len(e.ids) for e in self.tables.held_extents(sequence) if e.references == 1)
 
     def release(self, sequence: KVSequence) -> None:
-        """Give a sequence's blocks back, the last first: cached ones become evictable, others free."""
+        """Give a sequence's blocks back, the last first: cached ones become evictable, others free.
+
+        It may be in a batch, which it leaves, or swapped out; then its blocks are the host's. O(extents it holds, and
+        blocks of its own). Raises ValueError if it has been released before, or is another manager's.
+        """
         if sequence not in self.sequences:
-            self._check_live(sequence)
+            self._release_swapped(sequence)
+            return
         batch = sequence.batch
         if batch is not None:
             if batch.coasted:
@@ -166,6 +171,10 @@ class Sharing(Admission):
             self._note_prefilling(sequence, False)
         del self.sequences[sequence]
         sequence.released = True
+
+    def _release_swapped(self, sequence: KVSequence) -> None:
+        """Release a sequence that is not among the running ones. Raises ValueError unless it is swapped out."""
+        self._check_live(sequence)
 
     def reorder_beams(self, sequences: Sequence[KVSequence], parents: Sequence[int]) -> None:
         """Let beam i go on from beam parents[i]; beams that nobody goes on from end. Takes no block.

@@ -99,14 +99,9 @@ class Swapping(Sharing):
         if sequence not in self.host_tier.swapped:
             raise ValueError(f"{sequence} must be swapped out")
 
-    def release(self, sequence: KVSequence) -> None:
-        """Give a sequence's blocks back, the last first: cached ones become evictable, others free.
-
-        It may be in a batch, which it leaves, or swapped out; then its blocks are the host's. O(extents it holds, and
-        blocks of its own). Raises ValueError if it has been released before, or is another manager's.
-        """
+    def _release_swapped(self, sequence: KVSequence) -> None:
         if sequence.host is None or self.pool.tier is None or sequence not in self.pool.tier.swapped:
-            super().release(sequence)
+            super()._release_swapped(sequence)
             return
         root = self.tables.root_of(sequence)
         if self.events is not None:

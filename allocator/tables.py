@@ -72,15 +72,17 @@ class Tables:
                 self.index_full(sequence, len(table))
         self.index.version += 1
 
-    def index_full(self, sequence: KVSequence, full: int) -> None:
-        """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins."""
-        if sequence.retention is not None:
-            index_retained(self, sequence, sequence.retention, full)
-        else:
-            self.index_alike(sequence, full)
+    def index_full(
+        self, sequence: KVSequence, full: int, dates: array[int] | None = None, *, alike: bool = False
+    ) -> None:
+        """Put a sequence's blocks up to `full` into the index; where content repeats, its own become twins.
 
-    def index_alike(self, sequence: KVSequence, full: int) -> None:
-        """Do what `index_full` does for blocks that are to be retained alike."""
+        dates  when they were filled, int64 [blocks], if that was before now; then they repeat nothing
+        alike  whether they are known to be retained alike
+        """
+        if sequence.retention is not None and not alike:
+            index_retained(self, sequence, sequence.retention, full, dates)
+            return
         anchor = sequence.anchor
         first = anchor.start + len(anchor.keys) // anchor.width
         keys = sequence.settled_history.keys(first, full)
@@ -89,12 +91,12 @@ class Tables:
             if self.events is not None:
                 self.events.add_blocks(STORED, sequence.number, anchor.ids[-1], first, ids)
             self.index.grow(anchor, keys, ids)
-            self.pool.cached(anchor, full - first)
+            self.pool.cached(anchor, full - first, dates)
             return
         if not anchor.children or keys[: anchor.width] not in anchor.children:  # often, all of it is new
             extent = sequence.anchor = self.index.attach(anchor, keys, ids)
             extent.references = 1
-            self.pool.cached(extent, full - first)
+            self.pool.cached(extent, full - first, dates)
             if self.events is not None:
                 self._log_indexed(self.events, sequence, extent, True)
             return
@@ -303,8 +305,15 @@ class Tables:
 
     def release(self, sequence: KVSequence) -> None:
         """Give back all that a sequence holds, the last block first."""
-        self.free_private(sequence, 0)
-        root = self.pool.drop_path(sequence.anchor)
+        pool, anchor = self.pool, sequence.anchor
+        if sequence.twins or pool.shared:
+            self.free_private(sequence, 0)
+        else:
+            private = sequence.table[anchor.start + len(anchor.keys) // anchor.width :]
+            if private:
+                private.reverse()
+                pool.give(private)
+        root = pool.drop_path(anchor)
         root.references -= 1
         if not root.children:
             self.index.discard_if_unused(root)

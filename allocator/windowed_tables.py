@@ -96,7 +96,9 @@ class WindowedTables(Tables):
         for sequence, key in zip(sequences, keys, strict=True):
             self._index(sequence, key)
 
-    def index_full(self, sequence: KVSequence, full: int) -> None:
+    def index_full(
+        self, sequence: KVSequence, full: int, dates: array[int] | None = None, *, alike: bool = False
+    ) -> None:
         self._index(sequence, sequence.settled_history.keys(sequence.anchor.end, full))
 
     def _index(self, sequence: KVSequence, keys: bytes) -> None:

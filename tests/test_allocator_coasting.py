@@ -166,8 +166,9 @@ def test_without_room_nothing_changes() -> None:
     assert batch.tick == 0
 
 
-def test_whoever_never_leaves_remembers_when_its_blocks_were_filled() -> None:
-    manager = KVCacheManager(2000, 4, lifetimes=True)
+@pytest.mark.parametrize("size", [1, 4])
+def test_whoever_never_leaves_remembers_when_its_blocks_were_filled(size: int) -> None:
+    manager = KVCacheManager(8000, size, lifetimes=True)
     batch = manager.batch()
     sequence = manager.admit(UniqueContent(4), 4)
     batch.add(sequence)
@@ -179,7 +180,8 @@ def test_whoever_never_leaves_remembers_when_its_blocks_were_filled() -> None:
     assert sequence.table
     extent = next(iter(manager.index.extents()))
     assert extent.born is not None
-    assert extent.born.tolist() == [0] + [4 * block + 3 for block in range(1500)]
+    filled = [size * block + size - 1 for block in range(6000 // size)]
+    assert extent.born.tolist() == [0] * (4 // size) + filled
 
 
 def test_beams_that_die_after_coasting_leave_what_they_filled_in_the_cache() -> None:

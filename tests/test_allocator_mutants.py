@@ -297,7 +297,7 @@ MUTANTS = [
     Mutant(
         "eviction_not_logged",
         "pool.py",
-        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, taken[-count:])\n",
+        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : self._stocked][::-1])\n",
         "            pass\n",
         "EventsMachine",
     ),

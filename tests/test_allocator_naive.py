@@ -42,19 +42,20 @@ class Pair:
         self.twins: dict[KVSequence, NaiveSequence] = {}
         self.part: Any = None  # the block of which the prompt looked up last hits a part
         self.evicted: list[int] = []  # histories, as the shadow numbers them
-        evict, stock_taken = real.pool._evict_from, real.pool._stock_taken
+        evict, evict_stock = real.pool._evict_from, real.pool._evict_stock
 
         def noted(extent: Extent, count: int) -> Any:
             ids = evict(extent, count)
             self.evicted += [machine.shadow.block(block) for block in ids]
             return ids
 
-        def noted_of_stock(count: int, taken: Any) -> None:
-            stock_taken(count, taken)
-            self.evicted += [machine.shadow.block(block) for block in taken[-count:]]
+        def noted_of_stock(count: int) -> None:
+            stock = real.pool._freed[: real.pool._stocked]
+            evict_stock(count)
+            self.evicted += [machine.shadow.block(block) for block in stock[: -count - 1 : -1]]
 
         real.pool._evict_from = noted  # type: ignore[method-assign]
-        real.pool._stock_taken = noted_of_stock  # type: ignore[method-assign]
+        real.pool._evict_stock = noted_of_stock  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
