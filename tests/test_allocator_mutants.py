@@ -63,9 +63,9 @@ MUTANTS = [
     Mutant(
         "hit_block_freed_by_taking_first",
         "admission.py",
-        "            anchor, table = self._take_hits(match, root, not readmission)\n",
+        "            anchor, table = self._take_hits(match, root, number, not readmission)\n",
         "            pool.give(pool.take(new_blocks))\n"
-        "            anchor, table = self._take_hits(match, root, not readmission)\n",
+        "            anchor, table = self._take_hits(match, root, number, not readmission)\n",
         "ReuseMachine",
     ),
     Mutant(
