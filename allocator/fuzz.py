@@ -13,8 +13,9 @@
     TestMyPolicy = MyPolicyMachine.TestCase          # collected by pytest
     print(run_machine(MyPolicyMachine, steps=10_000))
 
-`AllocatorMachine` has every rule; the other machines (`SharingMachine`, `ReuseMachine`, …) have those of one concern,
-and so find its bugs in fewer steps. Pools are tiny, prompts made of two symbols: everything collides.
+`AllocatorMachine` has every operation; the other machines (`SharingMachine`, `ReuseMachine`, …) have those of one
+concern, and so find its bugs in fewer steps. A subclass adds operations with `allocator.rules.operation.operation`.
+Pools are tiny, prompts made of two symbols: everything collides.
 
 The oracle (`allocator.oracle`, with what a subclass may replace) does not know how a manager works. It compares
 with a shadow of the pool:

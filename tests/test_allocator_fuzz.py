@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
+from hypothesis import strategies as st
 
 from allocator.fuzz import (
     AllocatorMachine,
@@ -23,6 +26,7 @@ from allocator.fuzz import (
     run_machine,
 )
 from allocator.retention import RetentionConfig, TokenRange
+from allocator.rules.operation import operation
 from allocator.shadow import PromptSpec
 
 # Collected by pytest; `--hypothesis-profile=deep` runs them for as long as there is patience.
@@ -86,6 +90,23 @@ def test_found_block_stolen_and_filled_with_the_same() -> None:
     state.admit_again(index=0, salt="", chunk=99)
     state.check()
     state.teardown()
+
+
+def test_a_machine_draws_its_own_operations_and_those_of_its_bases() -> None:
+    class Mine(ReuseMachine):
+        misuse = None  # type: ignore[assignment]
+        weights: ClassVar = {"wait": 40}
+
+        @operation(when=lambda self: len(self.stories) > 1, turns=st.integers(1, 3))
+        def wait(self, turns: int) -> None:
+            assert len(self.stories) > 1
+            assert 1 <= turns <= 3
+            self.did("wait")
+
+    tally = run_machine(Mine, 400, seed_=1)
+    assert tally.operations["wait"] > 0.2 * tally.steps
+    assert tally.operations["admit"] > 0
+    assert tally.operations["misuse"] == 0
 
 
 @pytest.mark.slow
