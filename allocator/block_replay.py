@@ -90,7 +90,7 @@ class BlockReplay:
         self._pinned: list[int] = []
         self._held_for_copies: list[array[int]] = []
         self._windowed = False
-        self._block_at: dict[int, int] = {}  # by place, of a windowed cache
+        self._position_at: dict[int, int] = {}  # by place, of a windowed cache
         self._resize(0, 0)
 
     def _resize(self, num_blocks: int, num_host_blocks: int) -> None:
@@ -263,15 +263,16 @@ class BlockReplay:
     def _uncache(self, positions: array[int], blocks: array[int]) -> None:
         self._cached_at.set(blocks, NONE)
         self._block.set(positions, NONE)
-        if self._windowed:
-            for position in positions:
-                del self._block_at[self._place.one[position]]
         self._drop_empty(positions)
 
     def _drop_empty(self, positions: Iterable[int]) -> None:
         """Give up those positions that no block holds any more."""
         block, host_block = self._block.one, self._host_block.one
-        self._unused.extend([p for p in positions if block[p] == host_block[p] == NONE])
+        empty = [p for p in positions if block[p] == host_block[p] == NONE]
+        self._unused.extend(empty)
+        if self._windowed:
+            for position in empty:
+                del self._position_at[self._place.one[position]]
 
     # -------------------------------------------------------- windows
 
@@ -290,12 +291,13 @@ class BlockReplay:
         """Positions last as long as their blocks, places for good: a parent may be cached later, or again."""
         if not self._cached_at.are(event.blocks, NONE):
             raise Contradiction(f"{event.blocks.tolist()} must not be cached already")
-        if event.value in self._block_at:
+        known = self._position_at.get(event.value)  # where the host has it
+        if known is not None and self._block.one[known] != NONE:
             raise Contradiction(f"place {event.value} must not be cached already")
-        position = array("i", (self._unused.pop(),))
+        position = array("i", (self._unused.pop() if known is None else known,))
         self._place.one[position[0]] = event.value
         self._parent.one[position[0]] = event.other
-        self._block_at[event.value] = event.blocks[0]
+        self._position_at[event.value] = position[0]
         self._settle(position, event.blocks)
         self._hold(self._sequences[event.sequence], position)
 

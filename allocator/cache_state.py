@@ -118,7 +118,7 @@ class CacheState:
         """Return how a manager with events stands, recounted from tables, tree, transfers and free lists. Slow."""
         pool, tier = manager.pool, manager.pool.tier
         extents = list(manager.index.extents())
-        arriving = _on_paths([] if tier is None else tier.queue.gpu_held())
+        arriving = _held_with(manager, [] if tier is None else tier.queue.gpu_held())
         states = np.full(pool.num_blocks, REFERENCED, dtype=np.uint8)
         holds = np.zeros(pool.num_blocks, dtype=np.int32)
         parents = np.full(pool.num_blocks, UNCACHED, dtype=np.int32)
@@ -150,7 +150,7 @@ class CacheState:
         tier = manager.pool.tier
         assert tier is not None
         host = tier.host
-        arriving = _on_paths(tier.queue.host_held())
+        arriving = _held_with(manager, tier.queue.host_held())
         states = np.full(host.num_blocks, REFERENCED, dtype=np.uint8)
         states[host.free_ids()] = FREE
         states[list(host.limbo)] = IN_TRANSFER
@@ -174,8 +174,11 @@ class CacheState:
         for sequence in tier.swapped:
             assert sequence.host is not None
             table = tuple(tier.host_table(sequence))
-            cached = len(table) - len(sequence.host)
-            swapped[sequence.number] = SequenceState(sequence.num_tokens, table, table[:cached])
+            prefix = table[: len(table) - len(sequence.host)]
+            if manager.windowed is not None:
+                prefix = tuple(-1 if n is None or n.host is None else n.host[0] for n in sequence.held)
+            state = SequenceState(sequence.num_tokens, table, prefix, sequence.left)
+            swapped[sequence.number] = state
         return CacheState(
             self.states,
             self.references,
@@ -202,11 +205,11 @@ def _state_of_held(holds: int, of_transfers: int) -> int:
     return IN_TRANSFER if holds == of_transfers else REFERENCED
 
 
-def _on_paths(extents: Iterable[Extent]) -> Counter[Extent]:
-    """Return how many of these extents' paths lead through each extent."""
+def _held_with(manager: KVCacheManager, extents: Iterable[Extent]) -> Counter[Extent]:
+    """Return how often each extent is held by holding these."""
     counts: Counter[Extent] = Counter()
     for extent in extents:
-        counts.update(extent.path())
+        counts.update(manager.index.held_with(extent))
     return counts
 
 

@@ -13,6 +13,7 @@ Events of one call follow each other, and the state between two of them is the s
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,15 +143,26 @@ class Replayer(BlockReplay):
             return at.copy()
         parent = self._parent.all[at]
         if self._windowed:
-            blocks = [ROOT if place == ROOT else self._block_at.get(place, GONE) for place in parent.tolist()]
+            blocks = [self._before(place) for place in parent.tolist()]
             return np.where(at == NONE, UNCACHED, np.array(blocks, dtype=np.int32)).astype(np.int32)
         block, host = self._block.all[parent], HOST_PARENT - self._host_block.all[parent]
         found = np.where(parent == ROOT, ROOT, np.where(block != NONE, block, host))
         return np.where(at == NONE, UNCACHED, found).astype(np.int32)
 
+    def _before(self, place: int) -> int:
+        """Return what stands for a place of a windowed cache as a parent."""
+        if place == ROOT:
+            return ROOT
+        position = self._position_at.get(place)
+        if position is None:
+            return GONE
+        block = self._block.one[position]
+        return HOST_PARENT - self._host_block.one[position] if block == NONE else block
+
     def _swapped_out(self, sequence: Sequence) -> SequenceState:
-        prefix = tuple(self._host_block.of(sequence.prefix))
-        return SequenceState(sequence.num_tokens, prefix + tuple(sequence.table), prefix)
+        prefix = [NONE if p == NONE else self._host_block.one[p] for p in sequence.prefix]
+        table = _interleaved(prefix, sequence.table)
+        return SequenceState(sequence.num_tokens, tuple(table), tuple(prefix), sequence.left)
 
     def _private(self) -> NDArray[np.int32]:
         """Return 1 for each uncached host block that a swapped-out sequence holds, else 0."""
@@ -169,14 +181,14 @@ class Replayer(BlockReplay):
         positions = self._positions(blocks)
         self._settle_on_host(positions, host_blocks)
         self._move(blocks, host_blocks)
-        self._keep(positions[-1], on_gpu=False)
+        self._keep(positions, on_gpu=False)
 
     def onboarded(self, event: Event) -> None:
         host_blocks, blocks = _halves(event.blocks)
         positions = self._host_positions(host_blocks)
         self._settle(positions, blocks)
         self._move(blocks, host_blocks)
-        self._keep(positions[-1], on_gpu=True)
+        self._keep(positions, on_gpu=True)
 
     def recomputed(self, event: Event) -> None:
         blocks, host_blocks = _halves(event.blocks)
@@ -210,9 +222,9 @@ class Replayer(BlockReplay):
         if cached:
             positions = self._positions(blocks[:cached])
             self._settle_on_host(positions, host_blocks[:cached])
-            self._keep(positions[-1], on_gpu=True)
+            self._keep(positions, on_gpu=True)
         self._leave(sequence)
-        self._host_holds.add(sequence.prefix, 1)
+        self._host_holds.add(self._held(sequence.prefix), 1)
         sequence.table = host_blocks[cached:]
         self._swapped[event.sequence] = sequence
 
@@ -224,10 +236,12 @@ class Replayer(BlockReplay):
         if cached:
             positions = self._host_positions(host_blocks[:cached])
             self._settle(positions, blocks[:cached])
-            self._keep(positions[-1], on_gpu=True)
-        self._host_holds.add(sequence.prefix, -1)
-        self._holds.add(sequence.prefix, 1)
-        sequence.table = self._block.of(sequence.prefix) + blocks[cached:]
+            self._keep(positions, on_gpu=True)
+        held = self._held(sequence.prefix)
+        self._host_holds.add(held, -1)
+        self._holds.add(held, 1)
+        there = [NONE if p == NONE else self._block.one[p] for p in sequence.prefix]
+        sequence.table = _interleaved(there, blocks[cached:])
         self._references.add(sequence.table, 1)
         self._sequences[event.sequence] = sequence
 
@@ -236,7 +250,7 @@ class Replayer(BlockReplay):
         if swapped is None:
             super().freed(event)
         else:
-            self._host_holds.add(swapped.prefix, -1)
+            self._host_holds.add(self._held(swapped.prefix), -1)
 
     def sent(self, event: Event) -> None:
         self._in_flight[event.value] = self._pending
@@ -261,13 +275,24 @@ class Replayer(BlockReplay):
             self._pins.one[block] += 1
             self._host_pins.one[host_block] += 1
 
-    def _keep(self, position: int, *, on_gpu: bool) -> None:
-        """Hold the prefix that ends here until the pending transfers are done: on the host, and perhaps the GPU."""
+    def _keep(self, positions: array[int], *, on_gpu: bool) -> None:
+        """Hold the prefix that ends here until the pending transfers are done: on the host, and perhaps the GPU.
+
+        In a windowed cache, hold the positions, each for itself.
+        """
+        if self._windowed:
+            for each in positions:
+                self._keep_prefix(array("i", (each,)), on_gpu=on_gpu)
+            return
+        position = positions[-1]
         prefix = array("i")
         while position != ROOT:
             prefix.append(position)
             position = self._parent.one[position]
         prefix.reverse()
+        self._keep_prefix(prefix, on_gpu=on_gpu)
+
+    def _keep_prefix(self, prefix: array[int], *, on_gpu: bool) -> None:
         self._pending.host_prefixes.append(prefix)
         self._host_holds.add(prefix, 1)
         self._host_transfer_holds.add(prefix, 1)
@@ -295,6 +320,14 @@ class Replayer(BlockReplay):
         self._host_at.set(host_blocks, NONE)
         self._host_block.set(positions, NONE)
         self._drop_empty(positions)
+
+
+def _interleaved(prefix: Iterable[int], own: Iterable[int]) -> array[int]:
+    """Return a table: the blocks of a prefix, the sequence's own in turn for each NONE, and its others behind."""
+    rest = iter(own)
+    table = array("i", [next(rest) if block == NONE else block for block in prefix])
+    table.extend(rest)
+    return table
 
 
 def _halves(blocks: array[int]) -> tuple[array[int], array[int]]:

@@ -72,6 +72,7 @@ __all__ = [
     "WindowMachine",
     "WindowPartialMachine",
     "WindowRetentionMachine",
+    "WindowTierEventsMachine",
     "WindowTierMachine",
     "run_machine",
 ]
@@ -127,6 +128,17 @@ class TierEventsMachine(EventRules, TierRules, SharingRules):
     """The event log of a host tier, of every program."""
 
     logging = (True,)
+
+
+class WindowTierEventsMachine(EventRules, WindowRules, TierRules, SharingRules):
+    """The event log of a host tier behind a windowed cache, of every program."""
+
+    logging = (True,)
+    partials = ("", "copy")
+
+    def choose_window(self, drawn: int) -> int | None:
+        """Return a window."""
+        return 2 + drawn % 8
 
 
 class RetentionMachine(PolicyRules, ServingRules, ReuseRules):

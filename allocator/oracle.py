@@ -150,8 +150,6 @@ class Oracle(Recount):
         self.partial = self.partials[partial % len(self.partials)]
         self.host_blocks = host_blocks if self.serves_host else 0
         self.keeps_log = self.logging[log % len(self.logging)]
-        if self.keeps_log and window is not None:
-            self.host_blocks = 0
         self.policy = self.policies[policy % len(self.policies)]
         self.ghosts = ghosts
         self.num_blocks = num_blocks

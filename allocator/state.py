@@ -65,10 +65,6 @@ class ManagerState:
                 f"host_cache_bytes ({config.host_cache_bytes}) needs num_host_blocks: a manager counts blocks"
             )
         num_host_blocks = as_int("num_host_blocks", num_host_blocks or 0, 0)
-        if self.window is not None and events and num_host_blocks:
-            raise ValueError(
-                f"events (True) must be False with a window ({config.window}) and num_host_blocks ({num_host_blocks})"
-            )
         if num_host_blocks:
             behind = HostTier if self.window is None else WindowedHostTier
             self.pool.tier = behind(self.pool, num_host_blocks, config.offload_min_priority)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
+from allocator.event_log import SWAPPED_IN, SWAPPED_OUT
 from allocator.prefix import Extent
 from allocator.sequence import KVSequence
 from allocator.tiers import HostTier
@@ -35,13 +36,17 @@ class WindowedHostTier(HostTier):
         host_ids = self.host.take(self.blocks_to_swap_out(sequence))
         self.swapped_out_blocks += len(host_ids)
         fresh = iter(host_ids)
-        private = array("i")
+        private, cached = array("i"), array("i")
+        moved, moved_cached = array("i"), array("i")
         for node, block in zip(nodes, table, strict=True):
             if node is None:
                 private.append(next(fresh))
-                self.queue.out(array("i", (block,)), private[-1:])
+                moved.append(block)
+                self.queue.out(moved[-1:], private[-1:])
             elif node.host is None:
                 node.host = array("i", (next(fresh),))
+                cached.extend(node.host)
+                moved_cached.append(block)
                 self.queue.out(node.ids, node.host)
                 self.queue.hold(node)
         for node in sequence.held:
@@ -49,6 +54,9 @@ class WindowedHostTier(HostTier):
                 self.host.acquire_path(node)
         sequence.host = private
         self.swapped[sequence] = None
+        if self.events is not None:
+            blocks = moved_cached + moved + cached + private
+            self.events.add_blocks(SWAPPED_OUT, sequence.number, -1, len(cached), blocks)
 
     def blocks_to_swap_in(self, sequence: KVSequence) -> tuple[int, int]:
         assert sequence.host is not None
@@ -69,16 +77,23 @@ class WindowedHostTier(HostTier):
                 self.pool.acquire(each)
         blocks = iter(self.pool.take(taken))
         own = iter(private)
+        filled, filled_cached, cached = array("i"), array("i"), array("i")
         for node in self._entries(sequence, len(held) + len(private)):
             if node is None:
                 block = next(blocks)
-                self.queue.back(array("i", (next(own),)), array("i", (block,)))
+                filled.append(block)
+                self.queue.back(array("i", (next(own),)), filled[-1:])
             else:
                 if not node.ids:
+                    cached.extend(node.host or ())
                     self._revive(node, array("i", (next(blocks),)))
                     self.queue.hold(node)
+                    filled_cached.extend(node.ids)
                 block = node.ids[0]
             sequence.table.append(block)
+        if self.events is not None:
+            moved = cached + private + filled_cached + filled
+            self.events.add_blocks(SWAPPED_IN, sequence.number, -1, len(cached), moved)
         self.forget(sequence)
         self.swapped_in_blocks += taken
 

@@ -23,12 +23,13 @@ from allocator.events import (
     SequenceState,
     rebuild,
 )
-from allocator.fuzz import EventsMachine, TierEventsMachine, WindowEventsMachine
+from allocator.fuzz import EventsMachine, TierEventsMachine, WindowEventsMachine, WindowTierEventsMachine
 from allocator.manager import KVCacheManager
 
 TestEvents = EventsMachine.TestCase
 TestTierEvents = TierEventsMachine.TestCase
 TestWindowEvents = WindowEventsMachine.TestCase
+TestWindowTierEvents = WindowTierEventsMachine.TestCase
 
 
 def scenario() -> KVCacheManager:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from test_allocator_windows import admit_all
 
+from allocator.cache_state import CacheState
 from allocator.config import CacheConfig
 from allocator.content import TokenContent, UniqueContent
+from allocator.events import rebuild
 from allocator.manager import KVCacheManager, OutOfBlocks
 from allocator.stats import HostStats
 
@@ -198,3 +200,28 @@ def test_what_comes_back_does_not_push_out_the_part_behind_it() -> None:
     assert manager.stats().stolen_blocks == 1
     assert run_transfers(manager)[1] == [[1, sequence.table[0]]]
     manager.check_invariants()
+
+
+def test_a_log_tells_where_single_blocks_are() -> None:
+    """The first sequence waits on the host; of what it holds, one block is on the GPU again for another."""
+    config = CacheConfig(window=4, num_sinks=2)
+    manager = KVCacheManager(8, 2, config, num_host_blocks=8, events=True)
+    assert manager.events is not None
+    first = manager.admit(TokenContent([1, 1, 2, 2, 3, 3, 4, 4, 5]), 7)
+    manager.extend(first, 2)
+    manager.swap_out(first)
+    run_transfers(manager)
+    manager.release(manager.admit(UniqueContent(16), 16))
+    run_transfers(manager)
+    second = manager.admit(TokenContent([1, 1, 5]), 1)
+    run_transfers(manager)
+    state = rebuild(manager.events)
+    assert state == CacheState.of(manager)
+    assert state.swapped[0].left == first.left == 1
+    assert state.swapped[0].table == tuple(manager.host_tier.host_table(first))
+    (block, *_) = state.swapped[0].prefix
+    assert state.host_copies[block] == second.table[0]
+    manager.swap_in(first)
+    assert rebuild(manager.events) == CacheState.of(manager)
+    run_transfers(manager)
+    assert rebuild(manager.events).sequences[0].table == tuple(first.table)

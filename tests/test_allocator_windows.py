@@ -398,11 +398,6 @@ def test_quotas_count_what_tables_hold() -> None:
     assert manager.tenant_blocks("a") == 0
 
 
-def test_what_a_windowed_cache_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"events \(True\) must be False with a window"):
-        KVCacheManager(8, 2, CacheConfig(window=8), num_host_blocks=4, events=True)
-
-
 @given(
     window=st.integers(2, 40),
     num_sinks=st.integers(0, 20),
