@@ -350,27 +350,20 @@ class Batch(Sequence[KVSequence]):
         altogether, and at the first tick.
         """
         size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
-        found: list[Bucket] = []
-        growth = 0
-        now = buckets.get(tick % size)
-        first = len(now) if now is not None else 0
+        now = tick % size
+        first = len(buckets[now]) if now in buckets else 0
         if num_tokens <= len(buckets):
-            for when in range(tick, tick + num_tokens):
-                bucket = buckets.get(when % size)
-                if bucket is not None:
-                    found.append(bucket)
-                    growth += len(bucket)
-            return found, growth, first
+            end = now + num_tokens
+            found = list(filter(None, map(buckets.get, range(now, end))))
+            if end > size:
+                found += filter(None, map(buckets.get, range(end - size)))
+            return found, sum(map(len, found)), first
         order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
         order.sort(key=_by_offset)
-        for cycle in range(0, num_tokens, size):
-            left = num_tokens - cycle
-            for offset, bucket in order:
-                if offset >= left:
-                    break
-                found.append(bucket)
-                growth += len(bucket)
-        return found, growth, first
+        cycles, rest = divmod(num_tokens, size)
+        found = [bucket for _, bucket in order] * cycles
+        found += [bucket for offset, bucket in order if offset < rest]
+        return found, sum(map(len, found)), first
 
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from itertools import chain
+from operator import attrgetter
 
 from allocator.batch import Batch
 from allocator.decoding import Decoding
@@ -11,6 +13,8 @@ from allocator.sequence import KVSequence
 
 _MOST_DATES = 4096
 """Blocks that members of a batch start at the same ticks before everybody is caught up."""
+
+_table = attrgetter("table")
 
 
 class Coasting(Decoding):
@@ -60,16 +64,16 @@ class Coasting(Decoding):
         batch.forget_slots()
         starts, growth, first = batch.starts(num_tokens)
         if growth:
-            for sequence, block in zip(chain.from_iterable(starts), pool.take(growth), strict=True):
-                sequence.table.append(block)
+            tables = map(_table, chain.from_iterable(starts))
+            deque(map(array.append, tables, pool.take(growth)), maxlen=0)  # a loop without Python in it
             self._logical_blocks += growth
             if pool.lifetimes is not None:
-                date = (
-                    batch.coasted_at if first else pool.now
-                )  # who starts at once was full when the last coast ended
+                # Who starts at once had filled its last block when the batch coasted before.
+                now = pool.now
+                date = batch.coasted_at if first else now
                 for bucket in starts:
                     bucket.dates.append(date)
-                    date = pool.now
+                    date = now
         batch.tick += num_tokens
         batch.coasted = True
         batch.coasted_at = pool.now

@@ -54,6 +54,7 @@ class BlockPool(FreeBlocks):
         # A policy that empties one victim before it chooses the next need not be asked block by block. It has to
         # say so itself: a subclass may choose differently.
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
+        self._settle_at = 0  # the stock at which index and policy are to be told
         index.settle = self.settle
         self._windowed = index.windowed
         policy.attached(self.num_blocks)
@@ -81,6 +82,9 @@ class BlockPool(FreeBlocks):
         if self.drains and self.tier is None:
             self._freed[:0] = extent.ids
             self._stocked = len(extent.ids)
+            self._settle_at = 0
+            if not index.forgot:  # when the first ghost has to be forgotten, everybody has to know
+                self._settle_at = max(0, self._stocked - 1 - index.ghost_capacity + index.ghost_blocks)
             index.draining = extent
             index.version += 1  # a match that leads through it is not current any more
         else:
@@ -88,8 +92,7 @@ class BlockPool(FreeBlocks):
 
     def _evict_stock(self, count: int) -> None:
         """Note that the victim has lost `count` blocks more; `settle` will tell index and policy."""
-        index = self.index
-        extent = index.draining
+        extent = self.index.draining
         assert extent is not None
         left = self._stocked - count
         if self.events is not None:
@@ -100,9 +103,7 @@ class BlockPool(FreeBlocks):
         self.evicted_blocks += count
         if self.lifetimes is not None:
             self.lifetimes.evictions.append((self.now, count, extent.touched))
-        if not left or (
-            not index.forgot and index.ghost_blocks + len(extent.ids) - left > index.ghost_capacity
-        ):
+        if left <= self._settle_at:
             self.settle()
 
     def settle(self) -> None:
