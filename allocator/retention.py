@@ -79,6 +79,8 @@ class RetentionConfig:
       a request steals) is a new one when it is full again, with the wish of whoever wrote it, be it equal content.
     - What leaves the GPU leaves its priority behind: content that the host tier brings back is of the default one,
       until a request says otherwise. A sequence that is swapped in says again what it said at admission.
+    - In a windowed cache a request speaks of the blocks that its window and sinks hold, one after the other, and
+      their time begins when they have left. Of what it finds in the cache that is the window at the end alone.
     - A priority of 35 is the default, and has nothing to expire to.
 
     Raises ValueError for ranges that overlap, and whatever else breaks a rule.
