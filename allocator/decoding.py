@@ -287,9 +287,13 @@ class Decoding(ManagerState):
             batch.forget_slots()
             self._record(batch, rows)
             self._ticks(batch, num_tokens)
-            if self.windowed is not None:  # whose turn to let go of blocks has come or was passed over
-                leaving = self.windowed.leaving
-                batch.unready.update((member, None) for member in batch if leaving(member) > 0)
+            if (
+                self.windowed is not None
+            ):  # whose turn to let go of blocks was passed over; whose has come is known
+                leaving, turn = self.windowed.leaving, self.windowed.turn(batch)
+                batch.unready.update(
+                    (member, None) for member in batch if member not in turn and leaving(member) > 0
+                )
         self._logical_tokens += num_tokens * len(batch)
         if self.events is not None:
             self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
-from allocator.batch import Batch
+from allocator.batch import Batch, Bucket
 from allocator.event_log import DETACHED, PASSED, PLACED, REPEATED
 from allocator.pool import BlockPool
 from allocator.prefix import Extent
@@ -49,11 +49,15 @@ class WindowedTables(Tables):
         """Return how many blocks of a sequence the next query does not need."""
         return self.window.left(sequence.num_tokens) - sequence.left
 
+    def turn(self, batch: Batch) -> Bucket:
+        """Return the members that come to need a block less with the next tick."""
+        return batch.starting_in(-self.window.reach)
+
     def leavers(self, sequences: Sequence[KVSequence]) -> Sequence[KVSequence]:
         """Return which of the sequences, all of them or a batch, may have blocks that the next query does not need."""
         if not isinstance(sequences, Batch):
             return sequences
-        turn = sequences.starting_in(-self.window.reach)
+        turn = self.turn(sequences)
         return [*turn, *(sequence for sequence in sequences.unready if sequence not in turn)]
 
     def ticks_until_leave(self, batch: Batch) -> int:

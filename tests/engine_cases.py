@@ -367,7 +367,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         ),
         enable_chunked_prefill=draw(st.sampled_from([True, True, False])),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.2])),
-        block_map_samples=draw(st.sampled_from([0, 3])),
+        block_map_samples=draw(st.sampled_from([0, 3, 1000])),
     )
     cache = CacheConfig(
         enable_block_reuse=draw(st.integers(0, 9)) != 9, policy=draw(st.sampled_from(["lru", "fifo"]))

@@ -126,6 +126,21 @@ def test_what_a_beam_lets_go_of_lets_the_next_request_start(
     assert result.requests["admit_ps"].tolist() == [0, 40 if mixed else 50]
 
 
+def test_who_copies_does_not_depend_on_skipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 13 tokens, when a block is about to leave the window, beam 0 goes on from beam 3: one of the two copies.
+
+    The last block of beam 3 is the last to be freed, and the one that the next request gets.
+    """
+    _let_beams_be(monkeypatch, {8: [3, 1, 2, 3]})
+    build = BuildConfig(4, 64, 64, tokens_per_block=4)
+    cache, engine = CacheConfig(window=6), EngineConfig(block_map_samples=1000)
+    requests = [Request(0, 0, 5, 10, beam_width=4), Request(1, 500, 2, 2)]
+    scenario = Scenario(requests, build, 60, cache, engine)
+    result = scenario.run()
+    assert (result.timeline["steps"] > 2).any()
+    assert_identical(result, scenario.run(skipping=False))
+
+
 def test_stretches_end_where_beams_change_places() -> None:
     """Alone, with blocks to spare: rows begin at the steps before which beams change, and where one has copied."""
     request = Request(0, 0, 64, 200, beam_width=4)
