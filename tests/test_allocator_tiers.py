@@ -460,3 +460,23 @@ def admit_some(manager: KVCacheManager, symbol: int) -> KVSequence:
 def test_the_cost_of_offloading_does_not_grow_with_the_host() -> None:
     small, large = list(_offloads(64)), list(_offloads(4096))
     assert max(large[2:]) <= 1.2 * max(small[2:])
+
+
+def test_lifetimes_count_what_the_host_has_room_for_and_what_it_has_not() -> None:
+    manager = KVCacheManager(4, 2, num_host_blocks=2, lifetimes=True)
+    first = manager.admit(TokenContent([1] * 8), 8)
+    manager.now = 3
+    manager.release(first)
+    manager.now = 5
+    manager.admit(TokenContent([2] * 8), 8)  # evicts all four at once, for two of which the host has room
+    manager.transfers_done(manager.pending_swaps())
+    stats = manager.stats()
+    assert stats.host is not None
+    assert (stats.evicted_blocks, stats.host.offloaded_blocks) == (4, 2)
+    assert manager.pool.lifetimes is not None
+    durations = manager.pool.lifetimes.take()
+    assert {name: (v.tolist(), w.tolist()) for name, (v, w) in durations.items()} == {
+        "lifetime": ([5], [4]),
+        "idle_before_evict": ([2], [4]),
+        "reuse_gap": ([], []),
+    }
