@@ -237,6 +237,17 @@ def test_a_transfer_by_hand() -> None:
     assert decode["referenced_blocks"].tolist() == [6, 7, 4]
 
 
+def test_a_stretch_ends_where_a_transfer_does() -> None:
+    """Request 1's 11 blocks are there at 16 + 33 + 4 = 53: it joins request 0 when a step ends, at 60."""
+    requests = unlike((0, 4, 8), (0, 22, 2))
+    scenario = ClusterScenario(requests, _build(), 40, engine=PLAIN, cost=LinearCost(10), cluster=PAIR)
+    result = _check(scenario)
+    assert _columns(result, "transfer_end_ps", "finish_ps") == [[20, 53], [90, 70]]
+    decode = result.replicas[1].timeline
+    assert decode["start_ps"].tolist() == [20, 30, 60, 70]
+    assert decode["steps"].tolist() == [1, 3, 1, 2]
+
+
 def test_room_by_hand() -> None:
     """Pools of 3 blocks of 2 tokens; requests of 4 tokens in and 3 out, which take all 3 when they decode.
 

@@ -152,6 +152,8 @@ class Cluster:
             next_ps = min(arrivals.next_ps, min(replica.next_ps for replica in replicas))
             if next_ps == NEVER:
                 arrivals.close()
+                for replica in replicas:
+                    replica.check_done()
                 return
             yield timeout(next_ps - now)
             now = next_ps

@@ -212,13 +212,18 @@ class ClusterReplica(Replica):
 
     def end_prefills(self, plan: Plan, now_ps: int) -> None:
         for job in plan.completed:
-            if job.first_ps < 0:
+            if not job.generated and job.first_ps < 0:  # nor is it a search that begins anew
                 self.prompt_tokens -= job.request.prompt_tokens
         super().end_prefills(plan, now_ps)
 
     def _finish(self, job: Job, now_ps: int) -> None:
         self.sequences -= job.samples
         super()._finish(job, now_ps)
+
+    def check_done(self) -> None:
+        """Raise AssertionError if something is still counted as in flight. For when nothing happens any more."""
+        left = (self.sequences, self.prompt_tokens, self.scheduler.sequences, len(self.scheduler.apart))
+        assert not any(left), f"replica {self.number} is done, but for {left}"
 
     def _count_done(self) -> None:
         self._tell_done()
