@@ -174,17 +174,17 @@ class Recount(WindowOracle):
             tail = self.table(sequence)[-1]
             if tail not in cached:
                 leaving[tail] += 1
-            elif holders[tail] > 1 or self.has_heirs(tail, cached):
+            elif holders[tail] > 1 or (self.reuse and self.has_heirs(tail, cached)):
                 least, most = least + 1, most + 1
-            elif self.host.num_blocks:
-                most += 1  # the host may hold what hangs below, or this very block
+            elif self.host.num_blocks or self.has_heirs(tail, cached):
+                # The host may hold what hangs below, or this very block. Without reuse, forks of one sequence that
+                # say the same hang on one block, others do not.
+                most += 1
         private = sum(count - (count == holders[block]) for block, count in leaving.items())
         return least + private, most + private
 
     def has_heirs(self, block: int, cached: set[int]) -> bool:
         """Return whether cached blocks or running sequences build on what a cached block says."""
-        if not self.reuse:  # equal content is not shared, and forks are seen in the tables
-            return False
         state = self.shadow.block(block)
         if any(state in story.full_states() for story in self.stories.values()):
             return True

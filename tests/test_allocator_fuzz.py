@@ -92,6 +92,37 @@ def test_found_block_stolen_and_filled_with_the_same() -> None:
     state.teardown()
 
 
+def test_found_fork_that_says_the_same_without_reuse() -> None:
+    """The beams' blocks are twins of the one that is cut and written in again; the oracle knew of no copy for them."""
+    state = AllocatorMachine()
+    state.start(7, 4, reuse=False, policy=0, ghosts=None, log=0, window=11)
+    state.admit(
+        prompt=PromptSpec(kind="runs", symbols=[0], cut=1, named=False, granularity=1), salt="", chunk=3
+    )
+    state.check()
+    state.serve(symbols=[0, 1, 1], salt="", chunk=1, count=1, in_batch=False)
+    state.check()
+    state.release(index=0, count=1)
+    state.check()
+    state.admit(
+        prompt=PromptSpec(kind="tokens", symbols=[0], cut=0, named=False, granularity=1), salt="", chunk=3
+    )
+    state.check()
+    state.release(index=0, count=1)
+    state.check()
+    state.search(index=0, n=1, parents=(0, 0, 0, 0), bits=None)
+    state.check()
+    state.sample(index=0, n=1, bits=None, wait=0, ends=False)
+    state.check()
+    state.search(index=0, n=3, parents=(0, 0, 0, 0), bits=12)
+    state.check()
+    state.truncate(index=0, keep=1)
+    state.check()
+    state.decode(bits=None, wait=0)
+    state.check()
+    state.teardown()
+
+
 def test_a_machine_draws_its_own_operations_and_those_of_its_bases() -> None:
     class Mine(ReuseMachine):
         misuse = None  # type: ignore[assignment]
