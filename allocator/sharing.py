@@ -179,6 +179,8 @@ class Sharing(Admission):
     def reorder_beams(self, sequences: Sequence[KVSequence], parents: Sequence[int]) -> None:
         """Let beam i go on from beam parents[i]; beams that nobody goes on from end. Takes no block.
 
+        Quotas are not asked: where windows have passed, a beam may take over a longer table than it had.
+
         sequences  the beams of one group, of equal length, all in the same batch or in none
         parents    [len(sequences)], each an index into `sequences`
 

@@ -123,6 +123,23 @@ def test_found_fork_that_says_the_same_without_reuse() -> None:
     state.teardown()
 
 
+def test_found_beam_that_takes_over_a_longer_table_than_its_quota_leaves() -> None:
+    """Of two beams of four tokens, one has let go of what its window of two passed; then both have four blocks."""
+    state = AllocatorMachine()
+    state.start(10, 1, reuse=True, policy=0, ghosts=None, log=0, window=11)
+    state.admit(PromptSpec("unique", [0] * 4), salt="", chunk=99)
+    state.admit(PromptSpec("unique", [0] * 3), salt="", chunk=99)
+    state.check()
+    state.append(chosen=2, count=1, bits=None, wait=0)
+    state.check()
+    state.set_quota(salt="", quota=1)
+    before = state.manager.tenant_blocks("")
+    state.reorder_beams(index=0, width=2, parents=(0, 0, 0, 0))
+    state.check()
+    assert state.manager.tenant_blocks("") > before
+    state.teardown()
+
+
 def test_a_machine_draws_its_own_operations_and_those_of_its_bases() -> None:
     class Mine(ReuseMachine):
         misuse = None  # type: ignore[assignment]

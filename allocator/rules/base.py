@@ -101,6 +101,9 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
     def came_back(self, sequence: KVSequence) -> None:
         """Note that a sequence was swapped in."""
 
+    reordered = False
+    """Whether beams changed places since the counters were checked."""
+
     age = 0
     """Steps of the program so far."""
 

@@ -52,7 +52,11 @@ class QuotaRules(ManagerMachine):
         used = self.tenants()
         for salt, quota in self.quotas.items():
             now = used.get(salt, 0)
-            assert quota is None or now <= max(quota, self.used.get(salt, 0)), f"{salt!r} is beyond its quota"
+            # Within a window, one beam can have let go of more blocks than another, whose table it then takes over.
+            may_grow = self.reordered and self.window is not None
+            assert quota is None or may_grow or now <= max(quota, self.used.get(salt, 0)), (
+                f"{salt!r} is beyond its quota"
+            )
         for salt in ("", "other"):
             assert self.manager.tenant_blocks(salt) == used.get(salt, 0)
-        self.used = used
+        self.used, self.reordered = used, False

@@ -87,6 +87,7 @@ class SharingRules(ManagerMachine):
             self.end_step_of(beam)
         stories = [self.stories[beams[parent]].fork() for parent in chosen]
         self.manager.reorder_beams(beams, chosen)
+        self.reordered = True
         for i, (beam, heir) in enumerate(zip(beams, stories, strict=True)):
             if chosen[i] != i:
                 self.stories[beam] = heir
