@@ -542,8 +542,8 @@ MUTANTS = [
     Mutant(
         "batch_lets_go_at_the_wrong_turn",
         "windowed_tables.py",
-        "turn = sequences.starting_in(-self.window.reach)",
-        "turn = sequences.starting_in(1 - self.window.reach)",
+        "return batch.starting_in(-self.window.reach)",
+        "return batch.starting_in(1 - self.window.reach)",
         "WindowMachine",
     ),
     Mutant(
