@@ -38,7 +38,7 @@ print(json.dumps({"evictable": stats.evictable_blocks, "bytes": after - before})
 """
 
 
-@pytest.mark.parametrize("extent", [8, 64])
+@pytest.mark.parametrize("extent", [pytest.param(8, marks=pytest.mark.slow), 64])
 def test_a_block_takes_at_most_200_bytes(extent: int) -> None:
     """A million blocks of 16 tokens, 64 bytes of ids each, in extents of 8 blocks and more."""
     blocks = 1_000_000 // extent * extent

@@ -13,7 +13,7 @@ from allocator.config import CacheConfig
 from allocator.content import TokenContent, UniqueContent
 from allocator.manager import KVCacheManager, KVSequence
 from allocator.retention import Retention, RetentionConfig, TokenRange
-from allocator.rules.retention import RETENTIONS, wish_of
+from allocator.rules.retention import RETENTIONS, Keeping, wish_of
 
 
 def manager_of(num_blocks: int, size: int = 2) -> KVCacheManager:
@@ -196,6 +196,22 @@ def test_a_plan_says_block_by_block_what_the_ranges_say(
     plan, wish = retention.plan(prompt, size), wish_of(retention, prompt, size)
     for block in range(30):
         assert (plan.at(block)[0] if plan is not None else None) == wish(block)
+
+
+def test_the_oracle_stays_in_doubt_of_two_wishes_at_once_whatever_time_it_is() -> None:
+    state = 7
+    keeping = Keeping()
+    keeping.say({state: {Retention(20, 5), Retention(100)}})
+    keeping.settle({state: 0}, set())
+    keeping.pass_time(9)
+    assert state in keeping.in_doubt
+    keeping.say({state: {Retention(50, 1)}})
+    keeping.touch([state])
+    keeping.settle({state: 0}, set())
+    assert keeping.said == {state: Retention(50, 1)}
+    keeping.pass_time(10)
+    assert not keeping.said
+    assert not keeping.in_doubt
 
 
 def test_time_does_not_run_back() -> None:

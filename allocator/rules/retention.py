@@ -100,10 +100,10 @@ class Keeping:
                 self._forget(state)
             elif wishes:
                 self._forget(state)
-                if len(wishes) > 1:
+                (wish, *others) = wishes
+                if others:  # one of them may run out, and the other not: nothing is known until more is said
                     self.unsure.add(state)
-                (wish, *_) = wishes
-                if wish.priority != DEFAULT_PRIORITY:
+                elif wish.priority != DEFAULT_PRIORITY:
                     self.said[state] = wish
         self._log.clear()
         for state in [*self.said, *self.unsure]:
