@@ -162,7 +162,8 @@ class Recount(WindowOracle):
         """Return the fewest and the most copies that a write by these sequences can need.
 
         A partly written last block has to be left while another table names it; of all the holders of one
-        that is not cached, the last may keep it. A cached one has to be left while other content hangs on it.
+        that is not cached, the last may keep it. A cached one has to be left while other content hangs on it. In a
+        windowed cache, a sequence that has let go of it and goes on further down does not keep it in its place.
         """
         holders = Counter(block for s in self.stories for block in self.table(s))
         cached = self.cached_blocks()
@@ -174,7 +175,7 @@ class Recount(WindowOracle):
             tail = self.table(sequence)[-1]
             if tail not in cached:
                 leaving[tail] += 1
-            elif holders[tail] > 1 or (self.reuse and self.has_heirs(tail, cached)):
+            elif holders[tail] > 1 or (self.reuse and self.has_heirs(tail, cached, least=True)):
                 least, most = least + 1, most + 1
             elif self.host.num_blocks or self.has_heirs(tail, cached):
                 # The host may hold what hangs below, or this very block. Without reuse, forks of one sequence that
@@ -183,10 +184,14 @@ class Recount(WindowOracle):
         private = sum(count - (count == holders[block]) for block, count in leaving.items())
         return least + private, most + private
 
-    def has_heirs(self, block: int, cached: set[int]) -> bool:
-        """Return whether cached blocks or running sequences build on what a cached block says."""
+    def has_heirs(self, block: int, cached: set[int], *, least: bool = False) -> bool:
+        """Return whether cached blocks or running sequences build on what a cached block says.
+
+        With `least`, in a windowed cache, only those sequences count whose next block follows this one.
+        """
         state = self.shadow.block(block)
-        if any(state in story.full_states() for story in self.stories.values()):
+        last = -1 if least and self.window is not None else 0
+        if any(state in story.full_states()[last:] for story in self.stories.values()):
             return True
         return any(self.shadow.block_before(self.shadow.block(other)) == state for other in cached)
 

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from allocator.config import CacheConfig
 from allocator.content import TokenContent, UniqueContent
 from allocator.eviction import POLICIES
+from allocator.fuzz import AllocatorMachine
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
+from allocator.retention import RetentionConfig, TokenRange
+from allocator.shadow import PromptSpec
 from allocator.windows import AttentionWindow
 
 
@@ -421,3 +424,102 @@ def test_the_most_blocks_of_a_window_are_needed_at_some_position() -> None:
             arithmetic = AttentionWindow(window, 0, size)
             spans = [(p // size) - max(p - window + 1, 0) // size + 1 for p in range(200)]
             assert max(spans) == arithmetic.most_blocks == arithmetic.blocks_held(200)
+
+
+def test_a_block_is_taken_back_under_a_sequence_that_has_let_go_of_it() -> None:
+    """It goes on further down and needs the block no more, so whoever is cut back into it need not copy it."""
+    state = AllocatorMachine()
+    state.start(
+        host_blocks=0,
+        window=15,
+        without=(),
+        policy=91,
+        reuse=True,
+        num_sinks=0,
+        log=26,
+        tokens_per_block=4,
+        num_blocks=11,
+        ghosts=0,
+        partial=10,
+        lag=False,
+    )
+    state.lookup(
+        prompt=PromptSpec(kind="runs", symbols=[1, 0], cut=0, named=False, granularity=4), again=5, salt=""
+    )
+    state.admit_retained(
+        prompt=PromptSpec(kind="chunks", symbols=[0, 0, 1, 0], cut=1, named=False, granularity=1),
+        again=2,
+        salt="",
+        chunk=9,
+        retention=RetentionConfig(
+            ranges=(
+                TokenRange(start=1, end=6, priority=100, duration=None),
+                TokenRange(start=6, end=10, priority=100, duration=5),
+            ),
+            decode_priority=35,
+            decode_duration=None,
+        ),
+    )
+    state.admit_branch(index=6, keep=11, more=3, fill=False, salt="other", chunk=9)
+    state.admit_halves(
+        prompt=PromptSpec(kind="tokens", symbols=[1, 1, 0, 0, 0, 0, 0, 0], cut=2, named=False, granularity=1),
+        salt="",
+        chunk=3,
+    )
+    state.admit(
+        prompt=PromptSpec(kind="runs", symbols=[1, 1], cut=0, named=True, granularity=1),
+        salt="other",
+        chunk=2,
+    )
+    state.admit_retained(
+        prompt=PromptSpec(kind="tokens", symbols=[0], cut=3, named=True, granularity=2),
+        again=6,
+        salt="",
+        chunk=1,
+        retention=RetentionConfig(
+            ranges=(TokenRange(start=2, end=None, priority=100, duration=None),),
+            decode_priority=50,
+            decode_duration=None,
+        ),
+    )
+    state.sample(index=5, n=3, bits=None, wait=4, ends=True)
+    state.check()
+    state.admit(
+        prompt=PromptSpec(kind="runs", symbols=[0, 1], cut=2, named=True, granularity=2), salt="", chunk=99
+    )
+    state.check()
+    state.join_or_leave(index=2)
+    state.release(index=2, count=2)
+    state.serve(symbols=[0, 1, 0], salt="", chunk=9, count=4, in_batch=False)
+    state.join_or_leave(index=4)
+    state.release(index=0, count=3)
+    state.decode(bits=12, wait=2)
+    state.check()
+    state.admit_with_match(index=6, chunk=9)
+    state.check()
+    state.race(
+        symbols=[1, 0, 0, 1],
+        wishes=(
+            RetentionConfig(
+                ranges=(TokenRange(start=6, end=9, priority=100, duration=None),),
+                decode_priority=100,
+                decode_duration=2,
+            ),
+            RetentionConfig(
+                ranges=(TokenRange(start=7, end=None, priority=20, duration=None),),
+                decode_priority=35,
+                decode_duration=None,
+            ),
+        ),
+        count=0,
+    )
+    state.truncate(index=4, keep=18)
+    state.admit_retained(
+        prompt=PromptSpec(kind="chunks", symbols=[1, 1], cut=0, named=False, granularity=6),
+        again=6,
+        salt="",
+        chunk=2,
+        retention=RetentionConfig(ranges=(), decode_priority=50, decode_duration=None),
+    )
+    state.check()
+    state.append(chosen=99, count=2, bits=10, wait=0)
