@@ -144,7 +144,7 @@ class Admission(Coasting):
 
         The chunk's full blocks can be hit from now on. O(extents found, and blocks taken).
         Raises OutOfBlocks, QuotaExceeded, or ValueError for a chunk that does not fit the prompt, a match of another
-        content or salt, a retention that is none (or in a windowed cache), or a time that runs back.
+        content or salt, a retention that is no RetentionConfig, or a time that runs back.
         """
         if match is None or match.version != self.index.version or match.index is not self.index:
             match = self.lookup(content, salt)

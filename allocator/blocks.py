@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable
 
@@ -32,7 +33,7 @@ class OutOfBlocks(Exception):
         return f"{self.needed} {kind} needed, {self.available} free or evictable"
 
 
-class FreeBlocks:
+class FreeBlocks(ABC):
     """`num_blocks` blocks, numbered from 0: free ones are taken first, the last freed first.
 
     What takes content away from blocks when too few are free is the business of a subclass: `_evict`. It can put a
@@ -100,16 +101,16 @@ class FreeBlocks:
         if self._stocked > len(freed) - count:
             self._evict_stock(self._stocked - len(freed) + count)
 
+    @abstractmethod
     def _evict(self, wanted: int) -> None:
         """Put between 1 and `wanted` blocks of what is evictable below the free ones, or a victim as the stock.
 
         Called only while something is evictable, and without a stock.
         """
-        raise NotImplementedError
 
     def _evict_stock(self, count: int) -> None:
-        """Note that the top `count` blocks of the stock are free now."""
-        raise NotImplementedError
+        """Note that the top `count` blocks of the stock are free now. A pool that makes a stock says how."""
+        raise AssertionError(f"{type(self).__name__} has made no stock to take {count} blocks from")
 
     def free_evicted(self, ids: array[int]) -> None:
         """Put blocks that have just lost their content below the free ones, the first of them to be taken first."""

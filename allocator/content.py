@@ -18,108 +18,20 @@ negative number; as the stream fixes all the tokens before, that is an exact ide
 
 from __future__ import annotations
 
-import itertools
 import struct
-from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from math import gcd
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allocator.checks import as_int
+from allocator.chunk_history import UNIT_BYTES, ChunkHistory, UniqueHistory, expand, stream_key
+from allocator.content_base import Content, History, new_stream, require_integers
 
-_MAX_STREAM = 2**31 - 1
-_streams = itertools.count(1)
-
-
-def _new_stream() -> int:
-    """Return a number that no other run of unnamed tokens has; it decides equality only, never an order."""
-    stream = next(_streams)
-    if stream > _MAX_STREAM:
-        raise OverflowError(f"stream ({stream}) must be at most {_MAX_STREAM} to fit a token id's 32 bits")
-    return stream
-
-
-class Content(ABC):
-    """What a prompt says. Immutable; one object may be looked up and admitted any number of times."""
-
-    __slots__ = ("num_prompt_tokens",)
-
-    num_prompt_tokens: int
-    """Tokens of the prompt: what admission has to compute or to find in the cache."""
-
-    def __init__(self, num_prompt_tokens: int) -> None:
-        if type(num_prompt_tokens) is not int or num_prompt_tokens < 1:
-            num_prompt_tokens = as_int("num_prompt_tokens", num_prompt_tokens, 1)
-        self.num_prompt_tokens = num_prompt_tokens
-
-    @abstractmethod
-    def family(self) -> Hashable:
-        """Return what must be equal for two contents to be comparable at all."""
-
-    @abstractmethod
-    def history(self, tokens_per_block: int) -> History:
-        """Return the growing history of a sequence that starts with this prompt."""
-
-    def prompt_keys(self, tokens_per_block: int) -> bytes:
-        """Return the keys of the prompt's full blocks, one after the other."""
-        return self.history(tokens_per_block).keys(0, self.num_prompt_tokens // tokens_per_block)
-
-    def first_key(self, tokens_per_block: int) -> bytes:
-        """Return the key of the prompt's first block, if that is full: what a cache is asked for first."""
-        return self.history(tokens_per_block).keys(0, 1)
-
-    @abstractmethod
-    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
-        """Return the keys of those units of a block that lie in the prompt, and the bytes of one unit's key.
-
-        A unit is what can be told apart within a block: tokens_per_block · bytes / key_width tokens.
-        """
-
-
-class History(ABC):
-    """A sequence's content while it grows: the prompt, then what was generated, sequence by sequence.
-
-    `key_width` is the number of bytes that identify one block, `nameable` whether tokens can be named one by one.
-    """
-
-    __slots__ = ("key_width", "tokens_per_block")
-
-    key_width: int
-    tokens_per_block: int
-    nameable: ClassVar[bool] = False
-
-    @abstractmethod
-    def keys(self, first: int, last: int) -> bytes:
-        """Return the keys of blocks first … last − 1, `key_width` bytes each."""
-
-    def check_nameable(self) -> None:
-        """Raise ValueError unless tokens can be named one by one."""
-
-    def record(self, position: int, token_ids: Sequence[int]) -> None:
-        """Name the tokens written from `position` on."""
-        self.record_packed(position, array("i", token_ids).tobytes())
-
-    @abstractmethod
-    def record_packed(self, position: int, token_ids: bytes) -> None:
-        """Name the tokens written from `position` on, int32 each."""
-
-    @abstractmethod
-    def diverge(self, position: int) -> History:
-        """Return a history equal to this one up to `position` and unlike any other from there on."""
-
-    @abstractmethod
-    def content(self, num_tokens: int) -> Content:
-        """Return the first `num_tokens` tokens as a prompt, for a sequence that is to be computed again."""
-
-
-def _require_integers(name: str, ids: NDArray[Any]) -> None:
-    """Raise ValueError unless `ids` is a row of integers."""
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{name} (an array of {ids.dtype}, {ids.ndim} axes) must be a row of integers")
+__all__ = ["ChunkContent", "Content", "History", "TokenContent", "UniqueContent", "are_token_ids"]
 
 
 class TokenContent(Content):
@@ -193,7 +105,7 @@ def are_token_ids(packed: bytes) -> bool:
 
 def _packed_array(token_ids: NDArray[Any]) -> bytes:
     """Return token ids as int32, one after the other."""
-    _require_integers("token_ids", token_ids)
+    require_integers("token_ids", token_ids)
     if token_ids.size and token_ids.max() >= 2**31:
         raise ValueError(f"token_ids ({token_ids.max()}) must be less than 2**31")
     if token_ids.size and token_ids.min() < 0:
@@ -233,7 +145,7 @@ class TokenHistory(History):
         missing = num_tokens - (len(self._first) + len(self._rest)) // 4
         if missing > 0:
             if not self._stream:
-                self._stream = _new_stream()
+                self._stream = new_stream()
             self._rest += struct.pack("i", -self._stream) * missing
 
     def keys(self, first: int, last: int) -> bytes:
@@ -261,12 +173,6 @@ class TokenHistory(History):
     def content(self, num_tokens: int) -> TokenContent:
         self._fill(num_tokens)
         return TokenContent._resumed(self._first + self._rest, num_tokens)
-
-
-_Layers = tuple[tuple[int, int], ...]
-
-_UNIT_BYTES = 8
-"""Of the key of a unit in a content of chunks."""
 
 
 class ChunkContent(Content):
@@ -297,7 +203,7 @@ class ChunkContent(Content):
         if named < num_prompt_tokens:
             raise ValueError(f"num_named_tokens ({named}) must cover the prompt ({num_prompt_tokens})")
         given = np.asarray(chunk_ids)
-        _require_integers("chunk_ids", given)
+        require_integers("chunk_ids", given)
         self.chunk_ids: NDArray[np.int64] = given.astype(np.int64, copy=False)
         if self.chunk_ids.size * granularity < named:
             raise ValueError(
@@ -322,26 +228,24 @@ class ChunkContent(Content):
         expanded = self._expanded
         if expanded is None or expanded[0] != tokens_per_block:
             unit = gcd(self.granularity, tokens_per_block)
-            keys = _expand(self.chunk_ids, self.granularity, self.num_named_tokens, unit)
+            keys = expand(self.chunk_ids, self.granularity, self.num_named_tokens, unit)
             expanded = self._expanded = (tokens_per_block, keys)
         return expanded[1]
 
     def prompt_keys(self, tokens_per_block: int) -> bytes:
         units = tokens_per_block // gcd(self.granularity, tokens_per_block)
-        return self._keys(tokens_per_block)[
-            : self.num_prompt_tokens // tokens_per_block * units * _UNIT_BYTES
-        ]
+        return self._keys(tokens_per_block)[: self.num_prompt_tokens // tokens_per_block * units * UNIT_BYTES]
 
     def first_key(self, tokens_per_block: int) -> bytes:
         units = tokens_per_block // gcd(self.granularity, tokens_per_block)
-        return self._keys(tokens_per_block)[: units * _UNIT_BYTES]
+        return self._keys(tokens_per_block)[: units * UNIT_BYTES]
 
     def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
         history = self.history(tokens_per_block)
         assert history.named_keys is not None
-        end = self.num_prompt_tokens // history.unit * _UNIT_BYTES
+        end = self.num_prompt_tokens // history.unit * UNIT_BYTES
         first = block * history.key_width
-        return history.named_keys[first : min(first + history.key_width, end)], _UNIT_BYTES
+        return history.named_keys[first : min(first + history.key_width, end)], UNIT_BYTES
 
 
 class UniqueContent(Content):
@@ -350,10 +254,8 @@ class UniqueContent(Content):
     __slots__ = ("_key",)
 
     def __init__(self, num_prompt_tokens: int) -> None:
-        if type(num_prompt_tokens) is not int or num_prompt_tokens < 1:
-            num_prompt_tokens = as_int("num_prompt_tokens", num_prompt_tokens, 1)
-        self.num_prompt_tokens = num_prompt_tokens
-        self._key = _stream_key(_new_stream())
+        super().__init__(num_prompt_tokens)
+        self._key = stream_key(new_stream())
 
     def family(self) -> Hashable:
         return 0
@@ -370,183 +272,4 @@ class UniqueContent(Content):
     def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
         # One stream says the whole block: it is one unit.
         whole = (block + 1) * tokens_per_block <= self.num_prompt_tokens
-        return self._key if whole else b"", _UNIT_BYTES
-
-
-class UniqueHistory(History):
-    """A unique prompt, and what was generated after it: two streams, of which one writes a block, or ends it."""
-
-    __slots__ = ("_full", "_num_prompt_tokens", "_prompt_key", "_tail_key")
-
-    def __init__(self, prompt_key: bytes, num_prompt_tokens: int, tokens_per_block: int) -> None:
-        self._prompt_key = prompt_key
-        self._num_prompt_tokens = num_prompt_tokens
-        self._full = num_prompt_tokens // tokens_per_block
-        self._tail_key = b""  # until it is asked for
-        self.tokens_per_block = tokens_per_block
-        self.key_width = _UNIT_BYTES
-
-    def keys(self, first: int, last: int) -> bytes:
-        full = self._full
-        if last <= full:
-            return self._prompt_key * (last - first)
-        tail = self._tail_key or self._draw()
-        if first >= full:
-            return tail * (last - first)
-        return self._prompt_key * (full - first) + tail * (last - full)
-
-    def _draw(self) -> bytes:
-        self._tail_key = key = _stream_key(_new_stream())
-        return key
-
-    def check_nameable(self) -> None:
-        _refuse_names()
-
-    def record_packed(self, position: int, token_ids: bytes) -> None:
-        _refuse_names()
-
-    def _layered(self) -> ChunkHistory:
-        """Return an equal history that can diverge anywhere."""
-        layers = (
-            (0, _stream_of(self._prompt_key)),
-            (self._num_prompt_tokens, _stream_of(self._tail_key or self._draw())),
-        )
-        return ChunkHistory(_NO_IDS, 0, 0, layers, self.tokens_per_block)
-
-    def diverge(self, position: int) -> ChunkHistory:
-        return self._layered().diverge(position)
-
-    def content(self, num_tokens: int) -> Content:
-        return self._layered().content(num_tokens)
-
-
-def _expand(ids: NDArray[np.int64], granularity: int, num_tokens: int, unit: int) -> bytes:
-    """Return the keys of all units that end within the first `num_tokens` tokens, which chunk ids name."""
-    repeats = granularity // unit
-    if repeats > 1:
-        ids = np.repeat(ids, repeats)
-    return ids[: num_tokens // unit].tobytes()
-
-
-_NO_IDS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-
-
-def _stream_key(stream: int) -> bytes:
-    """Return the key of a unit in which `stream` wrote."""
-    return (-stream).to_bytes(_UNIT_BYTES, "little", signed=True)
-
-
-def _stream_of(key: bytes) -> int:
-    """Return the stream of a key that `_stream_key` made."""
-    return -int.from_bytes(key, "little", signed=True)
-
-
-def _refuse_names() -> None:
-    raise ValueError("tokens cannot be named one by one in a content of chunks: pass None for them")
-
-
-class ChunkHistory(History):
-    """Chunk ids, then layers: (position, stream) pairs, each overriding all before it from there on."""
-
-    __slots__ = ("_granularity", "_ids", "_layers", "_named", "_tail", "named_keys", "unit")
-
-    def __init__(
-        self, ids: NDArray[np.int64], granularity: int, named: int, layers: _Layers, tokens_per_block: int
-    ) -> None:
-        self._ids = ids
-        self._granularity = granularity
-        self._layers = layers
-        self.tokens_per_block = tokens_per_block
-        self.unit = gcd(granularity, tokens_per_block)
-        self.key_width = 8 * (tokens_per_block // self.unit)
-        self._named = min(named, layers[0][0]) if layers else named
-        self.named_keys: bytes | None = None
-        self._tail: tuple[int, bytes] | None = (
-            None  # first block written by the last stream alone, and its key
-        )
-
-    def keys(self, first: int, last: int) -> bytes:
-        """Return the keys of blocks first … last − 1.
-
-        A unit has the id of its chunk if it ends within the named tokens, else the stream of the last layer
-        that begins before its end.
-        """
-        named, end = self.named_keys, last * self.key_width
-        if named is not None and end <= len(named):  # in the prompt
-            return named[first * self.key_width : end]
-        tail = self._tail  # while decoding
-        if tail is None:
-            start, stream = self._last_layer()
-            tail = self._tail = (
-                -(-start // self.tokens_per_block),
-                _stream_key(stream) * (self.key_width // 8),
-            )
-        if first >= tail[0]:
-            return tail[1] * (last - first)
-        if self.named_keys is None:
-            self.named_keys = _expand(self._ids, self._granularity, self._named, self.unit)
-        return self._tail_keys(first, last)
-
-    def _last_layer(self) -> tuple[int, int]:
-        if not self._layers:
-            self._layers = ((self._named, _new_stream()),)
-        return self._layers[-1]
-
-    def _tail_keys(self, first: int, last: int) -> bytes:
-        units = self.tokens_per_block // self.unit
-        begin, end = first * units, last * units
-        out = np.empty(end - begin, dtype=np.int64)
-        named = np.frombuffer(self.named_keys or b"", np.int64)[begin:end]
-        out[: named.size] = named
-        for position, stream in self._layers:
-            # the first unit that ends beyond `position`
-            out[max(position // self.unit - begin, 0) :] = -stream
-        return out.tobytes()
-
-    def record_packed(self, position: int, token_ids: bytes) -> None:
-        _refuse_names()
-
-    def check_nameable(self) -> None:
-        _refuse_names()
-
-    def diverge(self, position: int) -> ChunkHistory:
-        if position > self._named:
-            self._last_layer()
-        layers = (*(layer for layer in self._layers if layer[0] < position), (position, _new_stream()))
-        return ChunkHistory(self._ids, self._granularity, self._named, layers, self.tokens_per_block)
-
-    def content(self, num_tokens: int) -> Content:
-        self._last_layer()
-        return _ResumedContent(self, num_tokens)
-
-    def _resume(self, position: int) -> ChunkHistory:
-        """Return a history equal to this one up to `position`, and beyond it as far as tokens are named."""
-        if position >= self._named:
-            return self.diverge(position)
-        return ChunkHistory(self._ids, self._granularity, self._named, (), self.tokens_per_block)
-
-
-class _ResumedContent(Content):
-    """The prompt and the answer so far of a preempted sequence; what follows is unlike anything else."""
-
-    __slots__ = ("_source",)
-
-    def __init__(self, source: ChunkHistory, num_tokens: int) -> None:
-        super().__init__(num_tokens)
-        self._source = source
-
-    def family(self) -> Hashable:
-        return self._source._granularity
-
-    def history(self, tokens_per_block: int) -> ChunkHistory:
-        return self._source._resume(self.num_prompt_tokens)
-
-    def prompt_keys(self, tokens_per_block: int) -> bytes:
-        return self._source.keys(0, self.num_prompt_tokens // tokens_per_block)
-
-    def first_key(self, tokens_per_block: int) -> bytes:
-        return self._source.keys(0, 1)
-
-    def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
-        units = self.num_prompt_tokens // self._source.unit - block * (tokens_per_block // self._source.unit)
-        return self._source.keys(block, block + 1)[: units * _UNIT_BYTES], _UNIT_BYTES
+        return self._key if whole else b"", UNIT_BYTES

@@ -6,18 +6,26 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from engine_cases import Bounded, LinearCost, Scenario, assert_identical, check_conservation, scenarios
 from hypothesis import strategies as st
 
+from allocator.config import MODEL_PRESETS, BuildConfig
 from sim.cluster.cluster import simulate_cluster
 from sim.cluster.config import ClusterConfig
 from sim.cluster.link import TransferCost
 from sim.cluster.placement import NOWHERE
 from sim.cluster.routing import LeastLoaded, LongestPrefix, ReplicaView, RoutingPolicy
+from sim.cost import RooflineCost
+from sim.hardware import GPU_PRESETS
 from sim.records import RunResult
 from sim.request import Request
+from sim.scheduler.config import EngineConfig
+from sim.workload import WorkloadConfig, generate
+
+PLAIN = EngineConfig(block_map_samples=0)
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ def steps_of(timeline: dict[str, np.ndarray]) -> dict[str, list[int]]:
 class Spy(RoutingPolicy):
     """Mixes policies by the request, and writes down all that it sees."""
 
-    seen: list[tuple[int, ...]] = []  # noqa: RUF012  # of the run in progress, whoever made it
+    seen: ClassVar[list[tuple[int, ...]]] = []  # of the run in progress, whoever made it
 
     def choose(self, request: Request, replicas: Sequence[ReplicaView]) -> ReplicaView:
         for view in replicas:
@@ -227,4 +235,28 @@ def disaggregated_scenarios(draw: st.DrawFn) -> ClusterScenario:
         engine=engine,
         build=dataclasses.replace(found.build, enable_paged_kv_cache=True),
         transfer=TransferCost(draw(st.sampled_from([3, 0, 40, 200])), draw(st.sampled_from([4, 0, 100]))),
+    )
+
+
+def session_scenario(requests_per_s: float) -> ClusterScenario:
+    """Return 150 requests in sessions with shared system prompts, sampling and preemptions, on small pools."""
+    workload = WorkloadConfig(
+        num_requests=150,
+        requests_per_s=requests_per_s,
+        system_prompts=3,
+        system_prompt_tokens=256,
+        turns_mean=3.0,
+        session_tokens_max=2048,
+        think_s_mean=0.5,
+        output_tokens_mean=60.0,
+        output_tokens_max=512,
+        user_tokens_max=1024,
+        sampling_share=0.2,
+    )
+    return ClusterScenario(
+        list(generate(workload)),
+        BuildConfig(16, 512, tokens_per_block=16),
+        num_blocks=200,
+        engine=dataclasses.replace(PLAIN, admission="max_utilization"),
+        cost=RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["a100-80gb"]),
     )

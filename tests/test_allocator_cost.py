@@ -6,18 +6,13 @@ list.remove for example, counts as well, extents are made to be compared in Pyth
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
-
 import pytest
 
 from allocator.content import TokenContent
 from allocator.eviction import POLICIES, EvictionPolicy, make_policy
 from allocator.manager import KVCacheManager, KVSequence
 from allocator.prefix import Extent
+from allocator.rules.cost import count_lines
 
 SIZE = 16
 POOLS = (10_000, 1_000_000, 10_000_000)
@@ -30,26 +25,6 @@ def comparisons_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Extent, "__eq__", same)
     monkeypatch.setattr(Extent, "__hash__", object.__hash__)
-
-
-def lines(call: Callable[[], object]) -> int:
-    """Return how many lines of Python a call executes, those of what it calls included."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    gc.disable()  # what runs when garbage is collected (Hypothesis has a callback) would count as well
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-        gc.enable()
-    return count
 
 
 def prompt(first: int, blocks: int = 8) -> TokenContent:
@@ -80,18 +55,18 @@ def life(manager: KVCacheManager) -> dict[str, int]:
     tokens = [3] * len(members)
     for _ in range(4 * SIZE):
         manager.append(batch, tokens)
-    counts = {"append": sum(lines(lambda: manager.append(batch, tokens)) for _ in range(2 * SIZE))}
+    counts = {"append": sum(count_lines(lambda: manager.append(batch, tokens)) for _ in range(2 * SIZE))}
     new, repeated = prompt(50), prompt(0)
     kept: list[KVSequence] = []
     for name, content in (("new", new), ("repeated", repeated)):
         match = manager.lookup(content)
-        counts[f"look up {name}"] = lines(lambda content=content: manager.lookup(content))  # type: ignore[misc]
+        counts[f"look up {name}"] = count_lines(lambda content=content: manager.lookup(content))  # type: ignore[misc]
         left = content.num_prompt_tokens - match.hit_tokens
         admit = lambda c=content, n=left: kept.append(manager.admit(c, n))  # noqa: E731
-        counts[f"admit {name}"] = lines(admit)
-    counts["join"] = lines(lambda: batch.add(kept[0]))
-    counts["leave"] = lines(lambda: batch.remove(kept[0]))
-    counts["release"] = sum(lines(lambda s=s: manager.release(s)) for s in [*members, *kept])  # type: ignore[misc]
+        counts[f"admit {name}"] = count_lines(admit)
+    counts["join"] = count_lines(lambda: batch.add(kept[0]))
+    counts["leave"] = count_lines(lambda: batch.remove(kept[0]))
+    counts["release"] = sum(count_lines(lambda s=s: manager.release(s)) for s in [*members, *kept])  # type: ignore[misc]
     return counts
 
 
@@ -135,7 +110,7 @@ def test_a_token_costs_less_the_more_sequences_decode() -> None:
             batch.add(manager.admit(prompt(i), 8 * SIZE + 1))  # all at the same place of their blocks
         tokens = [3] * members
         manager.append(batch, tokens)
-        return lines(lambda: manager.append(batch, tokens))
+        return count_lines(lambda: manager.append(batch, tokens))
 
     assert step(1) == step(8) == step(64)
 
@@ -144,10 +119,10 @@ def test_an_admission_costs_by_the_extent_not_by_the_block() -> None:
     def admission(blocks: int) -> tuple[int, int]:
         manager = KVCacheManager(10_000, SIZE)
         content = prompt(1, blocks)
-        first = lines(lambda: manager.admit(content, content.num_prompt_tokens))
+        first = count_lines(lambda: manager.admit(content, content.num_prompt_tokens))
         match = manager.lookup(content)
         left = content.num_prompt_tokens - match.hit_tokens
-        return first, lines(lambda: manager.admit(content, left, match))
+        return first, count_lines(lambda: manager.admit(content, left, match))
 
     assert admission(8) == admission(64) == admission(4096)
 
@@ -169,8 +144,8 @@ def test_what_an_admission_needs_is_told_without_looking_at_its_hits() -> None:
         counts = []
 
         def ask(needed: int) -> None:
-            counts.append(lines(lambda: manager.blocks_needed(match, 1)))
-            counts.append(lines(lambda: manager.can_admit(match, 1)))
+            counts.append(count_lines(lambda: manager.blocks_needed(match, 1)))
+            counts.append(count_lines(lambda: manager.can_admit(match, 1)))
             assert manager.blocks_needed(match, 1) == needed
             assert manager.is_current(match)
 
@@ -182,7 +157,7 @@ def test_what_an_admission_needs_is_told_without_looking_at_its_hits() -> None:
         whole = manager.admit(content, 1)
         assert manager.blocks_needed(match, 1) == 1  # here it pays for all that have been referenced since
         ask(1)
-        counts.append(lines(lambda: manager.remaining_blocks(whole, 10_000)))
+        counts.append(count_lines(lambda: manager.remaining_blocks(whole, 10_000)))
         return counts
 
     assert answers(1) == answers(10) == answers(100)
@@ -218,7 +193,7 @@ def test_taking_out_of_the_middle_of_the_eviction_order_is_no_search(policy: typ
         match = manager.lookup(content)
         assert match.hit_blocks
         left = content.num_prompt_tokens - match.hit_tokens
-        return lines(lambda: manager.admit(content, left, match))
+        return count_lines(lambda: manager.admit(content, left, match))
 
     few, many = hit_of_the_middle(16), hit_of_the_middle(1600)
     if policy is ListLRU:

@@ -192,7 +192,8 @@ def run_program(manager: KVCacheManager, seed: int, steps: int = 60) -> None:
             except OutOfBlocks:
                 pass
             except ValueError as error:
-                assert "is still to be filled" in str(error)  # noqa: PT017
+                if "is still to be filled" not in str(error):
+                    raise
         device.step()
     stats = manager.stats()
     assert stats.host is not None

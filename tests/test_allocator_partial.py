@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from functools import partial
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +13,7 @@ from allocator.config import CacheConfig
 from allocator.content import ChunkContent, TokenContent, UniqueContent
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
 from allocator.overlap import Fan
+from allocator.rules.cost import count_lines
 
 COPY = CacheConfig(enable_partial_reuse=True)
 STEAL = CacheConfig(enable_partial_reuse=True, copy_on_partial_reuse=False)
@@ -379,23 +376,6 @@ def test_a_fan_finds_what_comparing_all_finds(unit: int, steps: list[tuple[str, 
         assert len(fan) == len(keys)
 
 
-def lines_run(call: Callable[[], Any]) -> int:
-    """Return how many lines of Python a call runs."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return count
-
-
 @pytest.mark.parametrize("config", [COPY, STEAL])
 def test_the_cost_does_not_grow_with_the_children_of_a_hot_parent(config: CacheConfig) -> None:
     def costs(children: int) -> list[int]:
@@ -410,10 +390,10 @@ def test_the_cost_does_not_grow_with_the_children_of_a_hot_parent(config: CacheC
         assert manager.lookup(contents[0]).partial_tokens >= 2  # which makes the tree
         found = []
         for content in contents:
-            found.append(lines_run(partial(manager.lookup, content)))
+            found.append(count_lines(partial(manager.lookup, content)))
             sequence = manager.admit(content, 1)
             manager.pending_copies()
-            found.append(lines_run(partial(manager.release, sequence)))
+            found.append(count_lines(partial(manager.release, sequence)))
         return [max(found[::2]), max(found[1::2])]
 
     for few, many in zip(costs(64), costs(4000), strict=True):

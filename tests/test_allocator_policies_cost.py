@@ -6,12 +6,8 @@ does in C is logarithmic by construction.
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
 from collections import OrderedDict
-from types import FrameType
-from typing import Any
 
 import pytest
 
@@ -20,6 +16,7 @@ from allocator.eviction import POLICIES, Belady, EvictionPolicy, WeightedBelady
 from allocator.eviction.lru import LRU
 from allocator.manager import KVCacheManager
 from allocator.prefix import Extent
+from allocator.rules.cost import count_lines
 
 CLASSES: dict[str, type[EvictionPolicy]] = {
     **POLICIES,
@@ -56,27 +53,19 @@ def lines_an_eviction(policy: EvictionPolicy, extents: int) -> float:
         order.append(extents + step)
     if isinstance(policy, Belady):
         numbers = [policy.foresee(contents[number], 1) for number in order]
-    lines = 0
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal lines
-        lines += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    gc.disable()
-    try:
-        for step, number in enumerate(order):
-            if step == extents + len(hits):
-                evicted = manager.stats().evicted_blocks
-                sys.settrace(trace)
+    def serve(steps: range) -> None:
+        for step in steps:
             if isinstance(policy, Belady):
                 policy.begin(numbers[step])
-            match = manager.lookup(contents[number])
-            manager.release(manager.admit(contents[number], 2 - match.hit_tokens, match))
-    finally:
-        sys.settrace(before)
-        gc.enable()
+            content = contents[order[step]]
+            match = manager.lookup(content)
+            manager.release(manager.admit(content, 2 - match.hit_tokens, match))
+
+    warm = extents + len(hits)
+    serve(range(warm))
+    evicted = manager.stats().evicted_blocks
+    lines = count_lines(lambda: serve(range(warm, len(order))))
     count = manager.stats().evicted_blocks - evicted
     assert count >= EVICTIONS
     return lines / count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import sys
 
 import pytest
 from hypothesis import given
@@ -20,6 +19,7 @@ from allocator.reservation import (
     ReservationPool,
     reserved_tokens,
 )
+from allocator.rules.cost import count_lines
 
 SPACES = (BuddySpace, BestFitSpace)
 
@@ -173,27 +173,19 @@ def test_space_refuses_what_it_never_gave(space: type) -> None:
 
 
 def _lines_run(memory: BuddySpace, rounds: int) -> int:
-    """Return how many lines of the module a fixed churn executes."""
+    """Return how many lines a fixed churn executes."""
     random_ = random.Random(5)
-    count = 0
-
-    def trace(frame: object, event: str, _: object) -> object:
-        nonlocal count
-        count += event == "line"
-        return trace
-
     taken: list[int] = []
-    sys.settrace(trace)
-    try:
+
+    def churn() -> None:
         for _ in range(rounds):
             if len(taken) > 32:
                 memory.give(taken.pop(random_.randrange(len(taken))))
             got = memory.take(random_.randint(1, 60))
             if got is not None:
                 taken.append(got[0])
-    finally:
-        sys.settrace(None)
-    return count
+
+    return count_lines(churn)
 
 
 def test_buddy_cost_grows_with_the_logarithm_of_the_memory() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-from typing import Any
-
 import pytest
 
 from allocator.config import CacheConfig
 from allocator.content import ChunkContent, TokenContent, UniqueContent
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
+from allocator.rules.cost import count_lines
 
 
 def compute(manager: KVCacheManager, ids: list[int]) -> KVSequence:
@@ -338,20 +335,8 @@ def test_a_lookup_costs_the_same_whatever_others_prefill() -> None:
         for i in range(others):
             manager.admit(TokenContent([1, 1, 1, 1, i, 0, 0, 0, 0]), 4 if i % 2 else 1)
         content = TokenContent([1, 1, 1, 1, 500, 0, 0, 0, 0])
-        lines = 0
-
-        def trace(frame: FrameType, event: str, arg: object) -> Any:
-            nonlocal lines
-            lines += event == "line"
-            return trace
-
-        sys.settrace(trace)
-        try:
-            match = manager.lookup(content)
-        finally:
-            sys.settrace(None)
-        assert match.hit_blocks == 1
-        return lines
+        assert manager.lookup(content).hit_blocks == 1
+        return count_lines(lambda: manager.lookup(content))
 
     assert cost(400) == cost(40)
 

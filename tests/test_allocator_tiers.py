@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
 from allocator.model import ModelSpec
 from allocator.prefix import PrefixIndex
 from allocator.retention import RetentionConfig, TokenRange
+from allocator.rules.cost import count_lines
 from allocator.transfers import Transfers
 
 
@@ -423,25 +423,6 @@ def test_the_host_pool_alone() -> None:
     assert pool.free_ids().tolist() == [2, 1, 0]
 
 
-def _counted(function: Any) -> int:
-    """Return how many lines of the allocator a call executes."""
-    lines = 0
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        nonlocal lines
-        if "allocator" not in frame.f_code.co_filename:
-            return None
-        lines += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(None)
-    return lines
-
-
 def _offloads(num_host_blocks: int) -> Iterator[int]:
     manager = make(64, num_host_blocks)
     for symbol in range(num_host_blocks // 16):
@@ -449,7 +430,7 @@ def _offloads(num_host_blocks: int) -> Iterator[int]:
         manager.transfers_done(manager.pending_swaps())
     for symbol in range(10):
         content = TokenContent([10**6 + symbol] * 32)
-        yield _counted(lambda content=content: manager.release(manager.admit(content, 32)))
+        yield count_lines(lambda content=content: manager.release(manager.admit(content, 32)))
         manager.transfers_done(manager.pending_swaps())
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,11 +116,11 @@ def test_programs_can_be_pasted_whatever_they_do() -> None:
 def test_a_failure_that_is_not_made_shorter_is_printed_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*given: object, shrink: bool = False, **named: object) -> None:
+    def interrupted(*given: Any, shrink: bool = False, **named: Any) -> None:
         if shrink:
             print("making very slow progress")
             raise KeyboardInterrupt
-        run_machine(*given, **named)  # type: ignore[arg-type]
+        run_machine(*given, **named)
 
     run_machine = fuzz.run_machine
     monkeypatch.setattr(fuzz, "run_machine", interrupted)

@@ -32,7 +32,8 @@ NO_REUSE = CacheConfig(enable_block_reuse=False)
 
 
 def _rows(result: RunResult, *names: str) -> list[list[int]]:
-    return np.stack([result.timeline[name] for name in names], axis=1).tolist()  # type: ignore[no-any-return]
+    rows: list[list[int]] = np.stack([result.timeline[name] for name in names], axis=1).tolist()
+    return rows
 
 
 def _schedule(result: RunResult) -> list[tuple[int, ...]]:

@@ -7,22 +7,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from cluster_cases import ClusterScenario, Spy, assert_same_cluster, cluster_scenarios, steps_of
+from cluster_cases import (
+    PLAIN,
+    ClusterScenario,
+    Spy,
+    assert_same_cluster,
+    cluster_scenarios,
+    session_scenario,
+    steps_of,
+)
 from engine_cases import LinearCost, Scenario, assert_identical, unlike
 from hypothesis import assume, given, settings
 
-from allocator.config import MODEL_PRESETS, BuildConfig
+from allocator.config import BuildConfig
 from sim.cluster.config import ClusterConfig
 from sim.cluster.routing import ReplicaView, RoundRobin
-from sim.cost import RooflineCost
-from sim.hardware import GPU_PRESETS
 from sim.request import Request
 from sim.scheduler.beams import beam_parents
-from sim.scheduler.config import EngineConfig
-from sim.workload import WorkloadConfig, generate
-
-PLAIN = EngineConfig(block_map_samples=0)
-
 
 # ------------------------------------------------------------------ exactness
 
@@ -91,27 +92,7 @@ def test_one_replica_behind_a_router_is_the_plain_engine(scenario: ClusterScenar
 
 
 def test_skipping_equals_stepping_on_a_larger_workload_with_sessions() -> None:
-    workload = WorkloadConfig(
-        num_requests=150,
-        requests_per_s=30.0,
-        system_prompts=3,
-        system_prompt_tokens=256,
-        turns_mean=3.0,
-        session_tokens_max=2048,
-        think_s_mean=0.5,
-        output_tokens_mean=60.0,
-        output_tokens_max=512,
-        user_tokens_max=1024,
-        sampling_share=0.2,
-    )
-    scenario = ClusterScenario(
-        list(generate(workload)),
-        BuildConfig(16, 512, tokens_per_block=16),
-        num_blocks=200,
-        engine=dataclasses.replace(PLAIN, admission="max_utilization"),
-        cost=RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["a100-80gb"]),
-        cluster=ClusterConfig(3, "longest_prefix"),
-    )
+    scenario = dataclasses.replace(session_scenario(30.0), cluster=ClusterConfig(3, "longest_prefix"))
     result = scenario.run()
     assert_same_cluster(result, scenario.run(skipping=False))
     assert set(result.requests["replica"]) == {0, 1, 2}

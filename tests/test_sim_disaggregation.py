@@ -8,28 +8,27 @@ from collections import deque
 import numpy as np
 import pytest
 from cluster_cases import (
+    PLAIN,
     ClusterScenario,
     Spy,
     assert_same_cluster,
     disaggregated_scenarios,
+    session_scenario,
     steps_of,
 )
 from engine_cases import LinearCost, Scenario, unlike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
+from allocator.config import BuildConfig, CacheConfig
 from sim.cluster.cluster import simulate_cluster
 from sim.cluster.config import ClusterConfig
 from sim.cluster.link import TransferCost
-from sim.cost import RooflineCost, StepBatch
-from sim.hardware import GPU_PRESETS
+from sim.cost import StepBatch
 from sim.records import RunResult
 from sim.request import Request
-from sim.scheduler.config import EngineConfig
-from sim.workload import WorkloadConfig, generate
+from sim.scheduler.config import Admission, EngineConfig, QueueOrder
 
-PLAIN = EngineConfig(block_map_samples=0)
 PAIR = ClusterConfig(2, prefill_replicas=1)
 
 
@@ -59,25 +58,8 @@ def test_policies_see_the_same_skipping_or_not(scenario: ClusterScenario) -> Non
 
 
 def test_skipping_equals_stepping_on_a_larger_workload_with_sessions() -> None:
-    workload = WorkloadConfig(
-        num_requests=150,
-        requests_per_s=20.0,
-        system_prompts=3,
-        system_prompt_tokens=256,
-        turns_mean=3.0,
-        session_tokens_max=2048,
-        think_s_mean=0.5,
-        output_tokens_mean=60.0,
-        output_tokens_max=512,
-        user_tokens_max=1024,
-        sampling_share=0.2,
-    )
-    scenario = ClusterScenario(
-        list(generate(workload)),
-        BuildConfig(16, 512, tokens_per_block=16),
-        num_blocks=200,
-        engine=dataclasses.replace(PLAIN, admission="max_utilization"),
-        cost=RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["a100-80gb"]),
+    scenario = dataclasses.replace(
+        session_scenario(20.0),
         cluster=ClusterConfig(4, "longest_prefix", prefill_replicas=2),
         transfer=TransferCost(block_ps=82 * 10**6, latency_ps=10**7),
     )
@@ -282,7 +264,7 @@ def test_all_samples_go_on_from_one_transfer() -> None:
 @pytest.mark.parametrize("admission", ["guaranteed_no_evict", "max_utilization"])
 @pytest.mark.parametrize("queue_order", ["fcfs", "priority", "shortest", "longest_prefix"])
 @pytest.mark.parametrize("mixed_steps", [True, False])
-def test_pools_of_one_sequence(admission: str, queue_order: str, mixed_steps: bool) -> None:
+def test_pools_of_one_sequence(admission: Admission, queue_order: QueueOrder, mixed_steps: bool) -> None:
     """Whatever the policy, everybody finishes where only one can at a time."""
     ids = np.zeros(16, np.int32)
     requests = [
@@ -290,8 +272,8 @@ def test_pools_of_one_sequence(admission: str, queue_order: str, mixed_steps: bo
         for row in range(8)
     ]
     engine = EngineConfig(
-        admission=admission,  # type: ignore[arg-type]
-        queue_order=queue_order,  # type: ignore[arg-type]
+        admission=admission,
+        queue_order=queue_order,
         mixed_steps=mixed_steps,
         block_map_samples=0,
     )

@@ -39,7 +39,7 @@ def operation(
     """
 
     def mark(method: Method) -> Method:
-        method.operation = Operation(method.__name__, when, strategies)  # type: ignore[attr-defined]
+        vars(method)["operation"] = Operation(method.__name__, when, strategies)
         return method
 
     return mark
