@@ -209,6 +209,7 @@ class Oracle(Recount):
         self.shadow.copy(copies)
         for _, slots, states in self.writes:
             self.shadow.write(slots, states)
+            self.host.wrote(slots)
         self.writes.clear()
         return moved or bool(copies)
 

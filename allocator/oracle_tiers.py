@@ -22,8 +22,10 @@ MAX_IN_FLIGHT = 4
 class InFlight:
     """A transfer list that was executed: what its ends must still hold when the manager is told that it is done.
 
-    gpu   what arrived in cached blocks, which nobody may write
-    host  what was written to the host, or read there
+    gpu      what arrived in cached blocks, which nobody may write
+    host     what was written to the host, or read there
+    filling  the GPU blocks that nothing was written in since they arrived. Who writes in a block comes after what
+             fills it, so one that was written in, cached, let go of and evicted can be filled anew
     """
 
     def __init__(self, transfers: Any, oracle: HostOracle) -> None:
@@ -32,6 +34,7 @@ class InFlight:
         self.host_written = {int(block) for block in transfers.swap_outs[:, 1]}
         self.host_read = {int(block) for block in transfers.swap_ins[:, 0]}
         self.gpu_written = {int(block) for block in transfers.swap_ins[:, 1]}
+        self.filling = set(self.gpu_written)
         cached = oracle.oracle.cached_blocks()
         self.gpu = {block: oracle.oracle.shadow.slots(block) for block in self.gpu_written & cached}
         self.host = {block: oracle.shadow.slots(block) for block in self.host_written | self.host_read}
@@ -91,7 +94,7 @@ class HostOracle:
                 assert block not in each.host_written, f"host block {block} is still being filled"
                 assert block not in each.host_read, f"host block {block} is still being read"
             for _, block in ins:
-                assert block not in each.gpu_written, f"block {block} is still being filled"
+                assert block not in each.filling, f"block {block} is still being filled"
         self.oracle.shadow.move(outs, self.shadow)
         self.shadow.move(ins, self.oracle.shadow)
         self.moved_out += len(outs)
@@ -100,6 +103,11 @@ class HostOracle:
         if not self.lag or len(self.in_flight) > MAX_IN_FLIGHT:
             self.finish(0)
         return True
+
+    def wrote(self, slots: Sequence[int]) -> None:
+        """Note that a step wrote in some slots of the GPU."""
+        for each in self.in_flight:
+            each.filling.difference_update(slot // self.oracle.size for slot in slots)
 
     def finish(self, index: int) -> None:
         """Tell the manager that one of the lists in flight is done."""

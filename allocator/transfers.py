@@ -13,9 +13,11 @@ the source of a swap-out can be written right after, because it was evicted to m
 offloaded and hit in the same step goes out and comes back in. A stream that keeps this order needs nothing else.
 
 Until `transfers_done`, both ends of a transfer are pinned: a block that is freed meanwhile stays *in transfer*
-and is given to nobody, cached content is not evicted. Content that arrives can be referenced, hit, forked and
-copied at once, as it is there before whatever comes later in the order; a second hit shares it without another
-transfer. Whoever runs transfers beside the computation has to wait for them where the order says so.
+and is given to nobody, cached content is not evicted. (Unless it was written in since, by a sequence that was swapped
+in, and only then cached: the write came after the transfer, however late that is said to be done.) Content that
+arrives can be referenced, hit, forked and copied at once, as it is there before whatever comes later in the order; a
+second hit shares it without another transfer. Whoever runs transfers beside the computation has to wait for them where
+the order says so.
 """
 
 from __future__ import annotations

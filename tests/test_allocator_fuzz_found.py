@@ -1,0 +1,115 @@
+"""Programs that fuzzing found, and that showed the oracle or the manager wrong."""
+
+from __future__ import annotations
+
+from allocator.fuzz import AllocatorMachine
+from allocator.retention import RetentionConfig, TokenRange
+from allocator.shadow import PromptSpec
+
+
+def machine(num_blocks: int, *, partial: int = 0) -> AllocatorMachine:
+    """Return a machine with a pool of blocks of two tokens, begun."""
+    state = AllocatorMachine()
+    state.start(num_blocks, 2, reuse=True, policy=0, ghosts=None, log=0, partial=partial)
+    return state
+
+
+def test_found_block_filled_again_with_what_was_cut_off() -> None:
+    """The oracle expected it to be kept as before."""
+    state = machine(6)
+    whole = RetentionConfig.whole(50)
+    state.admit_retained(PromptSpec("tokens", [0, 1, 0, 0, 1]), again=0, salt="", chunk=99, retention=whole)
+    state.check()
+    state.release(index=0, count=1)
+    state.admit_again(index=0, salt="", chunk=99)
+    state.truncate(index=0, keep=2)
+    state.check()
+    state.append(chosen=1, count=1, bits=0, wait=0)
+    state.check()
+    state.teardown()
+
+
+def test_found_block_stolen_and_filled_with_the_same() -> None:
+    """Likewise; the prompt's last token is computed in the block that holds it."""
+    state = machine(3, partial=2)
+    whole = RetentionConfig((TokenRange(0, None, 50),))
+    state.admit_retained(PromptSpec("tokens", [0, 1]), again=0, salt="", chunk=99, retention=whole)
+    state.check()
+    state.release(index=0, count=1)
+    state.check()
+    state.admit_again(index=0, salt="", chunk=99)
+    state.check()
+    state.teardown()
+
+
+def test_found_fork_that_says_the_same_without_reuse() -> None:
+    """The beams' blocks are twins of the one that is cut and written in again; the oracle knew of no copy for them."""
+    state = AllocatorMachine()
+    state.start(7, 4, reuse=False, policy=0, ghosts=None, log=0, window=11)
+    state.admit(
+        prompt=PromptSpec(kind="runs", symbols=[0], cut=1, named=False, granularity=1), salt="", chunk=3
+    )
+    state.check()
+    state.serve(symbols=[0, 1, 1], salt="", chunk=1, count=1, in_batch=False)
+    state.check()
+    state.release(index=0, count=1)
+    state.check()
+    state.admit(
+        prompt=PromptSpec(kind="tokens", symbols=[0], cut=0, named=False, granularity=1), salt="", chunk=3
+    )
+    state.check()
+    state.release(index=0, count=1)
+    state.check()
+    state.search(index=0, n=1, parents=(0, 0, 0, 0), bits=None)
+    state.check()
+    state.sample(index=0, n=1, bits=None, wait=0, ends=False)
+    state.check()
+    state.search(index=0, n=3, parents=(0, 0, 0, 0), bits=12)
+    state.check()
+    state.truncate(index=0, keep=1)
+    state.check()
+    state.decode(bits=None, wait=0)
+    state.check()
+    state.teardown()
+
+
+def test_found_beam_that_takes_over_a_longer_table_than_its_quota_leaves() -> None:
+    """Of two beams of four tokens, one has let go of what its window of two passed; then both have four blocks."""
+    state = AllocatorMachine()
+    state.start(10, 1, reuse=True, policy=0, ghosts=None, log=0, window=11)
+    state.admit(PromptSpec("unique", [0] * 4), salt="", chunk=99)
+    state.admit(PromptSpec("unique", [0] * 3), salt="", chunk=99)
+    state.check()
+    state.append(chosen=2, count=1, bits=None, wait=0)
+    state.check()
+    state.set_quota(salt="", quota=1)
+    before = state.manager.tenant_blocks("")
+    state.reorder_beams(index=0, width=2, parents=(0, 0, 0, 0))
+    state.check()
+    assert state.manager.tenant_blocks("") > before
+    state.teardown()
+
+
+def test_found_swapped_in_block_that_is_written_in_evicted_and_filled_anew() -> None:
+    """All before the manager is told that the first transfer is done: the oracle took that for a reuse too early."""
+    state = AllocatorMachine()
+    state.start(7, 2, reuse=True, policy=1, ghosts=0, log=0, host_blocks=4, lag=True)
+    wish = RetentionConfig((), 0, 1)
+    state.race(symbols=[0, 0, 0, 0, 0], wishes=(wish, wish), count=0)
+    state.check()
+    state.press(blocks=1, symbol=0, ends=2)
+    state.check()
+    state.admit(PromptSpec("runs", [1, 0, 0], cut=3), salt="", chunk=3)
+    state.check()
+    state.part(index=0, keep=0, bits=0)
+    state.check()
+    state.swap_in(index=0)
+    state.check()
+    sequence = list(state.manager.sequences)[-1]
+    filled = sequence.table[-1]
+    state.append(chosen=11, count=1, bits=None, wait=0)
+    state.check()
+    state.come_back(index=1, salt="", chunk=1, leaves=False)
+    assert filled in state.manager.host_tier.queue.arriving()
+    state.check()
+    state.teardown()
