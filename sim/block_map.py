@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,31 +20,40 @@ from sim.quantities import rough_percent_text
 from sim.records import CACHED, FREE, SHARED, BlockMap, RunResult
 from sim.request import PS_PER_S
 
+_PANELS = 4
 _ROWS = 300
 _COLUMNS = 960
 
 
-def _on_a_grid(result: RunResult, found: BlockMap) -> tuple[Ints, Ints, tuple[float, float]]:
-    """Return (block ids [rows], owners [rows, columns], (start, end) in seconds) at evenly spaced moments.
+def _on_a_grid(result: RunResult, found: BlockMap, extent_ps: tuple[int, int]) -> tuple[Ints, Ints]:
+    """Return (block ids [rows], owners [rows, columns]) at evenly spaced moments of an interval.
 
     A moment shows the last sample before it; but between steps, when nothing runs, nobody holds a block. Rows are
     every n-th watched block: few enough to see, with shares as they are in the whole.
     """
     every = -(-found.block_ids.size // _ROWS)
     rows = np.arange(0, found.block_ids.size, every)
-    starts, ends = (int_column(result.timeline, name) for name in ("start_ps", "end_ps"))
-    begin = int(found.times_ps[0])
-    end = max(int(found.times_ps[-1]), int(ends[-1]) if ends.size else 0, begin + 1)
-    moments = np.linspace(begin, end, _COLUMNS, endpoint=False)
+    moments = np.linspace(*extent_ps, _COLUMNS, endpoint=False)
     sample = np.maximum(np.searchsorted(found.times_ps, moments, side="right") - 1, 0)
     owners: Ints = found.owners[np.ix_(sample, rows)].T.copy()
+    starts, ends = (int_column(result.timeline, name) for name in ("start_ps", "end_ps"))
     if starts.size:
         stretch = np.searchsorted(starts, moments, side="right") - 1
         idle = (stretch < 0) | (moments >= ends[np.maximum(stretch, 0)])
         released = idle & ((owners >= 0) | (owners == SHARED))
         # No sample was taken then. With reuse, all but a sequence's last block stays behind as cache.
         owners[released] = CACHED if int_column(result.timeline, "evictable_blocks").any() else FREE
-    return found.block_ids[rows], owners, (begin / PS_PER_S, end / PS_PER_S)
+    return found.block_ids[rows], owners
+
+
+def _extent_ps(results: Sequence[RunResult]) -> tuple[int, int]:
+    """Return when the first sample was taken, and when the last step or sample was over."""
+    samples = [int(at) for result in results if result.block_map for at in result.block_map.times_ps[[0, -1]]]
+    ends = [
+        int(int_column(result.timeline, "end_ps")[-1]) for result in results if len(result.timeline["end_ps"])
+    ]
+    begin = min(samples)
+    return begin, max(*samples, *ends, begin + 1)
 
 
 def _colours(owners: Ints, admit_ps: Ints) -> NDArray[np.float64]:
@@ -63,33 +73,62 @@ def _colours(owners: Ints, admit_ps: Ints) -> NDArray[np.float64]:
     return image
 
 
-def block_map(result: RunResult) -> Figure:
-    """Draw who holds which block of the pool over time.
+def has_block_map(result: RunResult) -> bool:
+    """Return whether the run looked at a pool at least once."""
+    return bool(_mapped(result))
 
-    Needs `result.block_map`. Raises ValueError if the run kept none.
+
+def _mapped(result: RunResult) -> dict[int, RunResult]:
+    """Return the results that have a map, by replica: up to _PANELS, of many those evenly between first and last."""
+    parts = result.replicas or (result,)
+    mapped = [
+        number
+        for number, part in enumerate(parts)
+        if part.block_map is not None and part.block_map.times_ps.size
+    ]
+    shown = np.linspace(0, len(mapped) - 1, min(_PANELS, len(mapped))).round().astype(int)
+    return {mapped[at]: parts[mapped[at]] for at in shown}
+
+
+def block_map(result: RunResult) -> Figure:
+    """Draw who holds which block of the pool over time; of several replicas, a panel each, up to _PANELS of them.
+
+    Needs `result.block_map`, or that of its replicas. Raises ValueError if the run kept none.
     """
-    found = result.block_map
-    if found is None or not found.times_ps.size:
+    parts = _mapped(result)
+    if not parts:
         raise ValueError("block_map (None) must be kept by the run: block_map_samples must be positive")
-    block_ids, owners, extent = _on_a_grid(result, found)
-    figure = look.slide(_title(owners), _subtitle(result, block_ids))
-    board = figure.subplots()
-    board.imshow(
-        _colours(owners, int_column(result.requests, "admit_ps")),
-        aspect="auto",
-        interpolation="nearest",
-        origin="lower",
-        extent=(*extent, -0.5, block_ids.size - 0.5),
+    extent_ps = _extent_ps(list(parts.values()))
+    maps = []
+    for part in parts.values():
+        assert part.block_map is not None
+        maps.append(_on_a_grid(part, part.block_map, extent_ps))
+    figure = look.slide(
+        _title(
+            np.concatenate([owners for _, owners in maps]), "the pools" if result.replicas else "the pool"
+        ),
+        _subtitle(result, maps[0][0], list(parts)),
     )
-    board.grid(False)
-    ticks = np.unique(np.linspace(0, block_ids.size - 1, 6).round().astype(int))
-    board.set_yticks(ticks, [f"{block_ids[tick]:,}" for tick in ticks])
-    board.set_ylabel("block id")
-    board.set_xlabel("simulated time (s)")
-    board.set_xlim(*extent)
-    for side in ("top", "right"):
-        board.spines[side].set_visible(True)
-    _legend(board)
+    boards = figure.subplots(len(maps), 1, sharex=True, squeeze=False)[:, 0]
+    admit_ps = int_column(result.requests, "admit_ps")
+    extent_s = (extent_ps[0] / PS_PER_S, extent_ps[1] / PS_PER_S)
+    for board, number, (block_ids, owners) in zip(boards, parts, maps, strict=True):
+        board.imshow(
+            _colours(owners, admit_ps),
+            aspect="auto",
+            interpolation="nearest",
+            origin="lower",
+            extent=(*extent_s, -0.5, block_ids.size - 0.5),
+        )
+        board.grid(False)
+        ticks = np.unique(np.linspace(0, block_ids.size - 1, 6 if len(maps) == 1 else 3).round().astype(int))
+        board.set_yticks(ticks, [f"{block_ids[tick]:,}" for tick in ticks])
+        board.set_ylabel("block id" if not result.replicas else f"replica {number}")
+        for side in ("top", "right"):
+            board.spines[side].set_visible(True)
+    boards[-1].set_xlabel("simulated time (s)")
+    boards[-1].set_xlim(*extent_s)
+    _legend(boards[0])
     return figure
 
 
@@ -114,10 +153,10 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _title(owners: Ints) -> str:
+def _title(owners: Ints, pools: str) -> str:
     shared, cached = (float((owners == state).mean()) for state in (SHARED, CACHED))
     held = float((owners >= 0).mean()) + shared
-    parts = [f"Requests hold {rough_percent_text(held)} of the pool"]
+    parts = [f"Requests hold {rough_percent_text(held)} of {pools}"]
     if shared >= 0.0005:
         parts.append(f"{rough_percent_text(shared)} is shared")
     if cached >= 0.0005:
@@ -125,11 +164,14 @@ def _title(owners: Ints) -> str:
     return ", ".join(parts)
 
 
-def _subtitle(result: RunResult, block_ids: Ints) -> str:
-    cache = result.cache
-    drawn = (
-        f"all {cache.num_blocks:,}"
-        if block_ids.size == cache.num_blocks
-        else f"{block_ids.size:,} of {cache.num_blocks:,}"
-    )
-    return f"Each line is a block of {cache.tokens_per_block} tokens ({drawn} blocks); shares are means over time"
+def _subtitle(result: RunResult, block_ids: Ints, replicas: list[int]) -> str:
+    cache, whose, pool = result.cache, "", f"{result.cache.num_blocks:,}"
+    num_blocks = cache.num_blocks
+    if result.replicas:
+        num_blocks //= len(result.replicas)
+        pool = f"each replica's {num_blocks:,}"
+        if len(replicas) < len(result.replicas):
+            whose = f", {len(replicas)} of {len(result.replicas)} replicas"
+    drawn = f"all {pool}" if block_ids.size == num_blocks else f"{block_ids.size:,} of {pool}"
+    size = cache.tokens_per_block
+    return f"Each line is a block of {size} tokens ({drawn} blocks{whose}); shares are means over time"

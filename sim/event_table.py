@@ -6,9 +6,13 @@
     log = read_events(Path("results/events.parquet"))
     state = rebuild(log, log.at_time(3_600_000_000_000_000))     # how every block stood after an hour
 
-One row an event, in order:
+Of several replicas, each cache has its log: `read_events(path, replica)`.
 
-    now_ps      int64       when it happened: the start of its engine step, or its end for what finished then
+One row an event, in order; of several replicas, those of the first come first:
+
+    replica     int32       whose cache it is; only where there are several
+    now_ps      int64       when it happened: the start of its stretch (row of the timeline), or its end for what
+                            finished then
     kind        enum        see allocator.event_log.KINDS, also for what `other` and `value` mean
     sequence    int32       number of the sequence, null where the event has none
     request_id  int32       whose sequence it is: a row of requests.parquet; null as above
@@ -27,6 +31,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from allocator.event_log import COLUMNS, FORKED, KINDS, EventLog
+from sim.records import RunResult
 
 _KIND = pl.Enum([kind.name for kind in KINDS])
 _HAS_OTHER = np.array([bool(kind.other) for kind in KINDS])
@@ -40,6 +45,18 @@ _SCHEMA: dict[str, Any] = {
     "value": pl.Int32,
     "blocks": pl.List(pl.Int32),
 }
+
+
+def run_events(result: RunResult) -> pl.DataFrame | None:
+    """Return the table of a whole run; None if it kept no events."""
+    if not result.replicas:
+        return None if result.events is None else event_frame(result.events, result.sequences)
+    frames = [
+        event_frame(part.events, part.sequences).select(pl.lit(number, pl.Int32).alias("replica"), pl.all())
+        for number, part in enumerate(result.replicas)
+        if part.events is not None
+    ]
+    return pl.concat(frames) if frames else None
 
 
 def event_frame(log: EventLog, requests: dict[int, int]) -> pl.DataFrame:
@@ -92,10 +109,15 @@ def _lists(values: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) 
     return joined["blocks"].fill_null(pl.Series([[]], dtype=pl.List(pl.Int32)))
 
 
-def read_events(path: Path) -> EventLog:
-    """Return the log that an events.parquet holds. Raises ValueError, naming the file, if it is none."""
+def read_events(path: Path, replica: int | None = None) -> EventLog:
+    """Return the log that an events.parquet holds, or that of one of its replicas.
+
+    Raises ValueError, naming the file, if it is none; if it has several replicas and none is asked for, or if it has
+    not the one asked for.
+    """
     try:
         frame = pl.read_parquet(path)
+        frame = _of_replica(frame, path, replica)
         frame = frame.select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items())
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ValueError(f"events ({path}) cannot be read: {str(error).splitlines()[0]}") from None
@@ -109,3 +131,14 @@ def read_events(path: Path) -> EventLog:
         "blocks": frame["blocks"].explode().drop_nulls(),
     }
     return EventLog.from_columns({name: columns[name].to_numpy() for name in COLUMNS})
+
+
+def _of_replica(frame: pl.DataFrame, path: Path, replica: int | None) -> pl.DataFrame:
+    if "replica" not in frame.columns:
+        if replica is not None:
+            raise ValueError(f"replica ({replica}) must be None: events ({path}) are those of a single cache")
+        return frame
+    known = frame["replica"].unique().sort().to_list()
+    if replica not in known:
+        raise ValueError(f"replica ({replica}) must be one of those in events ({path}): {known}")
+    return frame.filter(pl.col("replica") == replica)

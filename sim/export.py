@@ -21,7 +21,7 @@ from typing import Any
 
 import polars as pl
 
-from sim.event_table import event_frame
+from sim.event_table import run_events
 from sim.records import Columns, RunResult
 from sim.stored import StoredColumns
 
@@ -172,8 +172,9 @@ class ResultFolder:
         """Stage requests.parquet and timeline.parquet, and events.parquet if the run kept its events."""
         write_columns(result.requests, self.staging / REQUESTS)
         write_columns(result.timeline, self.staging / TIMELINE)
-        if result.events is not None:
-            write_frame(event_frame(result.events, result.sequences), self.staging / EVENTS)
+        events = run_events(result)
+        if events is not None:
+            write_frame(events, self.staging / EVENTS)
 
     def write_manifest(self, document: dict[str, Any]) -> None:
         """Stage manifest.json."""

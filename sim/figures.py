@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sim import style as look
 from sim.binning import binned
-from sim.block_map import block_map
+from sim.block_map import block_map, has_block_map
 from sim.cluster.figures import replica_utilization
 from sim.distributions import Ints
 from sim.metrics import Latencies, int_column, latency_figures
@@ -39,7 +39,7 @@ def write_figures(result: RunResult, engine: EngineConfig, folder: Path) -> list
             drawn["utilization"] = replica_utilization(result) if result.replicas else utilization(result)
         if (result.requests["status"] == "finished").any():
             drawn["latency"] = latency(result, engine)
-        if result.block_map is not None and result.block_map.times_ps.size:
+        if has_block_map(result):
             drawn["block_map"] = block_map(result)
     return [path for name, figure in drawn.items() for path in look.save(figure, folder / name)]
 

@@ -51,10 +51,7 @@ class TraceSource:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run, entirely: the same RunSpec and the same trace bytes give the same result bytes.
-
-    Raises ValueError for parts that do not go together.
-    """
+    """A run, entirely: the same RunSpec and the same trace bytes give the same result bytes."""
 
     trace: TraceSource
     model: ModelSpec
@@ -64,12 +61,6 @@ class RunSpec:
     engine: EngineConfig
     timing: TimingConfig = field(default_factory=TimingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def __post_init__(self) -> None:
-        if self.engine.events and self.cluster.num_replicas > 1:
-            raise ValueError(
-                f"events ({self.engine.events}) must be False with several replicas ({self.cluster.num_replicas})"
-            )
 
 
 @dataclass(frozen=True)

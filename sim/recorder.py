@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -276,7 +277,7 @@ class _MapSampler:
         manager = self._manager
         owners = np.full(manager.num_blocks, CACHED, dtype=np.int64)
         owners[manager.pool.free_ids()] = FREE
-        for job in scheduler.running:
+        for job in chain(scheduler.running, scheduler.apart):
             if job.sequence is not None and len(job.sequence.table):
                 table = np.frombuffer(job.sequence.table, np.int32)
                 owners[table] = np.where(owners[table] < 0, job.request.request_id, SHARED)

@@ -103,8 +103,7 @@ class Replica:
             if plan is not None and plan.completed:
                 self.end_prefills(plan, now)
             if now >= self._map_due_ps:
-                self.recorder.sample_map(now, scheduler)
-                self._map_due_ps = self.recorder.map_due_ps or 0
+                self.sample_map(now)
 
     # ---------------------------------------------------------------- arrivals
 
@@ -272,6 +271,12 @@ class Replica:
             self._count_done()
 
     # ---------------------------------------------------------------- what is noted of steps
+
+    def sample_map(self, now_ps: int) -> None:
+        """Look at who owns which block, if it is time to, as a step has just ended."""
+        if now_ps >= self._map_due_ps:
+            self.recorder.sample_map(now_ps, self.scheduler)
+            self._map_due_ps = self.recorder.map_due_ps or 0
 
     def _note_plan(self, plan: Plan, now_ps: int) -> None:
         for job in plan.admitted:

@@ -215,9 +215,8 @@ def cluster_scenarios(draw: st.DrawFn, routing: str | None = None) -> ClusterSce
         cost = dataclasses.replace(cost, base=7)
     names = ["round_robin", "least_loaded", "longest_prefix", "cluster_cases:Close"]
     cluster = ClusterConfig(draw(st.integers(1, 3)), routing or draw(st.sampled_from(names)))
-    engine = dataclasses.replace(found.engine, block_map_samples=0)
     fields = {each.name: getattr(found, each.name) for each in dataclasses.fields(found)}
-    return ClusterScenario(**{**fields, "cost": cost, "engine": engine, "cluster": cluster})
+    return ClusterScenario(**{**fields, "cost": cost, "cluster": cluster})
 
 
 @st.composite

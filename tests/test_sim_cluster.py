@@ -22,6 +22,7 @@ from hypothesis import assume, given, settings
 from allocator.config import BuildConfig
 from sim.cluster.config import ClusterConfig
 from sim.cluster.routing import ReplicaView, RoundRobin
+from sim.event_table import event_frame
 from sim.request import Request
 from sim.scheduler.beams import beam_parents
 
@@ -79,7 +80,9 @@ def _check_engines_of_their_own(scenario: ClusterScenario) -> None:
 @given(cluster_scenarios())
 def test_one_replica_behind_a_router_is_the_plain_engine(scenario: ClusterScenario) -> None:
     cluster = dataclasses.replace(scenario.cluster, num_replicas=1)
-    result = dataclasses.replace(scenario, cluster=cluster).run()
+    engine = dataclasses.replace(scenario.engine, events=True)
+    scenario = dataclasses.replace(scenario, cluster=cluster, engine=engine)
+    result = scenario.run()
     alone = Scenario(
         **{each.name: getattr(scenario, each.name) for each in dataclasses.fields(Scenario)}
     ).run()
@@ -87,8 +90,14 @@ def test_one_replica_behind_a_router_is_the_plain_engine(scenario: ClusterScenar
         result,
         requests={name: column for name, column in result.requests.items() if name != "replica"},
         timeline={name: column for name, column in result.timeline.items() if name != "replica"},
+        block_map=result.replicas[0].block_map,
     )
     assert_identical(same, alone)
+    (replica,) = result.replicas
+    assert replica.events is not None
+    assert alone.events is not None
+    ours, theirs = (event_frame(each.events, each.sequences) for each in (replica, alone))
+    assert ours.equals(theirs)
 
 
 def test_skipping_equals_stepping_on_a_larger_workload_with_sessions() -> None:

@@ -46,7 +46,9 @@ def done(folder: Path) -> Run:
 
 def test_the_files(folder: Path) -> None:
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    figures = [f"figures/{name}.{end}" for name in ("latency", "utilization") for end in ("png", "svg")]
+    figures = [
+        f"figures/{name}.{end}" for name in ("block_map", "latency", "utilization") for end in ("png", "svg")
+    ]
     assert found == sorted([*figures, "manifest.json", "summary.json", *TABLES])
 
 
@@ -133,12 +135,6 @@ def test_the_perfetto_trace_has_a_group_of_tracks_for_each(tmp_path: Path) -> No
     trace = (tmp_path / "timeline.perfetto-trace").read_bytes()
     assert all(f"replica {number}".encode() in trace for number in range(3))
     assert b"replica 3" not in trace
-
-
-def test_events_of_several_replicas_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*CLUSTER, "--events", "--out", str(tmp_path / "x")]) == 2
-    assert "events (True) must be False with several replicas (3)" in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
 
 
 def test_the_report_names_the_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

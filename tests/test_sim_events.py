@@ -9,9 +9,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 from engine_cases import LinearCost
+from event_cases import assert_states_match
 
 from allocator.config import BuildConfig, CacheConfig
-from allocator.events import EventLog, Replayer, rebuild
+from allocator.events import rebuild
 from sim.engine import simulate
 from sim.event_table import event_frame, read_events
 from sim.replay import main
@@ -48,21 +49,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     assert main([*TIGHT, "--events", "--out", str(out)]) == 0
     return out
-
-
-def assert_states_match(log: EventLog, timeline: pl.DataFrame) -> None:
-    """Compare the log with the timeline at the end of every stretch, before what finishes then is released."""
-    replayer = Replayer()
-    for row in timeline.iter_rows(named=True):
-        replayer.apply(log, log.at_time(row["end_ps"] - 1))
-        state = replayer.state()
-        counts = state.counts()
-        assert counts["free"] == row["free_blocks"]
-        assert counts["evictable"] == row["evictable_blocks"]
-        assert counts["referenced"] == row["referenced_blocks"]
-        assert sum(len(one.table) for one in state.sequences.values()) == row["logical_blocks"]
-        held = (one.num_tokens - one.left * replayer.tokens_per_block for one in state.sequences.values())
-        assert sum(held) == row["logical_tokens"]
 
 
 def test_the_table_says_how_the_blocks_stood_at_a_random_moment(run: Path) -> None:

@@ -47,15 +47,11 @@ def simulate_cluster(
 
     The arguments are those of `sim.engine.simulate`; num_blocks and num_host_blocks are of each replica, and
     `transfer` says how long the KV cache of a prompt takes to another one, which is needed where prefill and decode
-    are apart. The records of the replicas are kept in memory, and neither block maps nor event logs are.
+    are apart. All records are kept in memory; block maps and event logs are those of each replica's result.
 
     Raises ValueError if the configuration cannot work, the requests are not in order, or a routing policy chooses
     what it was not offered.
     """
-    if engine.events:
-        raise ValueError(
-            f"events ({engine.events}) must be False with several replicas ({cluster.num_replicas})"
-        )
     running = Cluster(
         requests,
         build,
@@ -112,7 +108,7 @@ class Cluster:
         self._sent: dict[Job, tuple[PrefillReplica, Job]] = {}
         for number in range(cluster.num_replicas):
             manager = make_manager(build, cache, num_blocks, num_host_blocks, engine)
-            recorder = Recorder(requests, manager, 0)
+            recorder = Recorder(requests, manager, engine.block_map_samples)
             self._recorders.append(recorder)
             kind = Scheduler if not apart else PrefillScheduler if number < apart else DecodeScheduler
             scheduler = kind(manager, build, engine, cost)

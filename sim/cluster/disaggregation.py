@@ -141,7 +141,7 @@ class PrefillReplica(ClusterReplica):
 
     def let_go(self, job: Job, now_ps: int) -> None:
         """Release a job whose blocks have been copied."""
-        self.scheduler.manager.pool.now = now_ps
+        self._set_clock(now_ps)
         self.scheduler.let_go(job)
 
 
@@ -192,13 +192,15 @@ class DecodeReplica(ClusterReplica):
         for job, num_blocks in received:
             self.link.begin(job, num_blocks, now_ps)
             self._received(job, num_blocks, now_ps)
+            if self._events is not None:
+                self.recorder.started(job)
         received.clear()
         return plan
 
     def _begin(self, now_ps: int) -> None:
         ready = self._ready
         if ready:
-            self.scheduler.manager.pool.now = now_ps
+            self._set_clock(now_ps)
         while ready:
             job = ready.popleft()
             self.prompt_tokens -= job.request.prompt_tokens

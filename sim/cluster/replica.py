@@ -175,7 +175,7 @@ class ClusterReplica(Replica):
         self.take_arrivals(now_ps)
         if not scheduler.running and not scheduler.waiting:
             return
-        scheduler.manager.pool.now = now_ps
+        self._set_clock(now_ps)
         self._start_ps = now_ps
         self._stretch = self._plan = None
         idle = scheduler.idle_steps() if self._skipping else 0
@@ -198,6 +198,12 @@ class ClusterReplica(Replica):
                 self._limit = 1 + stretch.bound()
                 self.end_ps = stretch.end_after(self._limit)
 
+    def _set_clock(self, now_ps: int) -> None:
+        """Tell the cache, and its log, what time it is, as something begins."""
+        self._pool.now = now_ps
+        if self._events is not None:
+            self._events.move(now_ps)
+
     def _end_stretch(self, now_ps: int) -> None:
         self.end_ps = NEVER
         plan, scheduler = self._plan, self.scheduler
@@ -205,10 +211,13 @@ class ClusterReplica(Replica):
             self._stretch.record()
         elif plan is not None:
             self.record(plan, self._start_ps, now_ps, 1, self._first_ps, 0, None)
+        if self._events is not None:
+            self._events.move(now_ps)
         if scheduler.end_tick == scheduler.batch.tick:
             self.end_decodes(now_ps)
         if plan is not None and plan.completed:
             self.end_prefills(plan, now_ps)
+        self.sample_map(now_ps)
 
     def end_prefills(self, plan: Plan, now_ps: int) -> None:
         for job in plan.completed:
