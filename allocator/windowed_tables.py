@@ -261,7 +261,8 @@ class Gain:
             node = sequence.held[at]
             if node is not None:
                 dropped = self._nodes[node] = self._nodes.get(node, 0) + 1
-                gained += dropped == node.references
+                # Cached, it can be evicted; else it is freed, which is of no use while a transfer reads it.
+                gained += dropped == node.references and (pool.keep_cached or not pool.pins(node.ids[0]))
             else:
                 block = sequence.table[at]
                 dropped = self._blocks[block] = self._blocks.get(block, 0) + 1

@@ -225,3 +225,26 @@ def test_a_log_tells_where_single_blocks_are() -> None:
     assert rebuild(manager.events) == CacheState.of(manager)
     run_transfers(manager)
     assert rebuild(manager.events).sequences[0].table == tuple(first.table)
+
+
+def test_without_reuse_a_block_that_a_transfer_reads_makes_no_room_when_it_leaves() -> None:
+    """It was counted on: the call failed when some blocks had left already."""
+    manager = tiered(4, 3, window=2, reuse=False)
+    first = admit_all(manager, [1, 2, 3])  # blocks 0 and 1
+    (fork,) = manager.fork(first)
+    manager.swap_out(fork)
+    transfers = manager.pending_swaps()
+    assert transfers.swap_outs.tolist() == [[0, 0], [1, 1]]
+    manager.append([first], [4])  # fills block 1, which is still being read
+    manager.append([first], [5])
+    second = admit_all(manager, [6, 7])
+    assert (first.block_table.tolist(), second.block_table.tolist()) == ([1, 2], [3])
+    assert manager.stats().free_blocks == 0
+    before = manager.stats(), first.block_table.tolist()
+    with pytest.raises(OutOfBlocks):
+        manager.append([first, second])
+    assert (manager.stats(), first.block_table.tolist()) == before
+    manager.transfers_done(transfers)
+    manager.append([first, second])
+    assert (first.block_table.tolist(), second.block_table.tolist()) == ([2], [3, 1])
+    manager.check_invariants()
