@@ -153,7 +153,7 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _title(owners: Ints, pools: str) -> str:
+def _title(owners: Ints, pools: str = "the pool") -> str:
     shared, cached = (float((owners == state).mean()) for state in (SHARED, CACHED))
     held = float((owners >= 0).mean()) + shared
     parts = [f"Requests hold {rough_percent_text(held)} of {pools}"]

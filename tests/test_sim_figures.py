@@ -142,8 +142,7 @@ def mapped(owners: list[list[int]], times_s: list[int], busy_s: list[tuple[int, 
 
 def on_a_grid(run: RunResult) -> tuple[np.ndarray, np.ndarray]:
     assert run.block_map is not None
-    ids, owners, _ = block_map._on_a_grid(run, run.block_map)
-    return ids, owners
+    return block_map._on_a_grid(run, run.block_map, block_map._extent_ps([run]))
 
 
 def test_a_moment_shows_the_last_sample_before_it() -> None:
