@@ -248,6 +248,33 @@ def test_room_by_hand() -> None:
     assert result.requests["finish_ps"].tolist() == [40, 70, 100]
 
 
+def test_who_is_on_the_way_has_been_promised_its_end() -> None:
+    """Pools of 5 blocks of 2 tokens, for two prompts of 2 blocks, but not for the 3 that each takes at its end.
+
+    Both are complete at t = 10. The decode replica, where nobody runs yet, gives request 0 its blocks, and request 1
+    none before 0, which decodes from 20 to 40, has finished.
+    """
+    requests = unlike((0, 4, 3), (0, 4, 3))
+    scenario = ClusterScenario(requests, _build(), 5, engine=PLAIN, cost=LinearCost(10), cluster=PAIR)
+    result = _check(scenario)
+    assert _columns(result, "first_token_ps", "transfer_start_ps") == [[10, 10], [10, 40]]
+    assert _columns(result, "transfer_end_ps", "finish_ps") == [[20, 50], [40, 70]]
+
+
+def test_a_prompt_waits_for_all_its_blocks_while_others_are_on_their_way() -> None:
+    """Pools of 6 blocks of 2 tokens; prompts of 4 blocks, computed in two chunks.
+
+    Request 0's is complete at t = 20, and its blocks are on their way until 20 + 4 · 3 + 4 = 36. The 2 other blocks
+    would do for the first chunk of request 1, which would then hold them in vain.
+    """
+    requests = unlike((0, 8, 3), (0, 8, 3))
+    build = BuildConfig(max_batch_size=4, max_num_tokens=4, tokens_per_block=2)
+    scenario = ClusterScenario(requests, build, 6, engine=PLAIN, cost=LinearCost(10), cluster=PAIR)
+    result = _check(scenario)
+    assert _columns(result, "admit_ps", "first_token_ps") == [[0, 36], [20, 56]]
+    assert result.requests["preemptions"].tolist() == [0, 0]
+
+
 def test_all_samples_go_on_from_one_transfer() -> None:
     requests = unlike((0, 3, 3, 3))
     scenario = ClusterScenario(requests, _build(), 20, engine=PLAIN, cost=LinearCost(10), cluster=PAIR)

@@ -64,7 +64,7 @@ class PrefillScheduler(Scheduler):
         """Release a job that is held."""
         assert job.sequence is not None
         del self.apart[job]
-        self._final_blocks -= job.final_blocks
+        self.final_blocks -= job.final_blocks
         self.manager.release(job.sequence)
         job.content = job.match = None
 
@@ -93,7 +93,7 @@ class DecodeScheduler(Scheduler):
         assert job.content is not None
         job.sequence = manager.admit(job.content, left, match, job.request.salt, readmission=True)
         job.swapped = False
-        self._final_blocks += job.final_blocks
+        self.final_blocks += job.final_blocks
         self.sequences += job.samples
         self.apart[job] = None
         self.received.append((job, len(job.sequence.table) - match.hit_blocks))

@@ -231,7 +231,14 @@ class ClusterReplica(Replica):
 
     def check_done(self) -> None:
         """Raise AssertionError if something is still counted as in flight. For when nothing happens any more."""
-        left = (self.sequences, self.prompt_tokens, self.scheduler.sequences, len(self.scheduler.apart))
+        scheduler = self.scheduler
+        left = (
+            self.sequences,
+            self.prompt_tokens,
+            scheduler.sequences,
+            len(scheduler.apart),
+            scheduler.final_blocks,
+        )
         assert not any(left), f"replica {self.number} is done, but for {left}"
 
     def _count_done(self) -> None:

@@ -28,6 +28,8 @@ class Places:
     decoding   those of them that decode, in the order of joining the batch, and each one's number in that order
     context    tokens of all decoding sequences
     sequences  running, the samples to come counted
+    final_blocks
+               blocks that the running jobs, and those apart, hold at their end
     window_keys
                keys that they attend to in each of the cost's windows, None if it has none
     beams      the beam searches among those that decode
@@ -45,7 +47,7 @@ class Places:
         self.apart: dict[Job, None] = {}
         self.decoding: dict[Job, int] = {}
         self.context = 0
-        self.sequences = 0
+        self.sequences = self.final_blocks = 0
         windows: tuple[int, ...] = getattr(cost, "windows", ())
         self.window_keys = WindowKeys(windows) if windows else None
         self.beams = Beams(manager)
@@ -57,7 +59,6 @@ class Places:
         self._mixed = config.mixed_steps
         self._rule = make_admission(config, manager)
         self._prefilling: dict[Job, None] = {}  # whose prompts take further steps
-        self._final_blocks = 0  # that the running jobs hold at their end
         self._named = 0  # decoding jobs whose output others may find in the cache
         self._joined = 0
         # Heap: tick of the last token, number of joining, job. The first entry is of a job that decodes.
@@ -92,10 +93,10 @@ class Places:
             self.running[branch] = None
             branches.append(branch)
         job.samples = 1
-        self._final_blocks -= job.final_blocks
+        self.final_blocks -= job.final_blocks
         for branch in branches:
             branch.final_blocks = branch.blocks_at_end(self.manager.tokens_per_block, self.manager.window)
-            self._final_blocks += branch.final_blocks
+            self.final_blocks += branch.final_blocks
             self._join_batch(branch, job.target)
         if job.request.beam_width > 1:
             self.beams.join(branches, self.batch.tick)
@@ -175,7 +176,7 @@ class Places:
         if sequence.cow_copies:
             job.cow_copies += sequence.cow_copies
         job.match = None
-        self._final_blocks -= job.final_blocks
+        self.final_blocks -= job.final_blocks
         self.sequences -= job.samples
         del self.running[job]
 
@@ -187,7 +188,7 @@ class Places:
             # Of what the running jobs hold at their end, the blocks in their tables are all that they have, and the
             # rest is still to be taken. Whoever decodes in this step has a tail of its own already; who waits may
             # share it.
-            promised = self._final_blocks - self.manager.logical_blocks
+            promised = self.final_blocks - self.manager.logical_blocks
             if not self._mixed:
                 promised += self.manager.tables.copies_needed(self.batch.unready)
         else:

@@ -100,7 +100,7 @@ class Preemption(Places):
         job.swapped = True
         job.preemptions += 1
         job.match = None
-        self._final_blocks -= job.final_blocks
+        self.final_blocks -= job.final_blocks
         self.sequences -= job.samples
         del self.running[job]
         self.waiting.put_back(job)
@@ -131,7 +131,7 @@ class Preemption(Places):
         manager.swap_in(sequence)
         self._move(plan)
         job.swapped = False
-        self._final_blocks += job.final_blocks
+        self.final_blocks += job.final_blocks
         self.sequences += job.samples
         self.running[job] = None
         self._join_batch(job, sequence.num_tokens)

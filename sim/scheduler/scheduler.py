@@ -218,7 +218,7 @@ class Scheduler(StepsAlike):
                 self.protection.release(job)
             if job.written > hits:
                 job.recomputed_tokens += job.written - hits
-            self._final_blocks += job.final_blocks
+            self.final_blocks += job.final_blocks
             self.sequences += job.samples
             running[job] = None
             if chunk == left:
