@@ -206,6 +206,8 @@ class Oracle(Recount):
         assert not sources & set(destinations), f"{copies} reads what it writes"
         self.copies += len(copies)
         self.copied_tokens += sum(valid for _, _, valid in copies)
+        if sources:
+            self.note_copied(sources)
         self.shadow.copy(copies)
         for _, slots, states in self.writes:
             self.shadow.write(slots, states)
@@ -370,6 +372,9 @@ class Oracle(Recount):
         assert len(slots) == len(states)
         assert all(0 <= slot < self.num_blocks * self.size for slot in slots)
         self.writes.append((sequence, slots, states))
+
+    def note_copied(self, sources: set[int]) -> None:
+        """Note the blocks that the copies of a step, about to be executed, have held until now."""
 
     def end_step_of(self, sequence: KVSequence) -> None:
         """Let the step run first if `sequence` takes part in it: what is scheduled cannot be taken back."""

@@ -22,7 +22,7 @@ MAX_IN_FLIGHT = 4
 class InFlight:
     """A transfer list that was executed: what its ends must still hold when the manager is told that it is done.
 
-    gpu      what arrived in cached blocks, which nobody may write
+    gpu      what arrived in cached blocks, which nobody may write, but for those that this very step fills up
     host     what was written to the host, or read there
     filling  the GPU blocks that nothing was written in since they arrived. Who writes in a block comes after what
              fills it, so one that was written in, cached, let go of and evicted can be filled anew
@@ -36,6 +36,7 @@ class InFlight:
         self.gpu_written = {int(block) for block in transfers.swap_ins[:, 1]}
         self.filling = set(self.gpu_written)
         cached = oracle.oracle.cached_blocks()
+        cached -= {slot // oracle.oracle.size for _, slots, _ in oracle.oracle.writes for slot in slots}
         self.gpu = {block: oracle.oracle.shadow.slots(block) for block in self.gpu_written & cached}
         self.host = {block: oracle.shadow.slots(block) for block in self.host_written | self.host_read}
 

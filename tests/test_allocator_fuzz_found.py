@@ -113,3 +113,42 @@ def test_found_swapped_in_block_that_is_written_in_evicted_and_filled_anew() -> 
     assert filled in state.manager.host_tier.queue.arriving()
     state.check()
     state.teardown()
+
+
+def test_found_block_filled_up_by_the_step_that_swaps_it_in() -> None:
+    """It is cached when the transfers are run, and written only then: the oracle took that for a stray write."""
+    state = AllocatorMachine()
+    state.start(4, 2, reuse=False, policy=0, ghosts=0, log=0, host_blocks=2, lag=True, window=11)
+    state.admit(PromptSpec("unique", [0]), salt="", chunk=2)
+    state.check()
+    state.decode(bits=None, wait=3)
+    state.check()
+    state.swap_out(index=0, blocks=None)
+    state.check()
+    state.swap_in(index=0)
+    state.check()
+    state.search(index=0, n=1, parents=(0, 0, 0, 0), bits=0)
+    state.check()
+    state.teardown()
+
+
+def test_found_retained_block_that_only_a_copy_holds_for_a_moment() -> None:
+    """It is kept for as long as was said from then on; the oracle counted from when the last sequence let go of it."""
+    state = AllocatorMachine()
+    state.start(3, 2, reuse=True, policy=0, ghosts=0, log=0, partial=2, window=11)
+    state.admit(PromptSpec("tokens", [1, 0]), salt="", chunk=2)
+    state.check()
+    kept = RetentionConfig((TokenRange(0, 1, 0, duration=2),), 0, 1)
+    state.race(symbols=[1, 0], wishes=(RetentionConfig((), 0), kept), count=0)
+    state.check()
+    state.release(index=0, count=2)
+    state.check()
+    assert state.manager.next_expiry() == 2
+    state.pass_time(by=1)
+    state.check()
+    state.admit(PromptSpec("runs", [1, 0], cut=2), salt="", chunk=1)
+    assert len(state.manager.tables.copies) == 1
+    assert state.manager.next_expiry() is None
+    state.check()
+    assert state.manager.next_expiry() == 3
+    state.teardown()

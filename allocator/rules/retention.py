@@ -243,6 +243,12 @@ class RetentionRules(ManagerMachine):
                 said.setdefault(full[position], set()).update([] if wish is None else [wish])
         self.keeping.say(said)
 
+    def note_copied(self, sources: set[int]) -> None:
+        """Note that the cached blocks among those copied from, and what they build on, were held for that."""
+        super().note_copied(sources)
+        states = [self.shadow.block(block) for block in sources & self.cached_blocks()]
+        self.keeping.touch(states if self.window is not None else self.host.prefixes(states))
+
     def held_blocks(self, sequence: KVSequence) -> dict[int, int]:
         """Return the blocks of a sequence by their positions."""
         story = self.stories[sequence]
