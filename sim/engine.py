@@ -1,6 +1,6 @@
 """The engine: a replica's life as a SimPy process. The only module that knows SimPy, and the one clock.
 
-The process takes one step after the other (or one stretch of steps that are alike), each a single timeout.
+The process takes one step after the other, or one stretch of steps that are alike, and times out up to their end.
 """
 
 from __future__ import annotations

@@ -55,11 +55,15 @@ class Replica:
         self.arrivals = Arrivals(requests, self._reject_turn)
 
     def run(self, timeout: Callable[[int], Any]) -> Generator[Any, Any, None]:
-        """Step until every request is finished or rejected; yield a `timeout` for each step, or stretch of steps."""
+        """Step until every request is finished or rejected; yield a `timeout` for each step, or stretch of steps.
+
+        Steps that are seen beforehand to do nothing but decode share one with what comes after them: in between,
+        nobody else does anything.
+        """
         scheduler, arrivals, pool, events = self.scheduler, self.arrivals, self._pool, self._events
         running, waiting, batch = scheduler.running, scheduler.waiting, scheduler.batch
         skipping = self._skipping
-        now = 0
+        now = clock = 0
         while True:
             if arrivals.next_ps <= now:
                 self.take_arrivals(now)
@@ -67,9 +71,10 @@ class Replica:
                 next_ps = arrivals.next_ps
                 if next_ps == NEVER:
                     arrivals.close()
+                    yield timeout(now - clock)
                     return
-                yield timeout(next_ps - now)
-                now = next_ps
+                yield timeout(next_ps - clock)
+                now = clock = next_ps
                 continue
             pool.now = now
             if events is not None:
@@ -77,7 +82,6 @@ class Replica:
             plan = None
             end = self._coast(now) if skipping else None
             if end is not None:
-                yield timeout(end - now)
                 now = end
             else:
                 plan = self.schedule(now)
@@ -86,16 +90,17 @@ class Replica:
                     stretch = Stretch(self, plan, now, first_ps)
                     if skipping:
                         stretch.skip()
-                    yield timeout(stretch.end_ps - now)
-                    now = stretch.end_ps
+                    yield timeout(stretch.end_ps - clock)
+                    now = clock = stretch.end_ps
                     while not skipping and stretch.step():
-                        yield timeout(stretch.end_ps - now)
-                        now = stretch.end_ps
+                        yield timeout(stretch.end_ps - clock)
+                        now = clock = stretch.end_ps
                     stretch.record()
                 else:
-                    yield timeout(first_ps)
-                    now += first_ps
-                    self.record(plan, now - first_ps, now, 1, first_ps, 0, None)
+                    end = now + first_ps
+                    yield timeout(end - clock)
+                    self.record(plan, now, end, 1, first_ps, 0, None)
+                    now = clock = end
             if events is not None:
                 events.move(now)
             if scheduler.end_tick == batch.tick:
