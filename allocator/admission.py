@@ -31,8 +31,8 @@ class Admission(Coasting):
         partial reuse, the hits can end within a block: see allocator.partial. In a windowed cache, a prompt hits as
         far as what the next query attends to is cached. O(blocks of the prompt), compared as bytes.
         """
-        if not self.reuse:
-            return no_match(self.index, content, salt, self.tokens_per_block, "cold")
+        if not self.reuse or content.is_unheard():
+            return no_match(self.index, content, salt, self.tokens_per_block, self.reuse)
         if self.windowed is not None:
             return find_windowed_match(
                 self.windowed.index,
@@ -194,7 +194,7 @@ class Admission(Coasting):
             sequence.partial_tokens = match.partial.num_tokens
         if self.windowed is not None:
             self.windowed.begin(sequence, root, (extent for extent, _ in match.path), hit_blocks * size)
-            self._logical_tokens -= sequence.left * size
+            self.logical_tokens -= sequence.left * size
         if events is not None:
             sequence.number = number
             held = len(table) - new_blocks + (match.partial is not None)
@@ -204,18 +204,18 @@ class Admission(Coasting):
             if plan is not None:
                 self.tables.retain_held(sequence, plan)
         self.sequences[sequence] = None
-        self._logical_blocks += len(table)
+        self.logical_blocks += len(table)
         if account is not None:
             sequence.tenant = account
             account.blocks += len(table)
-        self._logical_tokens += tokens
+        self.logical_tokens += tokens
         full = tokens // size
         if full > hit_blocks and self.indexes_full:
             self.tables.index_full(sequence, full)
         if tokens < prompt:
             self._note_prefilling(sequence, True)
         if not readmission:
-            self._count(match)
+            self._lookups.count(match)
         return sequence
 
     def _take_hits(
@@ -330,15 +330,3 @@ class Admission(Coasting):
             self._prefilling.put(sequence)
         elif was_prefilling:
             self._prefilling.discard(sequence)
-
-    def _count(self, match: PrefixMatch) -> None:
-        counts = self._lookups
-        counts.query_tokens += match.content.num_prompt_tokens
-        counts.query_blocks += match.query_blocks
-        counts.hit_tokens += match.hit_tokens
-        counts.hit_blocks += match.hit_blocks
-        if match.partial is not None:
-            counts.partial_hits += 1
-        totals = counts.miss_blocks
-        for cause, blocks in match.miss_blocks.items():
-            totals[cause] += blocks

@@ -72,33 +72,33 @@ class Batch(Sequence[KVSequence]):
         self.ring = TokenRing(tokens_per_block)
         self.unready: dict[KVSequence, None] = {}  # to be looked at before the next write: may have to copy
         self.nameless = 0  # members whose content cannot name tokens one by one
-        self._members: dict[KVSequence, int] = {}  # and the row of each
+        self.members: dict[KVSequence, int] = {}  # and the row of each
         self._buckets: dict[int, Bucket] = {}
         self._free_rows: list[int] = []
         self._num_rows = 0  # given out so far, free ones included
         self._since: dict[KVSequence, int] = {}  # the tick from which on the ring is to be settled, if later
         self._order: Rows | None = None  # the members' rows, unless they have changed since
         self._pack = Struct("").pack  # packs a step's ids
-        self._slots: LastSlots | None = None  # None until somebody asks for slots
+        self.slots: LastSlots | None = None  # None until somebody asks for them
         self.coasted = False  # whether members may have to catch up
         self.coasted_at = 0  # the manager's time of the last coast
         self.catch_up: Callable[[KVSequence], None] = _nothing  # see Coasting
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self.members)
 
     def __iter__(self) -> Iterator[KVSequence]:
-        return iter(self._members)
+        return iter(self.members)
 
     def __contains__(self, sequence: object) -> bool:
-        return sequence in self._members
+        return sequence in self.members
 
     @overload
     def __getitem__(self, index: int) -> KVSequence: ...
     @overload
     def __getitem__(self, index: slice) -> list[KVSequence]: ...
     def __getitem__(self, index: int | slice) -> KVSequence | list[KVSequence]:
-        return list(self._members)[index]
+        return list(self.members)[index]
 
     # -------------------------------------------------------- who takes part
 
@@ -125,7 +125,7 @@ class Batch(Sequence[KVSequence]):
         sequence.batch = self
         sequence.base_tokens = tokens - self.tick
         residue = (self.tick - tokens) % self.tokens_per_block
-        self._members[sequence] = row
+        self.members[sequence] = row
         self._order = None
         bucket = self._buckets.get(residue)
         if bucket is None:
@@ -140,7 +140,7 @@ class Batch(Sequence[KVSequence]):
                 self.unready[sequence] = None
             if self.ring.named:
                 self._since[sequence] = self.tick
-            if self._slots is not None:
+            if self.slots is not None:
                 self.place(sequence)
         if self.log is not None:
             self.log.add(JOINED, sequence.number, self.number)
@@ -152,12 +152,12 @@ class Batch(Sequence[KVSequence]):
         self.settle(sequence)
         self.discard(sequence)
 
-    def discard(self, sequence: KVSequence) -> None:
-        """Take a member out whose history nobody is going to read."""
+    def discard(self, sequence: KVSequence) -> Bucket:
+        """Take a member out whose history nobody is going to read; return the bucket that it was in."""
         residue = -sequence.base_tokens % self.tokens_per_block
         sequence.batch = None
         sequence.base_tokens += self.tick
-        self._free_rows.append(self._members.pop(sequence))
+        self._free_rows.append(self.members.pop(sequence))
         self._order = None
         bucket = self._buckets[residue]
         del bucket[sequence]
@@ -165,27 +165,30 @@ class Batch(Sequence[KVSequence]):
             del self._buckets[residue]
         if not sequence.settled_history.nameable:
             self.nameless -= 1
-        self.unready.pop(sequence, None)
-        self._since.pop(sequence, None)
-        if not self._members:  # so that rows are handed out in order again
+        if self.unready:
+            self.unready.pop(sequence, None)
+        if self._since:
+            self._since.pop(sequence, None)
+        if not self.members:  # so that rows are handed out in order again
             self._free_rows.clear()
             self._num_rows = 0
             self.coasted = False
         if self.log is not None:
             self.log.add(LEFT, sequence.number, self.number)
+        return bucket
 
     def _arrange(self) -> Rows:
         """Return the members' rows in the order of addition, and make room for them."""
         order = self._order
         if order is None:
-            members = len(self._members)
-            rows = list(self._members.values())
+            members = len(self.members)
+            rows = list(self.members.values())
             in_order = rows == list(range(members))
             order = self._order = slice(0, members) if in_order else np.array(rows, dtype=np.intp)
             self._pack = Struct(f"<{members}I").pack
             self.ring.reserve(self._num_rows)
-            if self._slots is not None:
-                self._slots.reserve(self._num_rows)
+            if self.slots is not None:
+                self.slots.reserve(self._num_rows)
         return order
 
     # -------------------------------------------------------- one tick
@@ -196,11 +199,11 @@ class Batch(Sequence[KVSequence]):
 
     def start_blocks(self, starting: Bucket, blocks: array[int]) -> None:
         """Give each member that starts a block at the next tick its block."""
-        if self._slots is None:
+        if self.slots is None:
             for sequence, block in zip(starting, blocks, strict=True):
                 sequence.table.append(block)
             return
-        size, last_slots = self.tokens_per_block, self._slots.by_row
+        size, last_slots = self.tokens_per_block, self.slots.by_row
         for (sequence, row), block in zip(starting.items(), blocks, strict=True):
             sequence.table.append(block)
             last_slots[row] = block * size - 1  # the one before the slot that it is about to get
@@ -212,35 +215,31 @@ class Batch(Sequence[KVSequence]):
         else:
             self.settle_all()
         self.tick += 1
-        if self._slots is not None:
-            self._slots.advance()
+        if self.slots is not None:
+            self.slots.advance()
 
     # -------------------------------------------------------- slots
 
     def keep_slots(self) -> None:
         """Know the members' last slots from now on."""
-        if self._slots is None:
-            self._slots = LastSlots()
-            self._slots.reserve(self._num_rows)
-            for sequence in self._members:
+        if self.slots is None:
+            self.slots = LastSlots()
+            self.slots.reserve(self._num_rows)
+            for sequence in self.members:
                 self.place(sequence)
         self._arrange()
 
-    def forget_slots(self) -> None:
-        """Stop keeping slots: several ticks are about to be taken as one."""
-        self._slots = None
-
     def place(self, sequence: KVSequence) -> None:
         """Note where a member's last token lies, if slots are kept: it has come in or changed its last block."""
-        if self._slots is not None:
-            size, row = self.tokens_per_block, self._members[sequence]
-            self._slots.reserve(row + 1)
-            self._slots.by_row[row] = sequence.table[-1] * size + (sequence.num_tokens - 1) % size
+        if self.slots is not None:
+            size, row = self.tokens_per_block, self.members[sequence]
+            self.slots.reserve(row + 1)
+            self.slots.by_row[row] = sequence.table[-1] * size + (sequence.num_tokens - 1) % size
 
     def last_slots(self) -> NDArray[np.int64]:
         """Return the slots of all members' last tokens, int64 [len(self)]; `keep_slots` must have been called."""
-        assert self._slots is not None
-        return self._slots.of(self._arrange())
+        assert self.slots is not None
+        return self.slots.of(self._arrange())
 
     # -------------------------------------------------------- token ids
 
@@ -255,7 +254,7 @@ class Batch(Sequence[KVSequence]):
 
     def catch_up_all(self) -> None:
         """Let every member catch up, and forget when their blocks were filled."""
-        for sequence in self._members:
+        for sequence in self.members:
             self.catch_up(sequence)
         for bucket in self._buckets.values():
             del bucket.dates[:]
@@ -275,14 +274,14 @@ class Batch(Sequence[KVSequence]):
                 tokens % self.tokens_per_block, self.ring.named, self.tick - self._since.get(sequence, 0)
             )
             if count:
-                latest = self.ring.latest(self._members[sequence], count)
+                latest = self.ring.latest(self.members[sequence], count)
                 sequence.settled_history.record_packed(tokens - count, latest)
             self._since[sequence] = self.tick
 
     def settle_all(self) -> None:
         """Settle every member, as tokens without names are about to follow."""
         if self.ring.named:
-            for sequence in self._members:
+            for sequence in self.members:
                 self.settle(sequence)
             self._since.clear()
             self.ring.named = 0
@@ -350,11 +349,14 @@ class Batch(Sequence[KVSequence]):
         altogether, and at the first tick.
         """
         size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
-        now = tick % size
-        first = len(buckets[now]) if now in buckets else 0
+        turn = tick % size
+        bucket = buckets.get(turn)
+        first = 0 if bucket is None else len(bucket)
+        if num_tokens == 1:
+            return [] if bucket is None else [bucket], first, first
         if num_tokens <= len(buckets):
-            end = now + num_tokens
-            found = list(filter(None, map(buckets.get, range(now, end))))
+            end = turn + num_tokens
+            found = list(filter(None, map(buckets.get, range(turn, end))))
             if end > size:
                 found += filter(None, map(buckets.get, range(end - size)))
             return found, sum(map(len, found)), first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,10 +71,10 @@ class FreeBlocks(ABC):
         freed = self._freed
         left = len(freed) - count
         if left < self._stocked:
-            if left < 0:
-                self._refill(count)
+            if left > 0:
+                self._evict_stock(left)
             else:
-                self._evict_stock(self._stocked - left)
+                self._refill(count)
             left = len(freed) - count
         taken = freed[left:]
         del freed[left:]
@@ -83,23 +83,20 @@ class FreeBlocks(ABC):
         return taken
 
     def _refill(self, count: int) -> None:
-        """Put blocks below those on the stack, until there are `count`."""
-        if count > self.available:
+        """Put blocks below those on the stack, or free those of the stock, until the top `count` are free."""
+        if count > self.num_free + self.num_evictable:
             raise OutOfBlocks(count, self.available, self.name)
         freed = self._freed
-        while len(freed) < count:
-            wanted = count - len(freed)
-            fresh = min(wanted, self.num_blocks - self._fresh)
-            if fresh:
+        while (left := len(freed) - count) < self._stocked:
+            if self._stocked:
+                self._evict_stock(left if left > 0 else 0)
+            elif self._fresh == self.num_blocks:
+                self._evict(-left)
+            else:
+                fresh = min(-left, self.num_blocks - self._fresh)
                 self._fresh += fresh
                 ids = np.arange(self._fresh - 1, self._fresh - fresh - 1, -1, dtype=np.int32)
                 freed[:0] = array("i", ids.tobytes())
-            elif self._stocked:
-                self._evict_stock(self._stocked)
-            else:
-                self._evict(wanted)
-        if self._stocked > len(freed) - count:
-            self._evict_stock(self._stocked - len(freed) + count)
 
     @abstractmethod
     def _evict(self, wanted: int) -> None:
@@ -108,20 +105,18 @@ class FreeBlocks(ABC):
         Called only while something is evictable, and without a stock.
         """
 
-    def _evict_stock(self, count: int) -> None:
-        """Note that the top `count` blocks of the stock are free now. A pool that makes a stock says how."""
-        raise AssertionError(f"{type(self).__name__} has made no stock to take {count} blocks from")
+    def _evict_stock(self, left: int) -> None:
+        """Note that the stock has `left` blocks left, the others being free. A pool that makes a stock says how."""
+        raise AssertionError(f"{type(self).__name__} has made no stock of which {left} blocks could be left")
 
     def free_evicted(self, ids: array[int]) -> None:
         """Put blocks that have just lost their content below the free ones, the first of them to be taken first."""
         self._freed[:0] = ids[::-1]
         self.num_free += len(ids)
 
-    def give(self, ids: Iterable[int]) -> None:
+    def give(self, ids: Sequence[int]) -> None:
         """Take back uncached blocks that nobody holds any more, the next to be reused last."""
         if not self._pins:
-            if not isinstance(ids, array):
-                ids = array("i", ids)
             self._freed.extend(ids)
             self.num_free += len(ids)
             return

@@ -5,13 +5,14 @@ See allocator.content for what units and streams are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.content_base import Content, History, new_stream
+from allocator.content_base import Content, History
 
 _Layers = tuple[tuple[int, int], ...]
 
@@ -19,11 +20,18 @@ UNIT_BYTES = 8
 """Of the key of a unit in a content of chunks."""
 
 _NO_IDS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+_streams = itertools.count(1)
+"""As new_stream, but of 63 bits: no content of token ids meets one of chunks."""
 
 
 def stream_key(stream: int) -> bytes:
     """Return the key of a unit in which `stream` wrote."""
     return (-stream).to_bytes(UNIT_BYTES, "little", signed=True)
+
+
+def new_key() -> bytes:
+    """Return the key of a unit in which a new stream wrote."""
+    return (-next(_streams)).to_bytes(UNIT_BYTES, "little", signed=True)
 
 
 def stream_of(key: bytes) -> int:
@@ -60,14 +68,12 @@ class UniqueHistory(History):
         full = self._full
         if last <= full:
             return self._prompt_key * (last - first)
-        tail = self._tail_key or self._draw()
+        tail = self._tail_key
+        if not tail:
+            tail = self._tail_key = new_key()
         if first >= full:
             return tail * (last - first)
         return self._prompt_key * (full - first) + tail * (last - full)
-
-    def _draw(self) -> bytes:
-        self._tail_key = key = stream_key(new_stream())
-        return key
 
     def check_nameable(self) -> None:
         _refuse_names()
@@ -77,10 +83,8 @@ class UniqueHistory(History):
 
     def _layered(self) -> ChunkHistory:
         """Return an equal history that can diverge anywhere."""
-        layers = (
-            (0, stream_of(self._prompt_key)),
-            (self._num_prompt_tokens, stream_of(self._tail_key or self._draw())),
-        )
+        self._tail_key = self._tail_key or new_key()
+        layers = ((0, stream_of(self._prompt_key)), (self._num_prompt_tokens, stream_of(self._tail_key)))
         return ChunkHistory(_NO_IDS, 0, 0, layers, self.tokens_per_block)
 
     def diverge(self, position: int) -> ChunkHistory:
@@ -134,7 +138,7 @@ class ChunkHistory(History):
 
     def _last_layer(self) -> tuple[int, int]:
         if not self._layers:
-            self._layers = ((self._named, new_stream()),)
+            self._layers = ((self._named, next(_streams)),)
         return self._layers[-1]
 
     def _tail_keys(self, first: int, last: int) -> bytes:
@@ -157,7 +161,7 @@ class ChunkHistory(History):
     def diverge(self, position: int) -> ChunkHistory:
         if position > self._named:
             self._last_layer()
-        layers = (*(layer for layer in self._layers if layer[0] < position), (position, new_stream()))
+        layers = (*(layer for layer in self._layers if layer[0] < position), (position, next(_streams)))
         return ChunkHistory(self._ids, self._granularity, self._named, layers, self.tokens_per_block)
 
     def content(self, num_tokens: int) -> Content:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from itertools import chain
-from operator import attrgetter
 
-from allocator.batch import Batch
+from allocator.batch import Batch, Bucket
 from allocator.decoding import Decoding
 from allocator.sequence import KVSequence
 
 _MOST_DATES = 4096
 """Blocks that members of a batch start at the same ticks before everybody is caught up."""
-
-_table = attrgetter("table")
 
 
 class Coasting(Decoding):
@@ -61,23 +57,23 @@ class Coasting(Decoding):
             later = batch.growth(num_tokens) - batch.growth(1)
             self.advance(batch, num_tokens)
             return later
-        batch.forget_slots()
         starts, growth, first = batch.starts(num_tokens)
+        now = pool.now
         if growth:
-            tables = map(_table, chain.from_iterable(starts))
-            deque(map(array.append, tables, pool.take(growth)), maxlen=0)  # a loop without Python in it
-            self._logical_blocks += growth
+            for sequence, block in zip(chain.from_iterable(starts), pool.take(growth), strict=True):
+                sequence.table.append(block)
+            self.logical_blocks += growth
             if pool.lifetimes is not None:
                 # Who starts at once had filled its last block when the batch coasted before.
-                now = pool.now
                 date = batch.coasted_at if first else now
                 for bucket in starts:
                     bucket.dates.append(date)
                     date = now
         batch.tick += num_tokens
+        batch.slots = None
         batch.coasted = True
-        batch.coasted_at = pool.now
-        self._logical_tokens += num_tokens * len(batch)
+        batch.coasted_at = now
+        self.logical_tokens += num_tokens * len(batch.members)
         if growth and len(starts[0].dates) > _MOST_DATES:
             batch.catch_up_all()
         return growth - first
@@ -87,16 +83,19 @@ class Coasting(Decoding):
 
         The manager does so whenever it matters.
         """
-        batch, anchor = sequence.batch, sequence.anchor
+        batch = sequence.batch
         assert batch is not None
-        size = self.tokens_per_block
-        tokens = sequence.base_tokens + batch.tick
-        full, first = tokens // size, anchor.start + len(anchor.keys) // anchor.width
+        self._index_coasted(sequence, batch, batch.bucket_of(sequence), sequence.base_tokens + batch.tick)
+
+    def _index_coasted(self, sequence: KVSequence, batch: Batch, bucket: Bucket, tokens: int) -> None:
+        """Put what filled while a sequence of so many tokens coasted, in that bucket of a batch, into the index."""
+        size, anchor = self.tokens_per_block, sequence.anchor
+        full, first = tokens // size, anchor.start + len(anchor.ids)
         if full <= first or not self.indexes_full:
             return
         dates = None
         if self.pool.lifetimes is not None:
-            dates = batch.bucket_of(sequence).dates
+            dates = bucket.dates
             if tokens % size:
                 dates = dates[first - full :]
             else:  # nobody has started the block after the last one

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.checks import as_int
-from allocator.chunk_history import UNIT_BYTES, ChunkHistory, UniqueHistory, expand, stream_key
+from allocator.chunk_history import UNIT_BYTES, ChunkHistory, UniqueHistory, expand, new_key
 from allocator.content_base import Content, History, new_stream, require_integers
 
 __all__ = ["ChunkContent", "Content", "History", "TokenContent", "UniqueContent", "are_token_ids"]
@@ -255,21 +255,26 @@ class UniqueContent(Content):
 
     def __init__(self, num_prompt_tokens: int) -> None:
         super().__init__(num_prompt_tokens)
-        self._key = stream_key(new_stream())
+        self._key = b""  # until somebody asks
+
+    def is_unheard(self) -> bool:
+        return not self._key
 
     def family(self) -> Hashable:
         return 0
 
     def history(self, tokens_per_block: int) -> UniqueHistory:
-        return UniqueHistory(self._key, self.num_prompt_tokens, tokens_per_block)
+        key = self._key = self._key or new_key()
+        return UniqueHistory(key, self.num_prompt_tokens, tokens_per_block)
 
     def prompt_keys(self, tokens_per_block: int) -> bytes:
-        return self._key * (self.num_prompt_tokens // tokens_per_block)
+        return self.first_key(tokens_per_block) * (self.num_prompt_tokens // tokens_per_block)
 
     def first_key(self, tokens_per_block: int) -> bytes:
+        self._key = self._key or new_key()
         return self._key
 
     def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
         # One stream says the whole block: it is one unit.
         whole = (block + 1) * tokens_per_block <= self.num_prompt_tokens
-        return self._key if whole else b"", UNIT_BYTES
+        return self.first_key(tokens_per_block) if whole else b"", UNIT_BYTES

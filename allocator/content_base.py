@@ -40,6 +40,10 @@ class Content(ABC):
             num_prompt_tokens = as_int("num_prompt_tokens", num_prompt_tokens, 1)
         self.num_prompt_tokens = num_prompt_tokens
 
+    def is_unheard(self) -> bool:
+        """Return whether no key of it has been told, so that nobody can have cached any of it."""
+        return False
+
     @abstractmethod
     def family(self) -> Hashable:
         """Return what must be equal for two contents to be comparable at all."""

@@ -169,8 +169,8 @@ class Decoding(ManagerState):
     def _leave(self, tables: WindowedTables, sequences: Iterable[KVSequence]) -> None:
         for sequence in sequences:
             count = tables.leave(sequence)
-            self._logical_blocks -= count
-            self._logical_tokens -= count * self.tokens_per_block
+            self.logical_blocks -= count
+            self.logical_tokens -= count * self.tokens_per_block
             if sequence.tenant is not None:
                 sequence.tenant.blocks -= count
 
@@ -224,7 +224,7 @@ class Decoding(ManagerState):
         if growth:
             blocks = self.pool.take(growth)
             table.extend(blocks)
-            self._logical_blocks += growth
+            self.logical_blocks += growth
             if sequence.tenant is not None:
                 sequence.tenant.blocks += growth
             if events is not None:
@@ -232,7 +232,7 @@ class Decoding(ManagerState):
         elif events is not None:
             events.add(TAKEN, sequence.number, value=num_tokens)
         sequence.base_tokens = tokens
-        self._logical_tokens += num_tokens
+        self.logical_tokens += num_tokens
 
     def _record(self, sequences: Sequence[KVSequence], rows: list[Sequence[int]] | None) -> None:
         if rows is not None:
@@ -284,7 +284,7 @@ class Decoding(ManagerState):
             self._tick(batch, ids)
         else:
             batch.settle_all()
-            batch.forget_slots()
+            batch.slots = None  # nobody asks for those of several ticks
             self._record(batch, rows)
             self._ticks(batch, num_tokens)
             if (
@@ -294,7 +294,7 @@ class Decoding(ManagerState):
                 batch.unready.update(
                     (member, None) for member in batch if member not in turn and leaving(member) > 0
                 )
-        self._logical_tokens += num_tokens * len(batch)
+        self.logical_tokens += num_tokens * len(batch)
         if self.events is not None:
             self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)
 
@@ -304,7 +304,7 @@ class Decoding(ManagerState):
         if starting:
             blocks = self.pool.take(len(starting))
             batch.start_blocks(starting, blocks)
-            self._logical_blocks += len(starting)
+            self.logical_blocks += len(starting)
             if self.events is not None:
                 for sequence, block in zip(starting, blocks, strict=True):
                     self.events.add_block(TAKEN, sequence.number, -1, 0, block)
@@ -331,7 +331,7 @@ class Decoding(ManagerState):
                     sequence.table.append(block)
                     if events is not None:
                         events.add_block(TAKEN, sequence.number, -1, 0, block)
-                self._logical_blocks += len(bucket)
+                self.logical_blocks += len(bucket)
             elif self.indexes_full:
                 self.tables.index_filled(bucket, batch.settle_blocks(bucket))
         batch.tick += num_tokens

@@ -40,14 +40,6 @@ class Lifetimes:
         """Return about how many numbers are held, 8 bytes each."""
         return 16 * len(self.evictions) + self._born_blocks + 16 * len(self._hits)
 
-    @staticmethod
-    def filled(extent: Extent, dates: array[int]) -> None:
-        """Note when the last len(dates) blocks of `extent` were filled; the array is the extent's from now on."""
-        if extent.born is None:
-            extent.born = dates
-        else:
-            extent.born.extend(dates)
-
     def hit(self, extent: Extent, now: int) -> None:
         """Note a hit on all of `extent`, before it is referenced."""
         if not extent.references:

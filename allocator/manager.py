@@ -90,19 +90,9 @@ class KVCacheManager(Swapping):
         return self.pool.available
 
     @property
-    def logical_blocks(self) -> int:
-        """Return the blocks of all tables, a shared one counted for each table."""
-        return self._logical_blocks
-
-    @property
-    def logical_tokens(self) -> int:
-        """Return the tokens of all sequences, those apart whose blocks have left."""
-        return self._logical_tokens
-
-    @property
     def saved_blocks(self) -> int:
         """Return how many blocks sharing saves: those of all tables, less the blocks that are in any of them."""
-        return self._logical_blocks - self.pool.num_referenced + blocks_in_no_table(self.tables)
+        return self.logical_blocks - self.pool.num_referenced + blocks_in_no_table(self.tables)
 
     @property
     def now(self) -> int:
@@ -153,10 +143,10 @@ class KVCacheManager(Swapping):
             evictable_blocks=pool.num_evictable,
             referenced_blocks=referenced,
             in_transfer_blocks=in_transfer,
-            logical_blocks=self._logical_blocks,
-            logical_tokens=self._logical_tokens,
-            saved_blocks=self._logical_blocks - referenced + aside,
-            saved_tokens=self._logical_tokens - kv_tokens + aside * self.tokens_per_block,
+            logical_blocks=self.logical_blocks,
+            logical_tokens=self.logical_tokens,
+            saved_blocks=self.logical_blocks - referenced + aside,
+            saved_tokens=self.logical_tokens - kv_tokens + aside * self.tokens_per_block,
             kv_tokens=kv_tokens,
             query_tokens=counts.query_tokens,
             query_blocks=counts.query_blocks,
@@ -184,7 +174,7 @@ class KVCacheManager(Swapping):
 
     def _kv_tokens(self, referenced: int) -> int:
         size, pool = self.tokens_per_block, self.pool
-        unwritten = self._logical_blocks * size - self._logical_tokens
+        unwritten = self.logical_blocks * size - self.logical_tokens
         if pool.shared or self._truncated:
             least: dict[int, int] = {}
             for sequence in self.sequences:

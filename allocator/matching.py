@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from allocator.content import Content
@@ -34,8 +34,7 @@ class PrefixMatch:
     index: PrefixIndex
     content: Content
     salt: Hashable
-    tokens_per_block: int
-    path: list[tuple[Extent, int]]
+    path: Sequence[tuple[Extent, int]]
     repeated: Extent | None
     hit_blocks: int
     hit_tokens: int
@@ -108,8 +107,7 @@ def find_match(
     if partial_reuse is None and len(salts) == (root is not None):
         key = content.first_key(tokens_per_block) if full else b""
         if root is None or not ((root.children and key in root.children) or prefilling.begins(root, key)):
-            cause = "unknown" if index.forgot else "cold"
-            return no_match(index, content, salt, tokens_per_block, cause)
+            return no_match(index, content, salt, tokens_per_block)
 
     query_blocks = -(-prompt // tokens_per_block)
     usable = (prompt - 1) // tokens_per_block  # the last token is always computed
@@ -169,7 +167,6 @@ def find_match(
         index,
         content,
         salt,
-        tokens_per_block,
         path,
         repeated,
         hit_blocks,
@@ -186,15 +183,19 @@ def find_match(
 
 
 def no_match(
-    index: PrefixIndex, content: Content, salt: Hashable, tokens_per_block: int, cause: str
+    index: PrefixIndex, content: Content, salt: Hashable, tokens_per_block: int, reuse: bool = True
 ) -> PrefixMatch:
-    """Return the match of a prompt of which nothing is cached, remembered or about to be computed."""
-    full, rest = divmod(content.num_prompt_tokens, tokens_per_block)
-    misses = {cause: full} if full else {}
-    if rest:
+    """Return the match of a prompt of which nothing is cached, remembered or about to be computed.
+
+    Without `reuse`, nothing ever is, so that nothing can have been forgotten.
+    """
+    prompt = content.num_prompt_tokens
+    full = blocks = prompt // tokens_per_block
+    misses = {"unknown" if index.forgot and reuse else "cold": full} if full else {}
+    if prompt % tokens_per_block:
         misses["short_of_block"] = 1
-    blocks = full + (rest > 0)
-    return PrefixMatch(index, content, salt, tokens_per_block, [], None, 0, 0, blocks, misses, index.version)
+        blocks += 1
+    return PrefixMatch(index, content, salt, (), None, 0, 0, blocks, misses, index.version)
 
 
 def _live_blocks(index: PrefixIndex, root: Extent, keys: bytes) -> int:

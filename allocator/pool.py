@@ -47,6 +47,7 @@ class BlockPool(FreeBlocks):
         self.expiries = Expiries()
         self.partial: PartialReuse | None = None
         self.now = 0
+        self._date = array("q", (0,))  # to make more of
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
         self.notes_cached = type(policy).cached is not EvictionPolicy.cached
@@ -55,6 +56,7 @@ class BlockPool(FreeBlocks):
         # say so itself: a subclass may choose differently.
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
         self._settle_at = 0  # the stock at which index and policy are to be told
+        self._touched = 0  # when the stock was last used
         index.settle = self.settle
         self._windowed = index.windowed
         policy.attached(self.num_blocks)
@@ -71,38 +73,50 @@ class BlockPool(FreeBlocks):
         return self.num_blocks - self.num_free - self.num_evictable - self.num_in_transfer
 
     def _evict(self, wanted: int) -> None:
-        policy, index = self.policy, self.index
-        chosen = policy.victim(wanted)
-        if not self._can_be_taken(chosen, wanted):
-            raise ValueError(
-                f"policy {type(policy).__name__} chose {chosen!r}: a victim must be an extent without references "
-                f"and cached children, and between 1 and {wanted} of its blocks"
-            )
-        extent, count = chosen
-        if self.drains and self.tier is None:
-            self._freed[:0] = extent.ids
-            self._stocked = len(extent.ids)
-            self._settle_at = 0
-            if not index.forgot:  # when the first ghost has to be forgotten, everybody has to know
-                self._settle_at = max(0, self._stocked - 1 - index.ghost_capacity + index.ghost_blocks)
-            index.draining = extent
-            index.version += 1  # a match that leads through it is not current any more
-        else:
+        extent, count = self._choose(wanted)
+        if not self.drains or self.tier is not None:
             self.free_evicted(self._evict_from(extent, count))
+            return
+        index = self.index
+        index.draining = extent
+        index.version += 1  # a match that leads through it is not current any more
+        self._freed[:0] = extent.ids
+        self._stocked = len(extent.ids)
+        self._touched = extent.touched
+        self._settle_at = 0
+        if not index.forgot:  # when the first ghost has to be forgotten, everybody has to know
+            self._settle_at = max(0, self._stocked - 1 - index.ghost_capacity + index.ghost_blocks)
 
-    def _evict_stock(self, count: int) -> None:
-        """Note that the victim has lost `count` blocks more; `settle` will tell index and policy."""
-        extent = self.index.draining
-        assert extent is not None
-        left = self._stocked - count
-        if self.events is not None:
-            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : self._stocked][::-1])
+    def _choose(self, wanted: int) -> tuple[Extent, int]:
+        """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
+        chosen = self.policy.victim(wanted)
+        if isinstance(chosen, tuple) and len(chosen) == 2:
+            extent, count = chosen
+            if (
+                isinstance(extent, Extent)
+                and isinstance(count, int)
+                and 1 <= count <= wanted
+                and count <= len(extent.ids)
+                and not extent.references
+                and (not extent.live_children or self._windowed)
+            ):
+                return chosen
+        raise ValueError(
+            f"policy {type(self.policy).__name__} chose {chosen!r}: a victim must be an extent without references "
+            f"and cached children, and between 1 and {wanted} of its blocks"
+        )
+
+    def _evict_stock(self, left: int) -> None:
+        """Note that the victim has only `left` blocks left; `settle` will tell index and policy."""
+        count = self._stocked - left
         self._stocked = left
         self.num_free += count
         self.num_evictable -= count
         self.evicted_blocks += count
         if self.lifetimes is not None:
-            self.lifetimes.evictions.append((self.now, count, extent.touched))
+            self.lifetimes.evictions.append((self.now, count, self._touched))
+        if self.events is not None:
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : left + count][::-1])
         if left <= self._settle_at:
             self.settle()
 
@@ -112,13 +126,14 @@ class BlockPool(FreeBlocks):
         Until then nobody has asked: the index calls this before it would tell anyone about the victim, or about
         ghosts, of which there are more now.
         """
-        extent = self.index.draining
+        extent, left = self.index.draining, self._stocked
         if extent is None:
             return
         self.index.draining = None
-        gone = len(extent.ids) - self._stocked
-        del self._freed[: self._stocked]
-        self._stocked = 0
+        if left:
+            del self._freed[:left]
+            self._stocked = 0
+        gone = len(extent.ids) - left
         if gone:
             if self.lifetimes is not None:
                 self.lifetimes.gone(extent, gone)
@@ -159,19 +174,6 @@ class BlockPool(FreeBlocks):
         if self.partial is not None and node.parent is not None:
             self.partial.changed(node)
 
-    def _can_be_taken(self, chosen: object, wanted: int) -> bool:
-        """Return whether a policy's answer is one: policies are the users', and mistakes would corrupt the pool."""
-        if not (isinstance(chosen, tuple) and len(chosen) == 2):
-            return False
-        extent, count = chosen
-        return (
-            isinstance(extent, Extent)
-            and isinstance(count, int)
-            and 1 <= count <= wanted
-            and count <= len(extent.ids)
-            and self._is_exposed(extent)
-        )
-
     def _is_exposed(self, extent: Extent) -> bool:
         return (
             not extent.references
@@ -197,10 +199,16 @@ class BlockPool(FreeBlocks):
     def cached(self, extent: Extent, num_blocks: int, dates: array[int] | None = None) -> None:
         """Note that `num_blocks` referenced blocks were appended to `extent` in the index.
 
-        dates  when they were filled, int64 [num_blocks], if that was before now
+        dates  when they were filled, int64 [num_blocks], if that was before now; the extent's from now on
         """
         if self.lifetimes is not None:
-            self.lifetimes.filled(extent, dates or array("q", (self.now,)) * num_blocks)
+            if dates is None:
+                self._date[0] = self.now
+                dates = self._date * num_blocks
+            if extent.born is None:
+                extent.born = dates
+            else:
+                extent.born.extend(dates)
         if self.notes_cached:
             self.policy.cached(extent, num_blocks)
         if self.partial is not None:

@@ -32,6 +32,10 @@ _MERGED_GHOST_BYTES = 4096
 """Ghosts evicted in a row share a node up to this size: few nodes, and no long copies to grow one."""
 
 
+_NO_BLOCKS = array("i")
+"""Of what has lost all its blocks: replaced, never added to, once it has some again."""
+
+
 class Extent:
     """Consecutive blocks of one prefix, referenced alike.
 
@@ -269,12 +273,6 @@ class PrefixIndex:
         self.version += 1
         return extent
 
-    def grow(self, extent: Extent, keys: bytes, ids: array[int]) -> None:
-        """Append blocks to an extent that has no children."""
-        extent.keys += keys
-        extent.ids.extend(ids)
-        self.version += 1
-
     def revive(self, ghost: Extent, ids: array[int]) -> None:
         """Give a ghost, or what only the host holds, blocks again; its parent must be live."""
         assert ghost.parent is not None
@@ -297,7 +295,7 @@ class PrefixIndex:
         else:
             assert extent.parent is not None
             extent.parent.live_children -= 1
-            ids, extent.ids = extent.ids, array("i")
+            ids, extent.ids = extent.ids, _NO_BLOCKS
             extent.born = None
         ids.reverse()
         if keep or extent.children or not self.ghost_capacity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,10 @@ from allocator.retention import RetentionPlan
 if TYPE_CHECKING:
     from allocator.batch import Batch
     from allocator.quotas import Tenant
+
+
+_NO_TWINS: set[int] = set()  # what most sequences have: never added to
+_NOT_WINDOWED: list[Extent | None] = []
 
 
 class KVSequence:
@@ -81,7 +85,7 @@ class KVSequence:
         self.num_prompt_tokens = num_prompt_tokens
         self.anchor = anchor
         self.table = table
-        self.twins: set[int] = set()
+        self.twins = _NO_TWINS
         self.hit_blocks = 0
         self.partial_tokens = 0
         self.cow_copies = 0
@@ -95,7 +99,7 @@ class KVSequence:
         self.left = 0
         # Of a windowed cache alone: what is held of the index, a node (None for a twin) for each anchored block.
         self.sink_blocks = 0
-        self.held: list[Extent | None] = []
+        self.held = _NOT_WINDOWED
         self.root: Extent | None = None
 
     @property
@@ -119,6 +123,12 @@ class KVSequence:
     @num_tokens.setter
     def num_tokens(self, tokens: int) -> None:
         self.base_tokens = tokens if self.batch is None else tokens - self.batch.tick
+
+    def add_twins(self, positions: Iterable[int]) -> None:
+        """Note positions whose blocks are private though the content is cached."""
+        if not self.twins:
+            self.twins = set()
+        self.twins.update(positions)
 
     @property
     def num_blocks(self) -> int:

@@ -78,10 +78,10 @@ class Sharing(Admission):
             if sequence in self._prefilling:
                 self._prefilling.put(child)
             children.append(child)
-        self._logical_blocks += n * len(sequence.table)
+        self.logical_blocks += n * len(sequence.table)
         if sequence.tenant is not None:
             sequence.tenant.blocks += n * len(sequence.table)
-        self._logical_tokens += n * sequence.context_len
+        self.logical_tokens += n * sequence.context_len
         if sequence.batch is not None:
             sequence.batch.unready[sequence] = None
         return children
@@ -125,10 +125,10 @@ class Sharing(Admission):
             for extent in sequence.anchor.path():  # it decodes in the midst of its wishes now
                 extent.sealed = True
         kept = keep - sequence.left
-        self._logical_blocks -= len(sequence.table) - kept
+        self.logical_blocks -= len(sequence.table) - kept
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table) - kept
-        self._logical_tokens -= sequence.num_tokens - num_tokens
+        self.logical_tokens -= sequence.num_tokens - num_tokens
         del sequence.table[kept:]
         sequence.num_tokens = num_tokens
         sequence.history = sequence.history.diverge(num_tokens)
@@ -157,17 +157,18 @@ class Sharing(Admission):
             return
         batch = sequence.batch
         if batch is not None:
-            if batch.coasted:
-                self.catch_up(sequence)
-            batch.discard(sequence)
+            coasted = batch.coasted
+            bucket = batch.discard(sequence)
+            if coasted:
+                self._index_coasted(sequence, batch, bucket, sequence.base_tokens)
         if self.events is not None:
             self.events.add(FREED, sequence.number)
         self.tables.release(sequence)
-        self._logical_blocks -= len(sequence.table)
+        self.logical_blocks -= len(sequence.table)
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table)
-        self._logical_tokens -= sequence.base_tokens - sequence.left * self.tokens_per_block
-        if sequence in self._prefilling:
+        self.logical_tokens -= sequence.base_tokens - sequence.left * self.tokens_per_block
+        if sequence.base_tokens < sequence.num_prompt_tokens:
             self._note_prefilling(sequence, False)
         del self.sequences[sequence]
         sequence.released = True

@@ -86,8 +86,10 @@ class ManagerState:
         self._lookups = Lookups()
         self._prefilling = Prefilling()
         self.quotas = Quotas(quotas) if quotas is not None else None
-        self._logical_blocks = 0
-        self._logical_tokens = 0
+        self.logical_blocks = 0
+        """Blocks of all tables, a shared one counted for each table."""
+        self.logical_tokens = 0
+        """Tokens of all sequences, those apart whose blocks have left."""
         self.events: EventLog | None = None
         if events:
             self._start_log()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allocator.matching import PrefixMatch
 
 MISS_CAUSES = ("last_token", "short_of_block", "isolated", "in_flight", "evicted", "cold", "unknown")
 """Why a block of a prompt was not found, in the order in which the causes are tried; the first that applies:
@@ -30,6 +34,17 @@ class Lookups:
     hit_blocks: int = 0
     partial_hits: int = 0
     miss_blocks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MISS_CAUSES, 0))
+
+    def count(self, match: PrefixMatch) -> None:
+        """Count a first admission, by what its lookup found."""
+        self.query_tokens += match.content.num_prompt_tokens
+        self.query_blocks += match.query_blocks
+        if match.hit_tokens:
+            self.hit_tokens += match.hit_tokens
+            self.hit_blocks += match.hit_blocks
+            self.partial_hits += match.partial is not None
+        for cause, blocks in match.miss_blocks.items():
+            self.miss_blocks[cause] += blocks
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class Swapping(Sharing):
             raise OutOfBlocks(needed, available, tier.host.name)
         tier.save(sequence)
         self.tables.vacate(sequence)
-        self._logical_blocks -= len(sequence.table)
-        self._logical_tokens -= sequence.context_len
+        self.logical_blocks -= len(sequence.table)
+        self.logical_tokens -= sequence.context_len
         if sequence.tenant is not None:
             sequence.tenant.blocks -= len(sequence.table)
         self._note_prefilling(sequence, False)
@@ -75,8 +75,8 @@ class Swapping(Sharing):
         if sequence.retention is not None:
             self.tables.retain_held(sequence, sequence.retention)
         self.sequences[sequence] = None
-        self._logical_blocks += len(sequence.table)
-        self._logical_tokens += sequence.context_len
+        self.logical_blocks += len(sequence.table)
+        self.logical_tokens += sequence.context_len
         self._note_prefilling(sequence, sequence.num_tokens < sequence.num_prompt_tokens)
 
     def blocks_to_swap_out(self, sequence: KVSequence) -> int:

@@ -84,25 +84,27 @@ class Tables:
             index_retained(self, sequence, sequence.retention, full, dates)
             return
         anchor = sequence.anchor
-        first = anchor.start + len(anchor.keys) // anchor.width
-        keys = sequence.settled_history.keys(first, full)
-        ids = sequence.table[first:full]
-        if anchor.references == 1 and not anchor.sealed and not anchor.children:
-            if self.events is not None:
-                self.events.add_blocks(STORED, sequence.number, anchor.ids[-1], first, ids)
-            self.index.grow(anchor, keys, ids)
+        first = anchor.start + len(anchor.ids)
+        keys, ids = sequence.settled_history.keys(first, full), sequence.table[first:full]
+        events, children = self.events, anchor.children
+        if anchor.references == 1 and not anchor.sealed and not children:
+            if events is not None:
+                events.add_blocks(STORED, sequence.number, anchor.ids[-1], first, ids)
+            anchor.keys += keys
+            anchor.ids.extend(ids)
+            self.index.version += 1
             self.pool.cached(anchor, full - first, dates)
             return
-        if not anchor.children or keys[: anchor.width] not in anchor.children:  # often, all of it is new
+        if not children or keys[: anchor.width] not in children:  # often, all of it is new
             extent = sequence.anchor = self.index.attach(anchor, keys, ids)
             extent.references = 1
             self.pool.cached(extent, full - first, dates)
-            if self.events is not None:
-                self._log_indexed(self.events, sequence, extent, True)
+            if events is not None:
+                self._log_indexed(events, sequence, extent, True)
             return
         for extent, is_new in self.index.insert(anchor, keys, ids, self.pool.split):
-            if self.events is not None:
-                self._log_indexed(self.events, sequence, extent, is_new)
+            if events is not None:
+                self._log_indexed(events, sequence, extent, is_new)
             if is_new:
                 extent.references = 1
                 self.pool.cached(extent, len(extent.ids))
@@ -112,7 +114,7 @@ class Tables:
                 self.pool.acquire(extent)
                 if extent.retention is not None:
                     extent.sealed = True
-                sequence.twins.update(range(extent.start, extent.end))
+                sequence.add_twins(range(extent.start, extent.end))
                 self.twinned[sequence] = None
             sequence.anchor = extent
 
@@ -309,7 +311,7 @@ class Tables:
         if sequence.twins or pool.shared:
             self.free_private(sequence, 0)
         else:
-            private = sequence.table[anchor.start + len(anchor.keys) // anchor.width :]
+            private = sequence.table[anchor.start + len(anchor.ids) :]
             if private:
                 private.reverse()
                 pool.give(private)

@@ -71,7 +71,6 @@ def find_windowed_match(
         index,
         content,
         salt,
-        size,
         [(node, 1) for node in held],
         None,
         hit,

@@ -116,7 +116,7 @@ class WindowedTables(Tables):
             key = keys[(position - first) * width : (position - first + 1) * width]
             child = node.children.get(key) if node.children else None
             if child is not None and child.ids:
-                sequence.twins.add(position)
+                sequence.add_twins((position,))
                 sequence.held.append(None)
                 if self.events is not None:
                     self.events.add_block(REPEATED, sequence.number, -1, position, child.ids[0])

@@ -273,6 +273,17 @@ def test_a_match_grows_stale_when_a_prefill_begins_or_ends() -> None:
     assert not manager.is_current(match)
 
 
+def test_a_match_grows_stale_when_what_it_missed_is_cached() -> None:
+    manager = KVCacheManager(8, 4)
+    content = TokenContent([1] * 12)
+    filling = manager.admit(content, 4)
+    for missed in ({"in_flight": 2}, {"in_flight": 1}):
+        match = manager.lookup(content)
+        assert match.miss_blocks == missed
+        manager.extend(filling, 4)  # of what is this sequence's own, more
+        assert not manager.is_current(match)
+
+
 def test_tokens_of_a_block_that_is_a_tail_here_and_full_there() -> None:
     manager = KVCacheManager(8, 4)
     cached = admit_all(manager, [1] * 4)

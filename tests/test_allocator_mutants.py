@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant(
         "duplicate_freed_under_its_table",
         "tables.py",
-        "                sequence.twins.update(range(extent.start, extent.end))\n",
+        "                sequence.add_twins(range(extent.start, extent.end))\n",
         "                self.pool.give(sequence.table[extent.start : extent.end])\n",
         "ReuseMachine",
     ),
@@ -177,9 +177,9 @@ MUTANTS = [
     Mutant(
         "double_free_on_abort",
         "sharing.py",
-        "        self.tables.release(sequence)\n        self._logical_blocks",
+        "        self.tables.release(sequence)\n        self.logical_blocks",
         "        self.tables.free_private(sequence, sequence.anchored)\n        self.tables.release(sequence)\n"
-        "        self._logical_blocks",
+        "        self.logical_blocks",
         "ReuseMachine",
     ),
     Mutant(
@@ -297,7 +297,7 @@ MUTANTS = [
     Mutant(
         "eviction_not_logged",
         "pool.py",
-        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : self._stocked][::-1])\n",
+        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : left + count][::-1])\n",
         "            pass\n",
         "EventsMachine",
     ),

@@ -15,7 +15,6 @@ from allocator.content import Content
 from allocator.fuzz import AllocatorMachine, PartialMachine, ReuseMachine, SharingMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks, QuotaExceeded
 from allocator.oracle_partial import unit_tokens
-from allocator.prefix import Extent
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt
 
@@ -42,20 +41,15 @@ class Pair:
         self.twins: dict[KVSequence, NaiveSequence] = {}
         self.part: Any = None  # the block of which the prompt looked up last hits a part
         self.evicted: list[int] = []  # histories, as the shadow numbers them
-        evict, evict_stock = real.pool._evict_from, real.pool._evict_stock
+        take = real.pool.take
 
-        def noted(extent: Extent, count: int) -> Any:
-            ids = evict(extent, count)
-            self.evicted += [machine.shadow.block(block) for block in ids]
-            return ids
+        def noted(count: int) -> Any:
+            free = set(real.pool.free_ids().tolist())
+            taken = take(count)  # the free ones first, then the evicted ones in their order
+            self.evicted += [machine.shadow.block(block) for block in taken if block not in free]
+            return taken
 
-        def noted_of_stock(count: int) -> None:
-            stock = real.pool._freed[: real.pool._stocked]
-            evict_stock(count)
-            self.evicted += [machine.shadow.block(block) for block in stock[: -count - 1 : -1]]
-
-        real.pool._evict_from = noted  # type: ignore[method-assign]
-        real.pool._evict_stock = noted_of_stock  # type: ignore[method-assign]
+        real.pool.take = noted  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
