@@ -27,7 +27,7 @@ from sim.cluster.link import TransferCost
 from sim.cost import StepBatch
 from sim.records import RunResult
 from sim.request import Request
-from sim.scheduler.config import Admission, EngineConfig, QueueOrder
+from sim.scheduler.config import Admission, EngineConfig, Preemption, QueueOrder
 
 PAIR = ClusterConfig(2, prefill_replicas=1)
 
@@ -42,6 +42,34 @@ def _check(scenario: ClusterScenario) -> RunResult:
 @given(disaggregated_scenarios())
 def test_skipping_equals_stepping(scenario: ClusterScenario) -> None:
     _check(scenario)
+
+
+@settings(max_examples=2 * settings().max_examples)
+@given(
+    disaggregated_scenarios(),
+    st.sampled_from(["recompute", "swap", "swap", "cheaper"]),
+    st.integers(1, 20),
+    st.sampled_from([0, 1, 3]),
+    st.booleans(),
+)
+def test_skipping_equals_stepping_with_host_memory_and_partial_reuse(
+    scenario: ClusterScenario, preemption: Preemption, host: int, swap: int, partial: bool
+) -> None:
+    cache = dataclasses.replace(
+        scenario.cache, enable_partial_reuse=partial and scenario.cache.enable_block_reuse
+    )
+    result = _check(
+        dataclasses.replace(
+            scenario,
+            cache=cache,
+            engine=dataclasses.replace(scenario.engine, preemption=preemption),
+            cost=dataclasses.replace(scenario.cost, swap=swap),  # type: ignore[type-var]
+            num_host_blocks=host,
+        )
+    )
+    if preemption == "recompute":
+        assert all(part.cache.host is not None for part in result.replicas)
+        assert sum(part.cache.host.swapped_out_blocks for part in result.replicas if part.cache.host) == 0
 
 
 @given(disaggregated_scenarios())
@@ -80,10 +108,14 @@ def _roomy(scenario: ClusterScenario) -> ClusterScenario:
     return dataclasses.replace(scenario, num_blocks=2 * tokens, build=build, engine=engine)
 
 
-@given(disaggregated_scenarios())
-def test_prefill_replicas_serve_requests_of_one_token(scenario: ClusterScenario) -> None:
+@given(disaggregated_scenarios(), st.booleans())
+def test_prefill_replicas_serve_requests_of_one_token(scenario: ClusterScenario, partial: bool) -> None:
     """With room, what a prefill replica does is what the plain engine does with the prompts alone."""
     scenario = _roomy(scenario)
+    partial = partial and scenario.cache.enable_block_reuse
+    scenario = dataclasses.replace(
+        scenario, cache=dataclasses.replace(scenario.cache, enable_partial_reuse=partial)
+    )
     result = _check(scenario)
     for number in range(scenario.cluster.prefill_replicas):
         share = scenario.share(result, number)
@@ -285,6 +317,50 @@ def test_all_samples_go_on_from_one_transfer() -> None:
     assert result.requests["cow_copies"].tolist() == [2]
 
 
+def test_each_replica_has_a_host_tier_by_hand() -> None:
+    """Pools of 6 blocks of 2 tokens; moving a token to or from the host takes 1 ps.
+
+    Prompts A, B and A again, of 4 blocks and one token of output, so that the prefill replica is done with them.
+    t = 20  B finds 2 blocks free; the 2 last of A move to the host, 4 tokens.
+    t = 50  A hits 2 blocks here and 1 there, and computes its last. For these two, 2 of B move out, and 1 of A back.
+    """
+    ids = {"A": np.arange(8, dtype=np.int32), "B": np.arange(8, 16, dtype=np.int32)}
+    requests = [
+        Request(row, at, 8, 1, token_ids=ids[name], named_tokens=8)
+        for row, (at, name) in enumerate([(0, "A"), (20, "B"), (50, "A")])
+    ]
+    scenario = ClusterScenario(
+        requests, _build(), 6, engine=PLAIN, cost=LinearCost(10, swap=1), num_host_blocks=8, cluster=PAIR
+    )
+    result = _check(scenario)
+    assert result.requests["finish_ps"].tolist() == [10, 20 + 10 + 4, 50 + 10 + 6]
+    assert result.requests["hit_blocks"].tolist() == [0, 0, 3]
+    prefill, decode = (part.cache.host for part in result.replicas)
+    assert prefill is not None
+    assert decode is not None
+    assert (prefill.offloaded_blocks, prefill.hit_blocks) == (4, 1)
+    assert (decode.offloaded_blocks, decode.hit_blocks) == (0, 0)
+
+
+def test_who_is_swapped_out_where_it_decodes_comes_back_there() -> None:
+    """Pools of 5 blocks of 2 tokens, for two prompts of 1 block that grow to 4 each: one has to wait on the host."""
+    requests = unlike((0, 2, 7), (0, 2, 7))
+    engine = dataclasses.replace(PLAIN, admission="max_utilization", preemption="swap")
+    scenario = ClusterScenario(
+        requests, _build(), 5, engine=engine, cost=LinearCost(10, swap=1), num_host_blocks=8, cluster=PAIR
+    )
+    result = _check(scenario)
+    assert result.requests["preemptions"].sum() > 0
+    assert result.requests["recomputed_tokens"].tolist() == [0, 0]
+    prefill, decode = (part.cache.host for part in result.replicas)
+    assert prefill is not None
+    assert decode is not None
+    assert prefill.swapped_out_blocks == 0
+    assert (
+        decode.swapped_out_blocks >= decode.swapped_in_blocks > 0
+    )  # what the GPU still has need not come back
+
+
 # ------------------------------------------------------------------ no livelock
 
 
@@ -320,11 +396,6 @@ def test_pools_of_one_sequence(admission: Admission, queue_order: QueueOrder, mi
     ("changes", "rule"),
     [
         ({"cache": CacheConfig(window=4)}, r"window \(4\) must be None with prefill_replicas"),
-        (
-            {"cache": CacheConfig(enable_partial_reuse=True)},
-            r"enable_partial_reuse \(True\) must be False with prefill_replicas",
-        ),
-        ({"num_host_blocks": 3}, r"num_host_blocks \(3\) must be 0 with prefill_replicas"),
         (
             {"build": dataclasses.replace(_build(), enable_paged_kv_cache=False)},
             r"enable_paged_kv_cache \(False\) must be True with prefill_replicas",

@@ -14,6 +14,7 @@ from sim.cluster.disaggregation import (
     PrefillReplica,
     PrefillScheduler,
     check_supported,
+    decode_cache,
 )
 from sim.cluster.link import TransferCost
 from sim.cluster.placement import Placement
@@ -94,7 +95,7 @@ class Cluster:
     ) -> None:
         apart = cluster.prefill_replicas
         if apart:
-            check_supported(build, cache, engine, num_host_blocks)
+            check_supported(build, cache, engine)
             if transfer is None:
                 raise ValueError(f"prefill_replicas ({apart}) needs a TransferCost")
         self._progress = progress
@@ -107,7 +108,8 @@ class Cluster:
         self._decoding: list[DecodeReplica] = []
         self._sent: dict[Job, tuple[PrefillReplica, Job]] = {}
         for number in range(cluster.num_replicas):
-            manager = make_manager(build, cache, num_blocks, num_host_blocks, engine)
+            own = decode_cache(cache) if apart and number >= apart else cache
+            manager = make_manager(build, own, num_blocks, num_host_blocks, engine)
             recorder = Recorder(requests, manager, engine.block_map_samples)
             self._recorders.append(recorder)
             kind = Scheduler if not apart else PrefillScheduler if number < apart else DecodeScheduler

@@ -13,14 +13,16 @@ A request's life:
   stays cached there, and the decode replica gives it a token from its next step on: all its samples, if there are
   several. Who is preempted there computes again where it is.
 
-What is hit on a prefill replica counts in the hit rates; what is hit on a decode replica only saves transfers. The
-timeline has rows of steps only: blocks that are held for a transfer while a replica takes none are in no row.
+What is hit on a prefill replica counts in the hit rates; what is hit on a decode replica, on the GPU or in its host
+memory, only saves transfers. A block that is hit in part is transferred whole: a decode replica has no partial reuse.
+The timeline has rows of steps only: blocks that are held for a transfer while a replica takes none are in no row.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -35,15 +37,11 @@ from sim.scheduler.plan import Plan
 from sim.scheduler.scheduler import Scheduler
 
 
-def check_supported(
-    build: BuildConfig, cache: CacheConfig, engine: EngineConfig, num_host_blocks: int
-) -> None:
+def check_supported(build: BuildConfig, cache: CacheConfig, engine: EngineConfig) -> None:
     """Raise ValueError for what cannot be divided into prefill and decode replicas."""
     for name, value, wanted in (
         ("enable_paged_kv_cache", build.enable_paged_kv_cache, True),
         ("window", cache.window, None),
-        ("enable_partial_reuse", cache.enable_partial_reuse, False),
-        ("num_host_blocks", num_host_blocks, 0),
     ):
         if value != wanted:
             raise ValueError(f"{name} ({value}) must be {wanted} with prefill_replicas")
@@ -69,6 +67,11 @@ class PrefillScheduler(Scheduler):
         job.content = job.match = None
 
 
+def decode_cache(cache: CacheConfig) -> CacheConfig:
+    """Return how the cache of a decode replica differs from those that compute prompts."""
+    return replace(cache, enable_partial_reuse=False)
+
+
 class DecodeScheduler(Scheduler):
     """Schedules jobs whose prompts were computed elsewhere: they wait as if they were swapped out.
 
@@ -81,6 +84,8 @@ class DecodeScheduler(Scheduler):
 
     def _swap_in(self, job: Job, plan: Plan) -> bool:
         """Give the first waiting job, which is elsewhere, blocks for all of its prompt, if there is room."""
+        if job.sequence is not None:  # it has been here, and is in host memory
+            return super()._swap_in(job, plan)
         manager = self.manager
         match = self._look_up(job)
         left = job.target - match.hit_tokens

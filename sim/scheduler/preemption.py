@@ -116,7 +116,7 @@ class Preemption(Places):
         if self.running and self._windowed is not None:
             if not self._windowed.can_return(job, held, needed, self.running):
                 return False
-        elif self.running:
+        elif self.running or self.apart:
             if self._rule.blocks_at_return(job, held, needed) > self._room_to_admit():
                 return False
         elif needed + sequence.context_len // size + 1 - held > manager.available_blocks:
