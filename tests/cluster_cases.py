@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from engine_cases import Bounded, LinearCost, Scenario, assert_identical, check_conservation, scenarios
@@ -21,6 +23,7 @@ from sim.cluster.routing import LeastLoaded, LongestPrefix, ReplicaView, Routing
 from sim.cost import RooflineCost
 from sim.hardware import GPU_PRESETS
 from sim.records import RunResult
+from sim.replay import main
 from sim.request import Request
 from sim.scheduler.config import EngineConfig
 from sim.workload import WorkloadConfig, generate
@@ -259,3 +262,19 @@ def session_scenario(requests_per_s: float) -> ClusterScenario:
         engine=dataclasses.replace(PLAIN, admission="max_utilization"),
         cost=RooflineCost(MODEL_PRESETS["llama-3-8b"], GPU_PRESETS["a100-80gb"]),
     )
+
+
+# ------------------------------------------------------------------ from the command line
+
+BASE = ["synthetic", "--num-requests", "80", "--user-tokens-max", "600", "--output-tokens-max", "120"]
+SHARED = [*BASE, "--system-prompts", "4", "--turns-mean", "2", "--session-tokens-max", "2048"]
+TIGHT = ["--model", "llama-3-8b", "--num-blocks", "180", "--tokens-per-block", "16", "--requests-per-s", "30"]
+CLUSTER = [*SHARED, *TIGHT, "--num-replicas", "3", "--routing", "longest_prefix"]
+APART = [*SHARED, *TIGHT, "--num-replicas", "3", "--prefill-replicas", "1", "--routing", "least_loaded"]
+TABLES = ("requests.parquet", "timeline.parquet")
+
+
+def replay(arguments: list[str], out: Path) -> dict[str, Any]:
+    """Run a command line that must succeed; return its summary."""
+    assert main([*arguments, "--out", str(out)]) == 0
+    return json.loads((out / "summary.json").read_text())

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from cluster_cases import APART, CLUSTER, TABLES, replay
 from event_cases import assert_states_match
-from test_sim_cluster_outputs import APART, CLUSTER, TABLES, replay
 
 from sim.block_map import block_map
 from sim.event_table import read_events

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from cluster_cases import APART, BASE, CLUSTER, TABLES, replay
 
 from sim.cluster.figures import replica_utilization
 from sim.cluster.results import merged_stats
@@ -18,17 +19,6 @@ from sim.replay import main
 from sim.runner import Run, run
 from sim.style import styled
 from sim.window import Window
-
-BASE = ["synthetic", "--num-requests", "80", "--user-tokens-max", "600", "--output-tokens-max", "120"]
-SHARED = [*BASE, "--system-prompts", "4", "--turns-mean", "2", "--session-tokens-max", "2048"]
-TIGHT = ["--model", "llama-3-8b", "--num-blocks", "180", "--tokens-per-block", "16", "--requests-per-s", "30"]
-CLUSTER = [*SHARED, *TIGHT, "--num-replicas", "3", "--routing", "longest_prefix"]
-TABLES = ("requests.parquet", "timeline.parquet")
-
-
-def replay(arguments: list[str], out: Path) -> dict:
-    assert main([*arguments, "--out", str(out)]) == 0
-    return json.loads((out / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +134,6 @@ def test_the_report_names_the_replicas(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 # ------------------------------------------------------------------ prefill and decode apart
-
-
-APART = [*SHARED, *TIGHT, "--num-replicas", "3", "--prefill-replicas", "1", "--routing", "least_loaded"]
 
 
 @pytest.fixture(scope="module")
