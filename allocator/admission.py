@@ -321,6 +321,10 @@ class Admission(Coasting):
         full = sequence.num_tokens // self.tokens_per_block
         if full > sequence.anchor.end:
             self.tables.index_full(sequence, full)
+        elif sequence.retention is not None:
+            sequence.anchor.sealed = (
+                True  # the prompt may be complete, and what is decoded is kept in another way
+            )
 
     def _note_prefilling(self, sequence: KVSequence, is_prefilling: bool) -> None:
         was_prefilling = sequence in self._prefilling

@@ -249,3 +249,21 @@ def test_time_does_not_run_back() -> None:
 def test_broken_rules_are_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("chunks", [(9,), (8, 1), (3, 5, 1)])
+def test_what_a_batch_decodes_is_kept_as_said_even_if_the_last_chunk_fills_no_block(
+    chunks: tuple[int, ...],
+) -> None:
+    """It was kept as the prompt before it: the extent was left open for the batch to prolong."""
+    manager = KVCacheManager(8, 2)
+    wish = RetentionConfig((), decode_priority=80)
+    sequence = manager.admit(TokenContent([0] * 9), chunks[0], retention=wish)
+    for chunk in chunks[1:]:
+        manager.extend(sequence, chunk)
+    batch = manager.batch()
+    batch.add(sequence)
+    for _ in range(5):
+        manager.append(batch, [1])
+    said = {e.end: e.retention for e in manager.index.extents()}
+    assert said == {5: None, 7: Retention(80)} or said == {4: None, 5: None, 7: Retention(80)}
