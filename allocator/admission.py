@@ -146,7 +146,8 @@ class Admission(Coasting):
         Raises OutOfBlocks, QuotaExceeded, or ValueError for a chunk that does not fit the prompt, a match of another
         content or salt, a retention that is no RetentionConfig, or a time that runs back.
         """
-        if match is None or match.version != self.index.version or match.index is not self.index:
+        index = self.index
+        if match is None or match.version != index.version or match.index is not index:
             match = self.lookup(content, salt)
         elif match.content is not content or match.salt != salt:
             raise ValueError("match must come from a lookup of the same content and salt")
@@ -174,10 +175,12 @@ class Admission(Coasting):
             self._pass_time(now)
 
         history = content.history(size)
-        # Without reuse, each sequence has a root of its own, and nothing is ever found: only a fork has to know
-        # which full blocks are shared, and has them indexed before.
-        family, label = (content.family(), salt) if self.reuse else (None, history)
-        root: Extent = self.index.root(family, label, history.key_width)
+        if self.reuse:
+            root: Extent = index.root(content.family(), salt, history.key_width)
+        else:
+            # Each sequence has a root of its own, and nothing is ever found: only a fork has to know which full
+            # blocks are shared, and has them indexed before.
+            root = index.root(None, history, history.key_width)
         root.references += 1
         number = NOBODY if events is None else events.new_sequence()
         if hit_tokens:

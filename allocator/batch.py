@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import chain
 from operator import itemgetter
 from struct import Struct
 from struct import error as StructError
@@ -319,13 +320,21 @@ class Batch(Sequence[KVSequence]):
         """Return how many blocks the next `num_tokens` ticks take, copies apart."""
         if num_tokens == 1:
             return len(self.starting())
-        size, tick = self.tokens_per_block, self.tick
-        blocks = 0
-        for residue, bucket in self._buckets.items():
-            offset = (residue - tick) % size
-            if offset < num_tokens:
-                blocks += len(bucket) * (1 + (num_tokens - 1 - offset) // size)
-        return blocks
+        cycles, rest = divmod(num_tokens, self.tokens_per_block)
+        return cycles * len(self.members) + sum(map(len, self._turns(rest)))
+
+    def _turns(self, ticks: int) -> list[Bucket]:
+        """Return whose turn to start a block comes in the next ticks, tokens_per_block at most, in order of time."""
+        size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
+        if ticks > 2 * len(buckets):
+            order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
+            order.sort(key=_by_offset)
+            return [bucket for offset, bucket in order if offset < ticks]
+        first = tick % size
+        end = first + ticks
+        if end <= size:
+            return list(filter(None, map(buckets.get, range(first, end))))
+        return list(filter(None, map(buckets.get, chain(range(first, size), range(end - size)))))
 
     def growing(self, num_tokens: int) -> Iterator[tuple[Bucket, int]]:
         """Yield the buckets that start blocks in the next `num_tokens` ticks, and how many each member does."""
@@ -348,23 +357,15 @@ class Batch(Sequence[KVSequence]):
         """Return the buckets that start a block in the next ticks, in order of time, and how many blocks that are:
         altogether, and at the first tick.
         """
-        size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
-        turn = tick % size
-        bucket = buckets.get(turn)
-        first = 0 if bucket is None else len(bucket)
+        now = self._buckets.get(self.tick % self.tokens_per_block)
+        first = 0 if now is None else len(now)
         if num_tokens == 1:
-            return [] if bucket is None else [bucket], first, first
-        if num_tokens <= len(buckets):
-            end = turn + num_tokens
-            found = list(filter(None, map(buckets.get, range(turn, end))))
-            if end > size:
-                found += filter(None, map(buckets.get, range(end - size)))
-            return found, sum(map(len, found)), first
-        order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
-        order.sort(key=_by_offset)
-        cycles, rest = divmod(num_tokens, size)
-        found = [bucket for _, bucket in order] * cycles
-        found += [bucket for offset, bucket in order if offset < rest]
+            return [] if now is None else [now], first, first
+        if num_tokens <= self.tokens_per_block:
+            found = self._turns(num_tokens)
+        else:
+            cycles, rest = divmod(num_tokens, self.tokens_per_block)
+            found = self._turns(self.tokens_per_block) * cycles + self._turns(rest)
         return found, sum(map(len, found)), first
 
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:

@@ -32,7 +32,7 @@ def demote(index: PrefixIndex, extent: Extent, num_blocks: int, host: array[int]
     keep = len(extent.ids) - num_blocks
     del extent.ids[keep:]
     if extent.born is not None:
-        extent.born = extent.born[:keep]  # those of whole extents are kept by others: see Lifetimes
+        del extent.born[keep:]
     index.version += 1
     if keep == 0:
         parent.live_children -= 1

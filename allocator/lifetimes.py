@@ -30,15 +30,12 @@ class Lifetimes:
         """Take what lets a pool complete the eviction of the victim that it is emptying."""
         self._settle = settle
         self.evictions: list[tuple[int, int, int]] = []  # now, blocks, last use; see `gone`
-        self._born: list[
-            array[int]
-        ] = []  # when blocks were filled that an extent has lost; the last one went first
-        self._born_blocks = 0
+        self._born = array("q")  # when the blocks were filled that were evicted, in their order
         self._hits: list[tuple[int, int, int]] = []  # now, blocks, last use
 
     def __len__(self) -> int:
         """Return about how many numbers are held, 8 bytes each."""
-        return 16 * len(self.evictions) + self._born_blocks + 16 * len(self._hits)
+        return 16 * len(self.evictions) + len(self._born) + 16 * len(self._hits)
 
     def hit(self, extent: Extent, now: int) -> None:
         """Note a hit on all of `extent`, before it is referenced."""
@@ -58,8 +55,7 @@ class Lifetimes:
         """Note when the last `num_blocks` blocks of `extent` were filled, of which `evictions` were noted."""
         born = extent.born
         assert born is not None
-        self._born_blocks += num_blocks
-        self._born.append(born if num_blocks == len(born) else born[-num_blocks:])
+        self._born.extend(born[: -num_blocks - 1 : -1])  # the last block went first
 
     def take(self) -> dict[str, Durations]:
         """Return and forget the durations, by name, in the order in which they ended.
@@ -71,13 +67,10 @@ class Lifetimes:
             np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
             for rows in (self.evictions, self._hits)
         )
-        born = array("q")
-        for times in self._born:
-            born.extend(times[::-1])
-        for kept in (self.evictions, self._born, self._hits):
-            kept.clear()
-        self._born_blocks = 0
-        lived = np.repeat(evictions[:, 0], evictions[:, 1]) - np.array(born, dtype=np.int64)
+        lived = np.repeat(evictions[:, 0], evictions[:, 1]) - np.array(self._born, dtype=np.int64)
+        self.evictions.clear()
+        self._hits.clear()
+        del self._born[:]
         return {
             "lifetime": joined([(lived, np.ones_like(lived))]),
             "idle_before_evict": joined([(evictions[:, 0] - evictions[:, 2], evictions[:, 1])]),

@@ -77,15 +77,17 @@ class BlockPool(FreeBlocks):
         if not self.drains or self.tier is not None:
             self.free_evicted(self._evict_from(extent, count))
             return
-        index = self.index
+        index, ids = self.index, extent.ids
         index.draining = extent
         index.version += 1  # a match that leads through it is not current any more
-        self._freed[:0] = extent.ids
-        self._stocked = len(extent.ids)
+        self._freed[:0] = ids
+        self._stocked = blocks = len(ids)
         self._touched = extent.touched
         self._settle_at = 0
-        if not index.forgot:  # when the first ghost has to be forgotten, everybody has to know
-            self._settle_at = max(0, self._stocked - 1 - index.ghost_capacity + index.ghost_blocks)
+        ghosts = index.ghost_blocks + blocks
+        if ghosts > index.ghost_capacity and not index.forgot:
+            # When the first ghost has to be forgotten, everybody has to know.
+            self._settle_at = max(0, ghosts - index.ghost_capacity - 1)
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
@@ -135,13 +137,11 @@ class BlockPool(FreeBlocks):
             self._stocked = 0
         gone = len(extent.ids) - left
         if gone:
-            if self.lifetimes is not None:
-                self.lifetimes.gone(extent, gone)
             self._trim(extent, gone)
 
     def _evict_from(self, extent: Extent, count: int) -> array[int]:
         if self.lifetimes is not None:
-            self.lifetimes.evicted(extent, count, self.now)
+            self.lifetimes.evictions.append((self.now, count, extent.touched))
         self.num_evictable -= count
         self.evicted_blocks += count
         ids = self._trim(extent, count)
@@ -150,11 +150,13 @@ class BlockPool(FreeBlocks):
         return ids
 
     def _trim(self, extent: Extent, count: int) -> array[int]:
-        parent = extent.parent
+        """Let everybody know that an extent loses its last `count` blocks; return these, tail first."""
+        parent, partial = extent.parent, self.partial
         assert parent is not None
+        if self.lifetimes is not None:
+            self.lifetimes.gone(extent, count)
         ids = self.index.trim(extent, count) if self.tier is None else self.tier.evict(extent, count)
         self.policy.evicted(extent, count)
-        partial = self.partial
         if partial is not None:
             partial.changed(extent)
         if not extent.ids:

@@ -168,7 +168,9 @@ class PrefixIndex:
 
     def root(self, family: Hashable, salt: Hashable, width: int) -> Root:
         """Return the root for contents of one family and salt, made on first use."""
-        salts = self.roots.setdefault(family, {})
+        salts = self.roots.get(family)
+        if salts is None:
+            salts = self.roots[family] = {}
         root = salts.get(salt)
         if root is None:
             root = salts[salt] = Root(family, salt, width)

@@ -64,8 +64,6 @@ class HostTier:
         kept = min(count, self.host.available) if priority >= self.min_priority else 0
         if kept < count:
             self._forget_below(extent)
-            if kept and extent.born is not None:
-                extent.born = extent.born[:]  # those of whole extents are kept by others: see Lifetimes
             self.index.trim(extent, count - kept)
         if kept:
             host_ids = self.host.take(kept)

@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "salt_ignored",
         "admission.py",
-        "(content.family(), salt) if self.reuse",
-        '(content.family(), "") if self.reuse',
+        "index.root(content.family(), salt, history.key_width)",
+        'index.root(content.family(), "", history.key_width)',
         "ReuseMachine",
     ),
     Mutant(
@@ -248,8 +248,8 @@ MUTANTS = [
     Mutant(
         "batch_counts_a_tick_too_few",
         "batch.py",
-        "1 + (num_tokens - 1 - offset) // size",
-        "1 + (num_tokens - 2 - offset) // size",
+        "        return cycles * len(self.members) + sum(map(len, self._turns(rest)))\n",
+        "        return cycles * len(self.members) + sum(map(len, self._turns(rest - 1)))\n",
         "BatchMachine",
     ),
     Mutant(

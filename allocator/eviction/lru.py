@@ -33,4 +33,5 @@ class LRU(EvictionPolicy):
 
     def victim(self, wanted: int) -> tuple[Extent, int]:
         extent = next(iter(self._order))
-        return extent, min(wanted, len(extent.ids))
+        blocks = len(extent.ids)
+        return extent, blocks if blocks < wanted else wanted
