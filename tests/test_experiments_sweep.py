@@ -71,6 +71,20 @@ def test_finished_points_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["tokens_per_block"] for row in _rows(tmp_path)] == ["16", "32", "64"]
 
 
+def test_a_point_of_another_sweep_goes_by_the_names_of_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _sweep(tmp_path, "--vary", "policy=lru,fifo") == 0
+    capsys.readouterr()
+    assert _sweep(tmp_path, "--vary", "tokens_per_block=64,16") == 0  # the first is the run with lru
+    assert "1 of them from before" in (out := capsys.readouterr().out)
+    assert "policy" not in out
+    assert [(row["tokens_per_block"], "policy" in row) for row in _rows(tmp_path)] == [
+        ("64", False),
+        ("16", False),
+    ]
+
+
 def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sweep.run_point
 

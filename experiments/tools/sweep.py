@@ -261,7 +261,11 @@ def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
         )
         for _ in track(running, "running", len(missing), console=Console(stderr=True), transient=True):
             pass
-    done = [read_point(path) for path in paths]
+    # A point of an earlier sweep is named by what was run; it may have varied there under other names.
+    done = [
+        {**read_point(path), "values": dict(point.values), "seed": point.seed}
+        for point, path in zip(todo, paths, strict=True)
+    ]
     write_table(done, config.out / TABLE)
     show(done, config.metrics, console)
     kept = len(todo) - len(missing)
