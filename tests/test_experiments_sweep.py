@@ -85,6 +85,15 @@ def test_a_point_of_another_sweep_goes_by_the_names_of_this_one(
     ]
 
 
+def test_seeds_go_on_from_the_one_that_is_given(tmp_path: Path) -> None:
+    seeded = [*WORKLOAD, "--workload-seed", "3"]
+    assert _sweep(tmp_path, "--seeds", "2", workload=seeded) == 0
+    both = _rows(tmp_path)
+    assert [row["seed"] for row in both] == ["3", "4"]
+    assert _sweep(tmp_path, workload=seeded) == 0
+    assert _rows(tmp_path) == both[:1]
+
+
 def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sweep.run_point
 
@@ -148,6 +157,14 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
         (["--metrics", "nothing"], WORKLOAD, "metric (nothing) must be one of"),
         (["--metrics", "ttft_s"], WORKLOAD, "metric (ttft_s) must be one of ttft_s.mean"),
         ([], [*WORKLOAD, "--out", "x"], "out (after --) must not be given"),
+        ([], [*WORKLOAD, "--prometheus=x"], "prometheus (after --) must not be given"),
+        (["--vary", "out=a,b"], WORKLOAD, "vary (out=a,b) must name a flag that decides what comes of a run"),
+        (["--vary", "policy=lru,fifo, lru"], WORKLOAD, "(policy=lru,fifo, lru) must give each value once"),
+        (
+            ["--vary", "workload-seed=1,2", "--seeds", "2"],
+            WORKLOAD,
+            "seeds (2) must be 1 where workload_seed",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

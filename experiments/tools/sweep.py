@@ -20,7 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
 from time import perf_counter
@@ -37,12 +37,15 @@ from rich.table import Table
 from allocator.checks import require_int
 from allocator.eviction import make_policy
 from sim.command_line import parse_dataclass, run_command
-from sim.manifest import SYNTHETIC, RunSpec
+from sim.manifest import RunSpec
 from sim.options import parse
 from sim.replay import summary_of
 from sim.runner import load_trace, memory_budget, run
 
 POINTS, TABLE = "points", "sweep.csv"
+
+_LEFT_BY_NONE = ("out", "prometheus", "perfetto")
+"""Flags of sim.replay for what a point does not leave."""
 
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5% quantiles of Student's t for 1 to 10 degrees of freedom (any table of the distribution)."""
@@ -57,7 +60,7 @@ class Config:
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A flag of sim.replay and its values, NAME=V1,V2,...; may be given several times."""
     seeds: int = 1
-    """Runs of each combination, with seeds from 0; for synthetic workloads only."""
+    """Runs of each combination, with seeds from --workload-seed on; for synthetic workloads only."""
     metrics: tuple[str, ...] = (
         "hit_rate_tokens",
         "ttft_s.p50",
@@ -101,6 +104,10 @@ def combinations(vary: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
             raise ValueError(f"vary ({text}) must be NAME=V1,V2,...")
         if name in names:
             raise ValueError(f"vary ({text}) gives {name} a second time")
+        if name in _LEFT_BY_NONE:
+            raise ValueError(f"vary ({text}) must name a flag that decides what comes of a run")
+        if len(set(given)) < len(given):
+            raise ValueError(f"vary ({text}) must give each value once")
         names.add(name)
         axes.append([(name, value) for value in given])
     return list(itertools.product(*axes))
@@ -110,25 +117,32 @@ def points(config: Config, replay: Sequence[str]) -> list[Point]:
     """Return all runs. Raises ValueError where one cannot work, before any has begun."""
     require_int("seeds", config.seeds, 1)
     require_int("jobs", config.jobs, 0)
-    if any(argument.split("=")[0] == "--out" for argument in replay):
-        raise ValueError("out (after --) must not be given: each point is a file in the sweep's own folder")
+    given = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in replay}
+    for name in _LEFT_BY_NONE:
+        if name in given:
+            raise ValueError(
+                f"{name} (after --) must not be given: each point is a file in the sweep's own folder"
+            )
     found = []
     for values in combinations(config.vary):
-        for seed in range(config.seeds):
-            flags = [*replay, "--out", os.devnull]
-            for name, value in values:
-                flags += [f"--{name.replace('_', '-')}", value]
-            if config.seeds > 1:
-                if SYNTHETIC not in replay:
-                    raise ValueError(
-                        f"seeds ({config.seeds}) must be 1 for a trace file: nothing in it is drawn"
-                    )
-                flags += ["--workload-seed", str(seed)]
-            options, manifest = parse(flags)
-            spec = options.spec(manifest.spec if manifest else None)
-            memory_budget(spec)
-            make_policy(spec.cache.policy)
-            found.append(Point(values, seed, spec))
+        if config.seeds > 1 and "workload_seed" in dict(values):
+            raise ValueError(f"seeds ({config.seeds}) must be 1 where workload_seed varies")
+        flags = [*replay, "--out", os.devnull]
+        for name, value in values:
+            flags += [f"--{name.replace('_', '-')}", value]
+        options, manifest = parse(flags)
+        spec = options.spec(manifest.spec if manifest else None)
+        memory_budget(spec)
+        make_policy(spec.cache.policy)
+        workload = spec.trace.workload
+        if workload is not None:
+            for seed in range(workload.workload_seed, workload.workload_seed + config.seeds):
+                trace = replace(spec.trace, workload=replace(workload, workload_seed=seed))
+                found.append(Point(values, seed, replace(spec, trace=trace)))
+        elif config.seeds > 1:
+            raise ValueError(f"seeds ({config.seeds}) must be 1 for a trace file: nothing in it is drawn")
+        else:
+            found.append(Point(values, 0, spec))
     return found
 
 
