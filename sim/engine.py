@@ -21,9 +21,14 @@ from sim.cost import StepCost
 from sim.recorder import Recorder
 from sim.records import RunResult
 from sim.replica import Replica
-from sim.request import Request
+from sim.request import MAX_TIME_PS, PS_PER_S, Request
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.scheduler import Scheduler
+
+_TOO_LONG = (
+    f"the run must end within {MAX_TIME_PS // (86400 * PS_PER_S)} days of simulated time, where the simulator's clock "
+    "ends: its steps take too long, or its requests come too late"
+)
 
 
 def simulate(
@@ -62,7 +67,10 @@ def simulate(
 
 
 def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any, None]]) -> float:
-    """Let a SimPy process run until nothing happens any more; return the real seconds that it took."""
+    """Let a SimPy process run until nothing happens any more; return the real seconds that it took.
+
+    Raises ValueError if it goes on for longer than 64-bit integers can tell.
+    """
     environment = simpy.Environment()
     environment.process(process(environment))
     collecting = gc.isenabled()
@@ -70,9 +78,13 @@ def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any,
     start = perf_counter()
     try:
         environment.run()
+    except OverflowError as error:  # the records, all int64, are what finds it out: no step looks at the time
+        raise ValueError(_TOO_LONG) from error
     finally:
         if collecting:
             gc.enable()
+    if environment.now > MAX_TIME_PS:
+        raise ValueError(_TOO_LONG)
     return perf_counter() - start
 
 

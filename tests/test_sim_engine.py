@@ -22,7 +22,7 @@ from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.hardware import GPU_PRESETS
 from sim.records import RunResult
-from sim.request import PS_PER_S, Request
+from sim.request import MAX_TIME_PS, PS_PER_S, Request
 from sim.scheduler.config import EngineConfig
 from sim.traces import read_trace
 from sim.workload import WorkloadConfig, generate
@@ -380,6 +380,19 @@ def test_without_paging_the_pool_must_hold_a_sequence() -> None:
     build = BuildConfig(4, 8, max_seq_len=64, enable_paged_kv_cache=False, tokens_per_block=16)
     with pytest.raises(ValueError, match=r"num_blocks \(3\) of 16 tokens must hold one sequence .* \(64\)"):
         _simulate(unlike((0, 1, 1)), build, num_blocks=3)
+
+
+@pytest.mark.parametrize("skipping", [True, False])
+@pytest.mark.parametrize(
+    "step_ps", [2**62, 10**20, MAX_TIME_PS // 3 + 1], ids=["wraps", "overflows", "passes"]
+)
+def test_the_clock_has_an_end(step_ps: int, skipping: bool) -> None:
+    """Three steps that pass it, by so little that 64 bits still hold the time, or by far."""
+    scenario = Scenario(
+        unlike((0, 1, 3)), _build(1, 8, 8), num_blocks=8, cost=LinearCost(step_ps), engine=GREEDY
+    )
+    with pytest.raises(ValueError, match=r"the run must end within 104 days of simulated time"):
+        scenario.run(skipping=skipping)
 
 
 def test_no_requests_is_a_run_without_rows() -> None:
