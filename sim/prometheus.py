@@ -22,11 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from sim.distributions import Ints, Progressions, exact_dot
+from sim.export import RUN_FILES
 from sim.manifest import RunSpec
 from sim.metrics import finished_mask, float_sum, int_column, inter_token_gaps, summarise
 from sim.records import Columns, RunResult
 from sim.request import PS_PER_S
 from sim.stored import StoredTimes, counts_at_most
+from sim.target import check_target
 from sim.window import Window
 
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
@@ -219,15 +221,28 @@ def _sample(name: str, labels: dict[str, str], value: float) -> str:
     return f"{name}{{{shown}}} {value}"
 
 
+def check_place(path: Path, trace: str, results: Path) -> None:
+    """Raise ValueError where `write_whole` would, or would replace the trace or what a run leaves in `results`."""
+    try:
+        target = check_target(path)
+    except OSError as error:
+        raise ValueError(f"prometheus ({path}) cannot be written: {error.strerror}") from None
+    if target == Path(os.path.realpath(trace)):
+        raise ValueError(f"prometheus ({path}) must not be the trace")
+    if target in {Path(os.path.realpath(results / name)) for name in RUN_FILES}:
+        raise ValueError(f"prometheus ({path}) must not be a file that the run leaves in out ({results})")
+
+
 def write_whole(text: str, path: Path) -> None:
     """Write the text to a file, at once: whoever collects it sees all of it or what was there before.
 
     Raises ValueError where the file cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
+        target = check_target(path)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
+            whole = Path(folder) / target.name
             whole.write_text(text, encoding="utf-8")
-            os.replace(whole, path)
+            os.replace(whole, target)
     except OSError as error:
         raise ValueError(f"prometheus ({path}) cannot be written: {error.strerror}") from None

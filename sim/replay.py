@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from sim.command_line import require_writable, run_command
+from sim.command_line import run_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,14 +31,14 @@ def replay(arguments: list[str]) -> None:
     spec = options.spec(manifest.spec if manifest else None)
 
     from sim.export import ResultFolder
-    from sim.prometheus import prometheus_text, write_whole
+    from sim.prometheus import check_place, prometheus_text, write_whole
     from sim.report import print_report, report_rows
     from sim.runner import load_trace, memory_budget
 
     memory_budget(spec)  # an impossible configuration is found out before a long trace is read
     with ResultFolder(options.out) as folder:
         if options.prometheus is not None:
-            require_writable("prometheus", options.prometheus)
+            check_place(options.prometheus, options.trace, options.out)
         trace = load_trace(spec.trace)
         if manifest and spec.trace.workload is None and trace.sha256 != manifest.trace_sha256:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -293,6 +294,34 @@ def test_the_command_writes_it(tmp_path: Path, replicas: list[str]) -> None:
     assert summary["hit_tokens"] > 0
     check_counters(Parsed(path.read_text()), summary)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.prom", "out"]
+
+
+def test_what_is_there_is_replaced_only_if_it_is_a_file_of_the_users(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, pipe, link, kept = (tmp_path / name for name in ("out", "pipe", "link", "kept.prom"))
+    os.mkfifo(pipe)
+    kept.write_text("earlier")
+    link.symlink_to(kept)
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,48,10\n")
+    assert main([str(trace), "--out", str(out), "--prometheus", str(out / ".." / trace.name)]) == 2
+    assert "must not be the trace" in capsys.readouterr().err
+    flags = ["synthetic", "--num-requests", "3", "--no-figures", "--out", str(out)]
+    for path, reason in [
+        (pipe, "cannot be written: it exists and is not a regular file"),
+        (out / "summary.json", f"must not be a file that the run leaves in out ({out})"),
+        (out / ".." / "out" / "figures" / "latency.png", "must not be a file that the run leaves"),
+    ]:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        assert main([*flags, "--prometheus", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: prometheus ({path}) ")
+        assert reason in error
+    assert pipe.is_fifo()
+    assert main([*flags, "--prometheus", str(link)]) == 0
+    assert link.is_symlink()
+    assert kept.read_text().startswith("# HELP")
 
 
 @pytest.mark.parametrize(

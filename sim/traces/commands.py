@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import tyro
 
 from sim.command_line import parse_dataclass
+from sim.target import check_target
 from sim.traces.describe import describe, render
 from sim.traces.reader import read_trace
 from sim.traces.reading import ReadOptions
 from sim.traces.trace import Trace
-from sim.traces.writer import check_target, write_trace
+from sim.traces.writer import write_trace
 from sim.workload import WorkloadConfig, generate
 
 

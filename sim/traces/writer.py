@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice, takewhile
-from pathlib import Path
-from tempfile import TemporaryFile
 from threading import Event
 from typing import IO, Any, cast
 
@@ -20,27 +17,8 @@ from numpy.typing import NDArray
 from polars.io.plugins import register_io_source
 
 from sim.request import Request
+from sim.target import check_target
 from sim.traces.native import LISTS, SAMPLE_ROWS, SCALARS, SCHEMA, batch_rows
-
-
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return where `write_trace` would write, links followed, having found out that it can.
-
-    Raises OSError when the folder cannot be written, or when what is there already is no regular file: a device,
-    a pipe or a folder must not be replaced by a trace.
-    """
-    given, target = Path(path), Path(os.path.realpath(path))
-    try:
-        # Asked of the name as given: a link such as /dev/stdout may lead to what has no name.
-        if given.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if given.exists() and not given.is_file():
-            raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
-        with TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    return target
 
 
 def write_trace(trace: Iterable[Request], path: str | os.PathLike[str]) -> int:
