@@ -70,7 +70,7 @@ class Convert:
     """How the trace file is read, and which part of it."""
 
     def run(self) -> None:
-        _write(lambda: read_trace(self.trace, **asdict(self.reading)), self.out)
+        _write(lambda: read_trace(self.trace, **asdict(self.reading)), self.out, self.trace)
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,11 @@ def _parse(program: str, description: str, arguments: list[str]) -> Describe | C
     return command
 
 
-def _write(make: Callable[[], Trace], out: Path) -> None:
+def _write(make: Callable[[], Trace], out: Path, source: Path | None = None) -> None:
     try:
-        check_target(out)  # found out before the trace is made, which may take long
+        target = check_target(out)  # found out before the trace is made, which may take long
+        if source is not None and target == Path(os.path.realpath(source)):
+            raise ValueError(f"OUT ({out}) must not be the trace that is read")
         trace = make()
         count = write_trace(trace, out)
     except OSError as error:
