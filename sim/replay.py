@@ -45,10 +45,6 @@ def replay(arguments: list[str]) -> None:
                 f"trace ({options.trace}) has SHA-256 {trace.sha256}, "
                 f"but the manifest was made with {manifest.trace_sha256}"
             )
-        if spec.engine.warm_up_requests >= len(trace):
-            raise ValueError(
-                f"warm_up_requests ({spec.engine.warm_up_requests}) must leave some of {len(trace)} requests"
-            )
         with folder.scratch() as scratch:
             finished = _simulate(spec, trace, scratch)
             summary = write_run(

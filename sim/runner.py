@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from allocator.config import MemoryBudget
 from sim.bounds import CacheBound, infinite_cache
 from sim.cluster.cluster import simulate_cluster
@@ -14,6 +16,7 @@ from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
 from sim.metrics import finished_mask
 from sim.records import RunResult
+from sim.request import PS_PER_S
 from sim.stream import RequestStream
 from sim.timing import Setting
 from sim.traces import Trace, read_trace
@@ -56,9 +59,15 @@ def run(
 
     `progress` is called now and then with the number of requests that are done. Of more than MOST_IN_MEMORY
     requests, the records are kept in files of `folder`, if given and there is one replica.
+
+    Raises ValueError for what cannot work, and where the warm-up leaves no request to be counted.
     """
     budget = memory_budget(spec)
     loaded = load_trace(spec.trace) if trace is None else trace
+    if spec.engine.warm_up_requests >= len(loaded):
+        raise ValueError(
+            f"warm_up_requests ({spec.engine.warm_up_requests}) must leave some of {len(loaded)} requests"
+        )
     cost = spec.timing.make(
         Setting(
             spec.model.narrowed(spec.cache.window),
@@ -81,18 +90,23 @@ def run(
             transfer=_transfer_cost(spec, budget),
             progress=progress,
         )
-        return Run(spec, loaded, budget, result)
-    result = simulate(
-        loaded.requests,
-        spec.build,
-        spec.cache,
-        spec.engine,
-        num_blocks=budget.num_blocks,
-        num_host_blocks=budget.num_host_blocks,
-        cost=cost,
-        progress=progress,
-        folder=folder if len(loaded) > MOST_IN_MEMORY else None,
-    )
+    else:
+        result = simulate(
+            loaded.requests,
+            spec.build,
+            spec.cache,
+            spec.engine,
+            num_blocks=budget.num_blocks,
+            num_host_blocks=budget.num_host_blocks,
+            cost=cost,
+            progress=progress,
+            folder=folder if len(loaded) > MOST_IN_MEMORY else None,
+        )
+    if not Window.of(result, spec.engine).counted.any():  # when later turns arrive is not known before
+        last_s = int(result.requests["arrival_ps"].astype(np.int64).max()) / PS_PER_S
+        raise ValueError(
+            f"warm_up_s ({spec.engine.warm_up_s}) must leave some requests: the last arrives at {last_s:.6g} s"
+        )
     return Run(spec, loaded, budget, result)
 
 

@@ -157,6 +157,7 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
         (["--metrics", "nothing"], WORKLOAD, "metric (nothing) must be one of"),
         (["--metrics", "ttft_s"], WORKLOAD, "metric (ttft_s) must be one of ttft_s.mean"),
         ([], [*WORKLOAD, "--out", "x"], "out (after --) must not be given"),
+        ([], [*WORKLOAD, "--warm-up-requests", "12"], "warm_up_requests (12) must leave some of 12 requests"),
         ([], [*WORKLOAD, "--prometheus=x"], "prometheus (after --) must not be given"),
         (["--vary", "out=a,b"], WORKLOAD, "vary (out=a,b) must name a flag that decides what comes of a run"),
         (["--vary", "policy=lru,fifo, lru"], WORKLOAD, "(policy=lru,fifo, lru) must give each value once"),

@@ -481,6 +481,10 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
             ["synthetic", "--warm-up-requests", "1000"],
             "warm_up_requests (1000) must leave some of 1000 requests",
         ),
+        (
+            ["synthetic", "--num-requests", "5", "--warm-up-s", "9000"],
+            "warm_up_s (9000.0) must leave some requests: the last arrives at ",
+        ),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
             ["{here}/trace.csv", "--turns-mean", "2"],
