@@ -321,20 +321,7 @@ class Batch(Sequence[KVSequence]):
         if num_tokens == 1:
             return len(self.starting())
         cycles, rest = divmod(num_tokens, self.tokens_per_block)
-        return cycles * len(self.members) + sum(map(len, self._turns(rest)))
-
-    def _turns(self, ticks: int) -> list[Bucket]:
-        """Return whose turn to start a block comes in the next ticks, tokens_per_block at most, in order of time."""
-        size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
-        if ticks > 2 * len(buckets):
-            order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
-            order.sort(key=_by_offset)
-            return [bucket for offset, bucket in order if offset < ticks]
-        first = tick % size
-        end = first + ticks
-        if end <= size:
-            return list(filter(None, map(buckets.get, range(first, end))))
-        return list(filter(None, map(buckets.get, chain(range(first, size), range(end - size)))))
+        return cycles * len(self.members) + self.starts(rest)[1]
 
     def growing(self, num_tokens: int) -> Iterator[tuple[Bucket, int]]:
         """Yield the buckets that start blocks in the next `num_tokens` ticks, and how many each member does."""
@@ -357,15 +344,24 @@ class Batch(Sequence[KVSequence]):
         """Return the buckets that start a block in the next ticks, in order of time, and how many blocks that are:
         altogether, and at the first tick.
         """
-        now = self._buckets.get(self.tick % self.tokens_per_block)
+        size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
+        turn = tick % size
+        now = buckets.get(turn)
         first = 0 if now is None else len(now)
         if num_tokens == 1:
             return [] if now is None else [now], first, first
-        if num_tokens <= self.tokens_per_block:
-            found = self._turns(num_tokens)
+        end = turn + num_tokens
+        if num_tokens > size:
+            cycles, rest = divmod(num_tokens, size)
+            found = self.starts(size)[0] * cycles + self.starts(rest)[0]
+        elif num_tokens > 2 * len(buckets):  # ask each bucket, not each tick
+            order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
+            order.sort(key=_by_offset)
+            found = [bucket for offset, bucket in order if offset < num_tokens]
+        elif end <= size:
+            found = list(filter(None, map(buckets.get, range(turn, end))))
         else:
-            cycles, rest = divmod(num_tokens, self.tokens_per_block)
-            found = self._turns(self.tokens_per_block) * cycles + self._turns(rest)
+            found = list(filter(None, map(buckets.get, chain(range(turn, size), range(end - size)))))
         return found, sum(map(len, found)), first
 
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:

@@ -248,8 +248,8 @@ MUTANTS = [
     Mutant(
         "batch_counts_a_tick_too_few",
         "batch.py",
-        "        return cycles * len(self.members) + sum(map(len, self._turns(rest)))\n",
-        "        return cycles * len(self.members) + sum(map(len, self._turns(rest - 1)))\n",
+        "        return cycles * len(self.members) + self.starts(rest)[1]\n",
+        "        return cycles * len(self.members) + self.starts(rest - 1)[1]\n",
         "BatchMachine",
     ),
     Mutant(
