@@ -20,6 +20,10 @@ COMMANDS = (
     "experiments.memory_savings",
     "experiments.kernel_replay",
     "experiments.bench.simulator",
+    "experiments.tools.calibrate",
+    "experiments.tools.fuzz",
+    "experiments.tools.serial_replay",
+    "experiments.tools.sweep",
     "kernels.compile",
 )
 

@@ -10,6 +10,11 @@ those of the CPU runner: good for trying the command out, and for nothing else.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import datetime
 import itertools
 import sys

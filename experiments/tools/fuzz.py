@@ -11,6 +11,11 @@ and is printed as the shortest program that still fails, ready to paste into a t
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import json
 import re
 import subprocess

@@ -10,6 +10,11 @@ what no policy can exceed.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import heapq
 import sys
 from collections.abc import Sequence

@@ -11,6 +11,11 @@ of that mean (Student's t).
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from sim.command_line import answer_interrupts
+
+    answer_interrupts()
+
 import csv
 import hashlib
 import io
