@@ -28,10 +28,15 @@ class Admission(Coasting):
         """Return which blocks of a prompt are cached, and why the others are not. Changes nothing.
 
         Only sequences with an equal `salt` share blocks. A full hit still leaves the last token to compute. With
-        partial reuse, the hits can end within a block: see allocator.partial. In a windowed cache, a prompt hits as
-        far as what the next query attends to is cached. O(blocks of the prompt), compared as bytes.
+        partial reuse, the hits can end within a block, but not in what has been written since `pending_copies` was last
+        asked for: see allocator.partial. In a windowed cache, a prompt hits as far as what the next query attends to is
+        cached. O(blocks of the prompt), compared as bytes. Raises ValueError for what is no Content.
         """
-        if not self.reuse or content.is_unheard():
+        try:
+            unheard = content.is_unheard()
+        except AttributeError:
+            raise ValueError(f"content ({content!r}) must be a Content, a TokenContent for example") from None
+        if not self.reuse or unheard:
             return no_match(self.index, content, salt, self.tokens_per_block, self.reuse)
         if self.windowed is not None:
             return find_windowed_match(
@@ -147,10 +152,12 @@ class Admission(Coasting):
         content or salt, a retention that is no RetentionConfig, or a time that runs back.
         """
         index = self.index
-        if match is None or match.version != index.version or match.index is not index:
+        if match is None:
             match = self.lookup(content, salt)
         elif match.content is not content or match.salt != salt:
-            raise ValueError("match must come from a lookup of the same content and salt")
+            raise ValueError("match must come from a lookup of the same content object and salt")
+        elif match.version != index.version or match.index is not index:
+            match = self.lookup(content, salt)
         if type(num_tokens) is not int or num_tokens < 1:
             num_tokens = as_int("num_tokens", num_tokens, 1)
         size, pool, events = self.tokens_per_block, self.pool, self.events
@@ -304,6 +311,10 @@ class Admission(Coasting):
         first = sequence.base_tokens if sequence.batch is None else sequence.num_tokens
         left = sequence.num_prompt_tokens - first
         if num_tokens > left:
+            if left <= 0:
+                raise ValueError(
+                    f"{sequence} must not have its prompt of {sequence.num_prompt_tokens} complete"
+                )
             raise ValueError(f"num_tokens ({num_tokens}) must be at most the prompt's remaining {left}")
         copies = first % self.tokens_per_block and self.tables.borrowers((sequence,))
         if copies or sequence.tenant is not None or self.windowed is not None:

@@ -111,10 +111,10 @@ class Batch(Sequence[KVSequence]):
         if sequence.batch is not None:
             raise ValueError(f"{sequence} must leave its batch before it joins another")
         if sequence not in self.live:
-            state = "released" if sequence.released else "another manager's"
+            state = "have been released already" if sequence.released else "be another manager's"
             if sequence.host is not None:
-                state = "swapped out"
-            raise ValueError(f"{sequence} must not be {state}")
+                state = "be swapped out"
+            raise ValueError(f"{sequence} must not {state}")
         tokens = sequence.base_tokens
         if tokens < sequence.num_prompt_tokens:
             raise ValueError(f"{sequence} must have its prompt of {sequence.num_prompt_tokens} complete")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.batch import Batch
-from allocator.checks import as_int
+from allocator.checks import as_int, require_int
 from allocator.event_log import ADVANCED, NOBODY, TAKEN
 from allocator.pool import OutOfBlocks
 from allocator.sequence import KVSequence
@@ -57,6 +57,8 @@ class Decoding(ManagerState):
             sequences.keep_slots()
             self._advance_batch(sequences, 1, tokens)
             return sequences.last_slots()
+        if isinstance(sequences, KVSequence):
+            raise ValueError(f"sequences ({sequences}) must be a list of them, or a Batch")
         firsts = [sequence.num_tokens for sequence in sequences]
         self._step(sequences, num_tokens, tokens)
         if not firsts:
@@ -121,8 +123,9 @@ class Decoding(ManagerState):
     def room(self, sequence: KVSequence) -> int:
         """Return for how many more tokens there are blocks, if no other sequence takes any. O(1).
 
-        The copy of a last block that it shares is not counted.
+        The copy of a last block that it shares is not counted. Raises ValueError for a sequence that is not running.
         """
+        self._check_live(sequence)
         blocks = sequence.left + len(sequence.table) + self.pool.available
         if self.windowed is not None:
             blocks += self.windowed.gain([sequence])
@@ -146,18 +149,30 @@ class Decoding(ManagerState):
         self._write(sequences, num_tokens, rows)
 
     def _check_writers(self, sequences: Sequence[KVSequence]) -> None:
-        if len(set(sequences)) != len(sequences):
-            raise ValueError(f"sequences ({len(sequences)}) must be distinct")
+        self._check_distinct(sequences)
         for sequence in sequences:
             self._check_complete(sequence)
             if sequence.batch is not None:
                 raise ValueError("sequences of a batch advance together: append to the batch")
 
+    def _check_distinct(self, sequences: Sequence[KVSequence]) -> None:
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences ({len(sequences)}) must be distinct")
+
     def blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int = 1) -> int:
         """Return how many blocks `append` would take: growth and copies, less those that leave a window.
 
-        O(sequences); of a batch, O(blocks that start, and members to be copied for).
+        O(sequences); of a batch, O(blocks that start, and members to be copied for). Raises ValueError for sequences
+        that are not running or not distinct, or a num_tokens below 1.
         """
+        num_tokens = as_int("num_tokens", num_tokens, 1)
+        if not isinstance(sequences, Batch):
+            for sequence in sequences:
+                self._check_live(sequence)
+            self._check_distinct(sequences)
+        return self._blocks_to_advance(sequences, num_tokens)
+
+    def _blocks_to_advance(self, sequences: Sequence[KVSequence], num_tokens: int) -> int:
         if isinstance(sequences, Batch):
             blocks = sequences.growth(num_tokens) + self.tables.copies_needed(sequences.unready)
         else:
@@ -197,7 +212,7 @@ class Decoding(ManagerState):
     def _write(
         self, sequences: Sequence[KVSequence], num_tokens: int, rows: list[Sequence[int]] | None = None
     ) -> None:
-        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)
+        self._check_room(self._blocks_to_advance(sequences, num_tokens), sequences)
         if self.quotas is not None:
             demands = [(s, self._growth([s], num_tokens)) for s in sequences]
             self.quotas.require(demands + self._given_up(sequences))
@@ -367,6 +382,9 @@ def _rows(
     for row in rows:
         if len(row) != num_tokens:
             raise ValueError(f"tokens ({len(row)} for a sequence) must be num_tokens ({num_tokens})")
+        for token in row:
+            if type(token) is not int:
+                require_int("tokens", token, 0)
         if min(row) < 0:
             raise ValueError(f"tokens ({min(row)}) must not be negative")
         if max(row) >= 2**31:

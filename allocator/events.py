@@ -358,8 +358,11 @@ def _states(
 def rebuild(log: EventLog, upto: int | None = None) -> CacheState:
     """Return the exact state after the first `upto` events of a log, or after all of them.
 
-    Raises ValueError where the log contradicts itself. To go on from there, use a `Replayer`.
+    Raises ValueError where the log contradicts itself, or is None: a manager keeps one if made with events=True. To go
+    on from there, use a `Replayer`.
     """
+    if not isinstance(log, EventLog):
+        raise ValueError(f"log ({log!r}) must be an EventLog, which a manager made with events=True keeps")
     replayer = Replayer()
     replayer.apply(log, upto)
     return replayer.state()

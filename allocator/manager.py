@@ -114,8 +114,12 @@ class KVCacheManager(Swapping):
         """Return the block tables of sequences, int32 [len(sequences), longest table], −1 past a sequence's blocks.
 
         Block i of a row holds tokens i · tokens_per_block and following. O(entries).
-        In a windowed cache a row lacks the blocks that have left, and is to be read with `context_lens`.
+        In a windowed cache a row lacks the blocks that have left, and is to be read with `context_lens`. Raises
+        ValueError for sequences that are not running.
         """
+        for sequence in sequences:
+            if sequence not in self.sequences:
+                self._check_live(sequence)
         longest = max((len(s.table) for s in sequences), default=0)
         tables = np.full((len(sequences), longest), -1, dtype=np.int32)
         for row, sequence in zip(tables, sequences, strict=True):

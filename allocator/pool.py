@@ -59,6 +59,7 @@ class BlockPool(FreeBlocks):
         self._touched = 0  # when the stock was last used
         index.settle = self.settle
         self._windowed = index.windowed
+        policy.in_use = True
         policy.attached(self.num_blocks)
 
     @property

@@ -163,10 +163,13 @@ class KVSequence:
         """Return its first `num_tokens` tokens as a prompt, to be computed again after a preemption.
 
         The default is all that have a slot, and the rest of the prompt if its prefill is incomplete; one more
-        includes the token sampled last.
+        includes the token sampled last. Raises ValueError for more than that, or less than 1.
         """
+        most = max(self.num_tokens, self.num_prompt_tokens)
         if num_tokens is None:
-            num_tokens = max(self.num_tokens, self.num_prompt_tokens)
+            num_tokens = most
+        elif not 1 <= num_tokens <= most + 1:
+            raise ValueError(f"num_tokens ({num_tokens}) must be in 1..{most + 1}")
         return self.history.content(num_tokens)
 
     def slots(self, first: int, last: int) -> NDArray[np.int64]:

@@ -193,7 +193,8 @@ class Sharing(Admission):
             raise ValueError(
                 f"parents ({len(parents)} of them) must be as many as sequences ({len(sequences)})"
             )
-        if not all(0 <= parent < len(sequences) for parent in parents):
+        parents = [as_int("parents", parent, 0) for parent in parents]
+        if not all(parent < len(sequences) for parent in parents):
             raise ValueError(f"parents ({list(parents)}) must index the {len(sequences)} sequences")
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences ({len(sequences)}) must be distinct")

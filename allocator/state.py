@@ -44,7 +44,9 @@ class ManagerState:
         num_blocks = as_int("num_blocks", num_blocks, 1)
         tokens_per_block = as_int("tokens_per_block", tokens_per_block, 1)
         require_power_of_two("tokens_per_block", tokens_per_block)
-        if not isinstance(policy, EvictionPolicy | None):
+        if not isinstance(config, CacheConfig):
+            raise ValueError(f"config ({config!r}) must be a CacheConfig")
+        if not isinstance(policy, EvictionPolicy | None) or (policy is not None and policy.in_use):
             raise ValueError(f"policy ({policy!r}) must be an EvictionPolicy, made and not yet in use")
         if ghost_blocks is None:
             ghost_blocks = 16 * num_blocks
@@ -125,11 +127,13 @@ class ManagerState:
             self.events.move(now)
 
     def _check_live(self, sequence: KVSequence) -> None:
+        if not isinstance(sequence, KVSequence):
+            raise ValueError(f"sequence ({sequence!r}) must be a KVSequence")
         if sequence not in self.sequences:
-            state = "released" if sequence.released else "another manager's"
+            state = "have been released already" if sequence.released else "be another manager's"
             if sequence.host is not None:
-                state = "swapped out"
-            raise ValueError(f"{sequence} must not be {state}")
+                state = "be swapped out"
+            raise ValueError(f"{sequence} must not {state}")
 
     def _check_complete(self, sequence: KVSequence) -> None:
         self._check_live(sequence)

@@ -100,7 +100,12 @@ class Swapping(Sharing):
             raise ValueError(f"{sequence} must be swapped out")
 
     def _release_swapped(self, sequence: KVSequence) -> None:
-        if sequence.host is None or self.pool.tier is None or sequence not in self.pool.tier.swapped:
+        if (
+            not isinstance(sequence, KVSequence)
+            or sequence.host is None
+            or self.pool.tier is None
+            or sequence not in self.pool.tier.swapped
+        ):
             super()._release_swapped(sequence)
             return
         root = self.tables.root_of(sequence)

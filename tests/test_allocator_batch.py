@@ -146,7 +146,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="must be out of its batch"):
         manager.truncate(sequence, 2)
     manager.release(sequence)
-    with pytest.raises(ValueError, match="must not be released"):
+    with pytest.raises(ValueError, match="must not have been released"):
         batch.add(sequence)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from allocator.config import CacheConfig
 from allocator.content import ChunkContent, TokenContent, UniqueContent
+from allocator.events import rebuild
 from allocator.eviction import LRU
 from allocator.manager import KVCacheManager, KVSequence, OutOfBlocks
 
@@ -318,7 +319,7 @@ def test_bad_input_is_named() -> None:
             match=rf"num_tokens \({tokens}\) must be (at least 1|at most the prompt's remaining 6)",
         ):
             manager.admit(content, tokens)
-    with pytest.raises(ValueError, match="match must come from a lookup of the same content and salt"):
+    with pytest.raises(ValueError, match="match must come from a lookup of the same content object and salt"):
         manager.admit(content, 1, manager.lookup(content), "salt")
     sequence = manager.admit(content, 4)
     with pytest.raises(ValueError, match="must have its prompt of 6 complete"):
@@ -351,11 +352,92 @@ def test_bad_input_is_named() -> None:
         manager.reorder_beams([sequence], [1])
     manager.release(sequence)
     for refused in (manager.release, manager.fork, lambda s: manager.append([s])):
-        with pytest.raises(ValueError, match="must not be released"):
+        with pytest.raises(ValueError, match="must not have been released"):
             refused(sequence)
     manager.check_invariants()
     assert manager.append([]).shape == (0,)
     assert manager.block_tables([]).shape == (0, 0)
+
+
+def test_what_is_of_another_kind_is_named() -> None:
+    wrong: Any = [1, 2]
+    manager = KVCacheManager(16, 4)
+    for refused in (lambda: manager.lookup(wrong), lambda: manager.admit(wrong, 2)):
+        with pytest.raises(ValueError, match=r"content \(\[1, 2\]\) must be a Content"):
+            refused()
+    with pytest.raises(ValueError, match=r"config \('lru'\) must be a CacheConfig"):
+        KVCacheManager(16, 4, "lru")  # type: ignore[arg-type]
+    sequence = manager.admit(TokenContent([1] * 6), 6)
+    for unlike in (None, "sequence"):
+        nothing: Any = unlike
+        for call in (manager.release, manager.fork, manager.room, manager.reclaimable_blocks):
+            with pytest.raises(ValueError, match=r"sequence \(.*\) must be a KVSequence"):
+                call(nothing)
+    alone: Any = sequence
+    with pytest.raises(ValueError, match="must be a list of them, or a Batch"):
+        manager.append(alone, [1])
+    for token, text in ((1.5, "1.5"), ("a", "'a'"), (True, "True")):
+        odd: Any = [token]
+        with pytest.raises(ValueError, match=rf"tokens \({text}\) must be an integer"):
+            manager.append([sequence], odd)
+    for parents in ([0.0], [True]):
+        odd = parents
+        with pytest.raises(ValueError, match=r"parents \(.*\) must be an integer"):
+            manager.reorder_beams([sequence], odd)
+    with pytest.raises(ValueError, match="must not have its prompt of 6 complete"):
+        manager.extend(sequence, 1)
+    for length in (0, 8):
+        with pytest.raises(ValueError, match=rf"num_tokens \({length}\) must be in 1..7"):
+            sequence.content(length)
+    assert sequence.content(7).num_prompt_tokens == 7
+    no_log: Any = manager.events
+    with pytest.raises(
+        ValueError, match=r"log \(None\) must be an EventLog, which a manager made with events=True"
+    ):
+        rebuild(no_log)
+    assert sequence.num_tokens == 6
+    manager.check_invariants()
+
+
+def test_plans_are_for_what_runs() -> None:
+    manager = KVCacheManager(16, 4)
+    one, other = (manager.admit(TokenContent([symbol] * 6), 6) for symbol in (1, 2))
+    assert manager.blocks_to_advance([one, other], 3) == 2
+    with pytest.raises(ValueError, match=r"sequences \(2\) must be distinct"):
+        manager.blocks_to_advance([one, one])
+    with pytest.raises(ValueError, match=r"num_tokens \(0\) must be at least 1"):
+        manager.blocks_to_advance([one], 0)
+    manager.release(one)
+    stranger = KVCacheManager(16, 4).admit(TokenContent([1] * 6), 6)
+    for gone, state in ((one, "have been released already"), (stranger, "be another manager's")):
+        for call in (
+            lambda s: manager.room(s),
+            lambda s: manager.blocks_to_advance([other, s]),
+            lambda s: manager.block_tables([other, s]),
+            lambda s: manager.remaining_blocks(s, 9),
+        ):
+            with pytest.raises(ValueError, match=f"must not {state}"):
+                call(gone)
+
+
+def test_a_stale_match_of_something_else_is_refused() -> None:
+    manager = KVCacheManager(16, 4)
+    one, other = TokenContent([1] * 6), TokenContent([2] * 6)
+    match = manager.lookup(one)
+    manager.release(manager.admit(other, 6))
+    assert not manager.is_current(match)
+    for content, salt in ((other, ""), (one, "salt")):
+        with pytest.raises(ValueError, match="must come from a lookup of the same content object and salt"):
+            manager.admit(content, 2, match, salt)
+    manager.release(manager.admit(one, 2, match))
+    manager.check_invariants()
+
+
+def test_a_policy_belongs_to_one_pool() -> None:
+    policy = LRU()
+    KVCacheManager(16, 4, policy=policy)
+    with pytest.raises(ValueError, match="made and not yet in use"):
+        KVCacheManager(16, 4, policy=policy)
 
 
 def test_out_of_blocks_survives_a_process_boundary() -> None:

@@ -305,7 +305,7 @@ def test_a_swapped_out_sequence_can_be_released() -> None:
     assert host(manager).in_transfer_blocks == 3
     run(manager)
     assert host(manager).free_blocks == 4, "the GPU still has its full blocks cached"
-    with pytest.raises(ValueError, match="must not be released"):
+    with pytest.raises(ValueError, match="must not have been released"):
         manager.release(sequence)
 
     manager = make(4, 4)

@@ -25,12 +25,15 @@ class EvictionPolicy(ABC):
 
     In a windowed cache extents are single blocks, each referenced by those alone who hold it. Every evictable one
     is exposed, whatever hangs below it, and a sequence releases its blocks front first: parents leave first.
+
+    A policy belongs to one pool. One that, having chosen a victim, would choose it again until it is empty or
+    referenced, all its blocks if so many are wanted, may say so by `drains_victims = True` in its class, each class for
+    itself, as it is not inherited. The pool then asks only once, and calls `evicted` when the victim is empty, or
+    before anybody looks.
     """
 
     drains_victims = False
-    """Whether a victim, once chosen, is chosen again until it is empty or referenced, all its blocks if so many are
-    wanted. The pool then asks only once, and calls `evicted` when the victim is empty, or before anybody looks. To be
-    said by each class for itself: it is not inherited."""
+    in_use = False  # whether a pool has it
 
     def attached(self, num_blocks: int) -> None:
         """Note the size of the pool that is going to ask. Comes before everything else."""

@@ -44,7 +44,7 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
     """The operations without which nothing happens; see `Oracle` for what a subclass may replace."""
 
     weights: ClassVar[Mapping[str, int]] = {}
-    """How often an operation counts among those to choose from, if not once."""
+    """How often an operation counts among those to choose from, if not once; with 0 it is never done."""
     operations: ClassVar[dict[str, Operation]]
 
     def __init_subclass__(cls) -> None:
@@ -88,8 +88,9 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
     ) -> None:
         """Make a pool; host blocks are for machines that serve them, with transfers that take time if `lag`.
 
-        Operations named in `without` are not drawn.
+        Operations named in `without` are not drawn while there is anything else that can be done.
         """
+        self.never = {name for name, weight in self.weights.items() if not weight}
         names = [name for name in self.operations if name not in without]
         self.slots = [self.operations[name] for name in names for _ in range(self.weights.get(name, 1))]
         chosen = self.choose_window(window)
@@ -189,23 +190,29 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
         assert sequence is not None
         manager, story = self.manager, self.stories[sequence]
         left = story.prompt - story.length
-        calls: list[Callable[[], object]] = [
-            lambda: manager.extend(sequence, max(left, 0) + 1),
-            lambda: manager.append([sequence, sequence]),
-            lambda: manager.truncate(sequence, story.length + 1),
-            lambda: manager.reorder_beams([sequence], [1]),
-        ]
+        calls: dict[str, Callable[[], object]] = {
+            "extend beyond the prompt": lambda: manager.extend(sequence, max(left, 0) + 1),
+            "append to a sequence twice": lambda: manager.append([sequence, sequence]),
+            "truncate to more tokens than there are": lambda: manager.truncate(sequence, story.length + 1),
+            "reorder_beams with a parent that is none": lambda: manager.reorder_beams([sequence], [1]),
+        }
         if left > 0 or sequence in self.batch:
-            calls.append(lambda: manager.append([sequence]))
+            calls["append before the prompt is complete, or to a member of a batch"] = lambda: manager.append(
+                [sequence]
+            )
         least = self.least_length(sequence)
-        if least > 1:  # what a window has passed cannot come back
-            calls.append(lambda: manager.truncate(sequence, least - 1))
+        if least > 1:
+            calls["truncate to what a window has passed"] = lambda: manager.truncate(sequence, least - 1)
+        self.must_refuse(calls)
+
+    def must_refuse(self, calls: Mapping[str, Callable[[], object]]) -> None:
+        """Check that each call, described in words, raises ValueError, and that none changes anything."""
         before = self.snapshot()
-        for call in calls:
+        for what, call in calls.items():
             try:
                 call()
             except ValueError:
                 continue
-            raise AssertionError("bad input was accepted")
+            raise AssertionError(f"bad input was accepted: {what}")
         assert self.snapshot() == before, "a refused call changed something"
         self.did("misuse")

@@ -67,8 +67,8 @@ _PLACES = st.integers(0, 999)
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Call:
-    """Draw what the machine does next.
+def calls(draw: st.DrawFn) -> Call | None:
+    """Draw what the machine does next; nothing, if there is nothing that it can do.
 
     What is drawn does not depend on the state, lest Hypothesis, which varies programs by drawing parts of one in
     another, should find numbers out of range and put in zeros.
@@ -80,7 +80,9 @@ def calls(draw: st.DrawFn) -> Call:
         able = {each.name for each in machine.operations.values() if each.when(machine)}
         left = [each for each in slots if each.name in able]
         if not left:  # all that can be done is switched off
-            left = [machine.operations[name] for name in sorted(able)]
+            left = [machine.operations[name] for name in sorted(able - machine.never)]
+        if not left:
+            return None
         chosen = left[place % len(left)]
     return Call(chosen.name, {key: draw(strategy) for key, strategy in chosen.strategies.items()})
 

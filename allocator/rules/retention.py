@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from allocator.eviction import Priority
 from allocator.oracle import MAX_LIVE
+from allocator.prefix import Extent
 from allocator.retention import DEFAULT_PRIORITY, Retention, RetentionConfig, TokenRange
 from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine, symbols_up_to
 from allocator.rules.operation import operation
@@ -152,7 +153,10 @@ class RetentionRules(ManagerMachine):
         chosen: dict[Any, list[State]] = {}
 
         def victim(wanted: int) -> Any:
-            extent, count = choose(wanted)
+            answer = choose(wanted)
+            if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Extent)):
+                return answer  # the pool says what is wrong with it
+            extent, count = answer
             chosen[extent] = [self.shadow.block(block) for block in extent.ids]
             if self.policy in ("priority", Priority):
                 self.check_victim(extent, chosen[extent][-count:])
