@@ -485,6 +485,7 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
             ["synthetic", "--num-requests", "5", "--warm-up-s", "9000"],
             "warm_up_s (9000.0) must leave some requests: the last arrives at ",
         ),
+        (["synthetic", "--num-replicas", "1025"], "num_replicas (1025) must be at most 1024"),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
             ["{here}/trace.csv", "--turns-mean", "2"],

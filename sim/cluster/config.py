@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from allocator.checks import require_int
 from sim.cluster.routing import check_routing
 
+MAX_REPLICAS = 1024
+"""Most replicas of a cluster: each has records of its own, and a router that looks at all of them asks each."""
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -29,6 +32,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require_int("num_replicas", self.num_replicas, 1)
+        if self.num_replicas > MAX_REPLICAS:
+            raise ValueError(f"num_replicas ({self.num_replicas}) must be at most {MAX_REPLICAS}")
         require_int("prefill_replicas", self.prefill_replicas, 0)
         if self.prefill_replicas >= self.num_replicas and self.prefill_replicas:
             raise ValueError(
