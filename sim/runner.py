@@ -35,7 +35,16 @@ def load_trace(source: TraceSource) -> Trace:
 
 
 def memory_budget(spec: RunSpec) -> MemoryBudget:
-    """Size the pool. Raises ValueError, with the numbers, when it cannot hold one sequence of max_seq_len."""
+    """Size the pool.
+
+    Raises ValueError, with the numbers, when it cannot hold one sequence of max_seq_len, or when the two limits that
+    may be given for it contradict each other.
+    """
+    blocks, size, most = spec.cache.num_blocks, spec.build.tokens_per_block, spec.cache.max_tokens
+    if blocks is not None and most is not None and blocks * size > most:
+        raise ValueError(
+            f"num_blocks ({blocks}) of {size} tokens must hold at most max_tokens ({most}), or one of them be left out"
+        )
     return MemoryBudget.compute(spec.model, spec.build, spec.cache, gpu_memory_bytes=spec.gpu.memory_bytes)
 
 

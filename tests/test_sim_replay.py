@@ -486,6 +486,10 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
             "warm_up_s (9000.0) must leave some requests: the last arrives at ",
         ),
         (["synthetic", "--num-replicas", "1025"], "num_replicas (1025) must be at most 1024"),
+        (
+            ["synthetic", "--max-tokens", "5000", "--num-blocks", "100"],
+            "num_blocks (100) of 64 tokens must hold at most max_tokens (5000), or one of them be left out",
+        ),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
             ["{here}/trace.csv", "--turns-mean", "2"],
