@@ -336,9 +336,8 @@ class Admission(Coasting):
         if full > sequence.anchor.end:
             self.tables.index_full(sequence, full)
         elif sequence.retention is not None:
-            sequence.anchor.sealed = (
-                True  # the prompt may be complete, and what is decoded is kept in another way
-            )
+            # The prompt may be complete with this, and what is decoded is to be kept in another way.
+            sequence.anchor.sealed = True
 
     def _note_prefilling(self, sequence: KVSequence, is_prefilling: bool) -> None:
         was_prefilling = sequence in self._prefilling

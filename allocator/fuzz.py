@@ -44,7 +44,7 @@ from allocator.rules.events import EventRules
 from allocator.rules.partial import PartialRules
 from allocator.rules.policies import PolicyRules
 from allocator.rules.quotas import QuotaRules
-from allocator.rules.retention import RetentionRules
+from allocator.rules.retention import RetainedBatchRules, RetentionRules
 from allocator.rules.reuse import ReuseRules
 from allocator.rules.serving import ServingRules
 from allocator.rules.sharing import SharingRules
@@ -155,8 +155,8 @@ class WindowRetentionMachine(WindowRules, RetentionMachine):
         return 2 + drawn % 8
 
 
-class RetentionSharingMachine(RetentionRules, SharingRules):
-    """Forks, beams and truncated sequences, and how their blocks are to be kept."""
+class RetentionSharingMachine(RetainedBatchRules, SharingRules):
+    """Forks, beams, batches and truncated sequences, and how their blocks are to be kept."""
 
 
 class PartialMachine(ReuseRules, EventRules, PartialRules):

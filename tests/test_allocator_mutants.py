@@ -746,6 +746,13 @@ MUTANTS = [
         "RetentionSharingMachine",
     ),
     Mutant(
+        "extent_left_open_by_a_chunk_that_fills_nothing",
+        "admission.py",
+        "            sequence.anchor.sealed = True\n",
+        "            pass\n",
+        "RetentionSharingMachine",
+    ),
+    Mutant(
         "twin_goes_on_in_what_is_kept_for_another",
         "tables.py",
         "                if extent.retention is not None:\n                    extent.sealed = True\n",

@@ -13,6 +13,7 @@ from allocator.oracle import MAX_LIVE
 from allocator.prefix import Extent
 from allocator.retention import DEFAULT_PRIORITY, Retention, RetentionConfig, TokenRange
 from allocator.rules.base import CHUNKS, INDEX, PROMPTS, SALTS, ManagerMachine, symbols_up_to
+from allocator.rules.batch import BatchRules
 from allocator.rules.operation import operation
 from allocator.sequence import KVSequence
 from allocator.shadow import Prompt, PromptSpec, State
@@ -355,3 +356,35 @@ class RetentionRules(ManagerMachine):
         """Let it be later. Only when all is settled."""
         self.manager.now += by
         self.keeping.pass_time(self.manager.now)
+
+
+class RetainedBatchRules(RetentionRules, BatchRules):
+    """Requests that want their blocks kept, from their first chunk on to what they decode in the batch."""
+
+    @operation(
+        when=lambda self: len(self.stories) < MAX_LIVE,
+        symbols=symbols_up_to(4),
+        cut=st.integers(0, 3),
+        retention=RETENTIONS,
+        chunk=CHUNKS,
+        count=st.integers(1, 9),
+    )
+    def serve_retained(
+        self, symbols: list[int], cut: int, retention: RetentionConfig, chunk: int, count: int
+    ) -> None:
+        """Admit a prompt whose blocks are to be kept, complete it chunk by chunk, and decode with the batch."""
+        prompt = self.learn(PromptSpec("runs", symbols, cut).make(self.size))
+        if not self.admit_prompt(prompt, "", chunk, retention=retention):
+            return
+        self.flush()
+        sequence = next(reversed(self.stories))
+        while not self.complete(sequence):
+            if not self.prefill(sequence, chunk):
+                return
+            self.flush()
+        self.batch.add(sequence)
+        for _ in range(count):
+            if not self.append_to(self.batch, 1, None, 0):
+                break
+            self.flush()
+        self.did("serve retained")
