@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant(
         "refused_append_leaves_traces",
         "decoding.py",
-        "        self._check_room(self.blocks_to_advance(sequences, num_tokens), sequences)\n        if self.quotas",
+        "        self._check_room(self._blocks_to_advance(sequences, num_tokens), sequences)\n        if self.quotas",
         "        self._check_room(self._growth(sequences, num_tokens), sequences)\n        if self.quotas",
         "SharingMachine",
     ),
@@ -821,6 +821,14 @@ def test_every_bug_known_from_the_field_is_planted() -> None:
     planted = {mutant.name for mutant in MUTANTS}
     assert planted >= EVERY_RUN
     assert all(planted.issuperset(names) for names in FIELD_BUGS.values())
+
+
+def test_every_mutant_follows_the_code() -> None:
+    """Also those that are slow, and so not run every time."""
+    package = Path(allocator.__file__).parent
+    texts = {file: (package / file).read_text() for file in {mutant.file for mutant in MUTANTS}}
+    stale = {m.name: texts[m.file].count(m.old) for m in MUTANTS if texts[m.file].count(m.old) != 1}
+    assert not stale, "the texts that these change do not occur once"
 
 
 def _run(folder: Path, *arguments: str) -> str:
