@@ -24,6 +24,23 @@ with a shadow of the pool:
     a lookup finds the longest cached prefix, and never the last token
     OutOfBlocks comes exactly when more blocks are needed than are free or evictable, and changes nothing
     copy lists can run in parallel; counters agree with a recount; nothing leaks
+
+What `ManagerMachine` asks of a manager of your own (KVCacheManager's docstrings say what each call means):
+
+    num_blocks, tokens_per_block, available_blocks, now
+    lookup(content, salt), is_current(match), blocks_needed(match, n), can_admit(match, n)
+    admit(content, n, match, salt), extend(sequence, n), append(sequences, tokens), release(sequence), batch()
+    prefill_slots(sequence), pending_copies(), stats() -> CacheStats, check_invariants()
+    of a match       content, hit_tokens, hit_blocks, query_blocks, miss_blocks; and, 0 or None where it has no such
+                     thing, copied_blocks, evictable_blocks, repeated_blocks, partial_tokens, host_blocks, partial,
+                     computed_by
+    of a sequence    num_tokens, hit_tokens, block_table, content(num_tokens)
+    of what batch() returns
+                     what a list has, and add and remove
+
+`append` raises OutOfBlocks before it changes anything, with the blocks needed for all sequences together. Bad input
+(`misuse`: truncate and reorder_beams, too) is refused with ValueError. What yours cannot do is taken out by a weight of
+0, or by setting the operation to None: `weights = {"misuse": 0}`, `decode = None`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from allocator.eviction import LRU
-from allocator.fuzz import Tally
+from allocator.fuzz import SharingMachine, Tally
+from allocator.manager import KVCacheManager, KVSequence
 from allocator.prefix import Extent
-from experiments.tools import fuzz
+from experiments.tools import _program, fuzz
 
 
 class Greedy(LRU):
@@ -97,7 +99,7 @@ def test_statements_that_are_broken_into_lines_are_joined() -> None:
         "state.start(without=('a',\n 'b'), log=8)",
         "state.do(call=x(\n))",
     ]
-    assert fuzz.statements(notes) == [
+    assert _program.statements(notes) == [
         "state = M()",
         "state.start(without=('a', 'b'), log=8)",
         "state.do(call=x( ))",
@@ -132,3 +134,78 @@ def test_a_failure_that_is_not_made_shorter_is_printed_as_it_is(
     assert "def test_found_by_fuzzing() -> None:" in said.out
     assert "slow" in said.err
     assert "slow" not in said.out  # what Hypothesis says is not part of the program
+
+
+class Lossy(KVCacheManager):
+    """Keeps one token too many."""
+
+    def truncate(self, sequence: KVSequence, num_tokens: int) -> None:
+        super().truncate(sequence, min(num_tokens + 1, sequence.num_tokens))
+
+
+class LossyMachine(SharingMachine):
+    def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> KVCacheManager:
+        return Lossy(num_blocks, tokens_per_block)
+
+
+LONG = """from allocator.shadow import PromptSpec
+from test_experiments_fuzz import LossyMachine
+
+def test_found_by_fuzzing() -> None:
+    state = LossyMachine()
+    state.start(num_blocks=7, tokens_per_block=1, reuse=True, policy=0, ghosts=None, log=0, host_blocks=4)
+    state.check()
+    state.admit(prompt=PromptSpec(kind='runs', symbols=[0], cut=0, named=False, granularity=1), salt='', chunk=1)
+    state.check()
+    state.admit(prompt=PromptSpec(kind='runs', symbols=[0], cut=0, named=False, granularity=1), salt='', chunk=1)
+    state.check()
+    state.admit(prompt=PromptSpec(kind='runs', symbols=[0], cut=0, named=False, granularity=1), salt='', chunk=1)
+    state.check()
+    state.admit(prompt=PromptSpec(kind='runs', symbols=[1], cut=0, named=False, granularity=1), salt='', chunk=1)
+    state.append(chosen=1, count=1, bits=None, wait=0)
+    state.check()
+    state.truncate(index=0, keep=1)
+    state.check()
+    state.teardown()
+# AssertionError: what it was"""
+
+
+def test_programs_are_cut_down_to_what_fails() -> None:
+    lines = _program.shorter(LONG).splitlines()
+    assert lines[:5] == LONG.splitlines()[:5]
+    assert lines[-1] == "# AssertionError: what it was"
+    operations = [line.strip().partition("(")[0] for line in lines[5:-1]]
+    assert operations == ["state.start", "state.admit", "state.append", "state.truncate", "state.check"]
+    assert "host_blocks=0" in lines[5]
+    namespace: dict = {}
+    exec("\n".join(lines), namespace)
+    with pytest.raises(AssertionError):
+        namespace["test_found_by_fuzzing"]()
+
+
+def test_a_program_that_does_not_fail_again_is_left_as_it_is() -> None:
+    good = LONG.replace("LossyMachine", "SharingMachine").replace("test_experiments_fuzz", "allocator.fuzz")
+    assert _program.shorter(good) == good
+
+
+def test_an_assertion_without_words_is_explained() -> None:
+    def failing() -> None:
+        found, wanted = [1, 2], [1, 3]
+        assert found == wanted
+
+    def worded() -> None:
+        raise AssertionError("in so many words\nand more")
+
+    def bare() -> None:
+        assert not [1]
+
+    said = []
+    for fails in (failing, worded, bare):
+        with pytest.raises(AssertionError) as caught:
+            fails()
+        error = AssertionError() if fails is failing else caught.value
+        said.append(_program.explained(error.with_traceback(caught.value.__traceback__)))
+    assert re.fullmatch(
+        r"test_experiments_fuzz.py:\d+: assert found == wanted \(\[1, 2\], \[1, 3\]\)", said[0]
+    )
+    assert said[1] == "in so many words"

@@ -17,12 +17,11 @@ if __name__ == "__main__":
     answer_interrupts()
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -42,6 +41,7 @@ from allocator import fuzz
 from allocator.checks import require_int
 from allocator.eviction import make_policy
 from allocator.fuzz import ManagerMachine, Tally, run_machine
+from experiments.tools._program import as_test, shorter
 from sim.command_line import parse_dataclass, require_writable, run_command
 
 RUN_STEPS = 5_000
@@ -49,13 +49,6 @@ RUN_STEPS = 5_000
 
 RARE = 0.01
 """An operation with a smaller share of the steps is pointed out: it is hardly fuzzed."""
-
-
-PASTED = {
-    "allocator.retention": ("Retention", "RetentionConfig", "TokenRange"),
-    "allocator.shadow": ("PromptSpec",),
-}
-"""What the arguments of a program are made of, by module."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ def shrunk(machine: str, policy: str | None, steps: int, seed: int, program_step
         with redirect_stdout(sys.stderr):  # Hypothesis says when it gives up; that is not part of the program
             run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
     except Exception as error:
-        return as_test(error, machine, policy)
+        return shorter(as_test(error, machine, policy))
     return None
 
 
@@ -137,47 +130,6 @@ def _with_policy(machine: str, policy: str | None) -> type[ManagerMachine]:
         return kind
     chosen = policy if ":" not in policy else type(make_policy(policy))
     return type(kind.__name__, (kind,), {"policies": (chosen,)})
-
-
-def as_test(error: BaseException, machine: str, policy: str | None) -> str:
-    """Return a failure's program as a test, followed by what went wrong."""
-    errors = list(error.exceptions) if isinstance(error, ExceptionGroup) else [error]
-    name = machine.rpartition(":")[2]
-    imports = [f"from {machine.rpartition(':')[0] or 'allocator.fuzz'} import {name}"]
-    body: list[str] = []
-    if policy is not None:
-        chosen = repr(policy)
-        if ":" in policy:
-            module, _, chosen = policy.partition(":")
-            imports.append(f"from {module} import {chosen}")
-        body += [f"class Machine({name}):", f"    policies = ({chosen},)", ""]
-    body += ["def test_found_by_fuzzing() -> None:"]
-    notes = getattr(errors[0], "__notes__", [])
-    program = [re.sub(r"^state\.do\(call=(state\..*)\)$", r"\1", line) for line in statements(notes)]
-    for module, names in PASTED.items():
-        used = [each for each in names if any(f"{each}(" in line for line in program)]
-        imports += [f"from {module} import {', '.join(used)}"] if used else []
-    made = name if policy is None else "Machine"
-    body += [f"    {line.replace(f'state = {name}()', f'state = {made}()')}" for line in program]
-    what = [
-        f"# {type(each).__name__}: {line}" for each in errors for line in (str(each) or "?").splitlines()[:1]
-    ]
-    return "\n".join([*sorted(imports), "", *body, *what])
-
-
-def statements(notes: Iterable[str]) -> list[str]:
-    """Return the program's statements, a line each; Hypothesis breaks what is long."""
-    found: list[str] = []
-    unfinished = False
-    for line in (line for note in notes for line in note.splitlines()):
-        if unfinished:
-            found[-1] += " " + line.strip()
-        elif line.startswith(("state", "class", "    ")):
-            found.append(line)
-        else:
-            continue
-        unfinished = any(found[-1].count(left) > found[-1].count(right) for left, right in ("()", "[]", "{}"))
-    return found
 
 
 def runs(config: Config) -> Iterator[tuple[int, int]]:
