@@ -330,7 +330,7 @@ def beside_reference(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_forks_beams_and_truncation_change_nothing(name: str) -> None:
-    tally = run_machine(beside_reference(name), 1200, seed_=2)
+    tally = run_machine(beside_reference(name), 700, seed_=2)
     assert tally.evictions > 20
     assert tally.copies > 0
 
