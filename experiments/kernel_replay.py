@@ -47,7 +47,7 @@ from sim.workload import WorkloadConfig, generate
 class Config:
     """Execute a replayed schedule with the CUDA kernels and check every attention output."""
 
-    trace: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="TRACE")] = None
+    trace: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[TRACE]")] = None
     """Request trace, in any format that sim.traces reads; a synthetic workload if left out."""
     num_requests: int = 60
     """Requests to replay: the first so many."""

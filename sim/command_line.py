@@ -91,6 +91,8 @@ def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T |
     """
     import tyro
 
+    if option_value(arguments, "--out") == "":
+        raise ValueError("out ('') must name a place: an empty path is the working directory")
     given: Any = default
     said = io.StringIO()
     try:

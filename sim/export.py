@@ -104,7 +104,8 @@ class ResultFolder:
     Entering creates the folder and a staging folder within, so that a place that cannot be written is found out
     before anything is computed; it raises ValueError, naming the folder and the reason. So is something in the way
     of the files to be written, `names`, and another run that writes there: the folder is locked until it is left.
-    Leaving without having published removes the staging folder, and the folders that entering made.
+    Leaving without having published removes the staging folder, and the folders that entering made. What a run
+    that was killed could not remove goes when the next one enters.
 
     A folder that already holds a result is overwritten: its own files are replaced, figures and tables that the
     new run does not write are removed, and files of any other name are left alone.
@@ -132,6 +133,9 @@ class ResultFolder:
                     self._made.append(folder)
             self._lock = _locked(self.path)
             check_replaceable(self.path, self._names)
+            if self._lock is not None:  # else another run may be at work here
+                for left in self.path.glob(f"{_STAGING_PREFIX}*/"):
+                    shutil.rmtree(left, ignore_errors=True)
             self._staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=self.path))
         except OSError as error:
             self._leave()

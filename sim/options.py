@@ -169,6 +169,11 @@ class Replay:
 
         Raises ValueError for options that do not go together or name nothing.
         """
+        cluster = self.cluster
+        if cluster.kv_link_gb_s is not None and not cluster.prefill_replicas:
+            raise ValueError(
+                f"kv_link_gb_s ({cluster.kv_link_gb_s}) needs prefill_replicas: nothing else is sent over the link"
+            )
         model = known.model if known and known.model.name == self.model else load_model(self.model)
         timing = self.timing.resolve(known.timing if known else None)
         return RunSpec(
@@ -179,7 +184,7 @@ class Replay:
             self.cache,
             self.engine,
             timing,
-            self.cluster,
+            cluster,
         )
 
     def _source(self) -> TraceSource:

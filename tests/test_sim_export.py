@@ -213,12 +213,17 @@ def test_two_runs_cannot_write_one_folder_at_once(tmp_path: Path) -> None:
         leave(folder, NaiveEngine(2, 3).run(), "second")
 
 
-def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_lock_and_its_staging_folder_goes_with_the_next(tmp_path: Path) -> None:
     script = "import os, sys; from pathlib import Path; from sim.export import ResultFolder\n"
     script += "ResultFolder(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    (left / "part").write_text("of a table")
+    (tmp_path / ".unfinished-notes").write_text("a file of somebody's")
     with ResultFolder(tmp_path) as folder:
         assert folder.staging.is_dir()
+        assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".unfinished-notes"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")

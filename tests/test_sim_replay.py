@@ -490,6 +490,7 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
             ["synthetic", "--max-tokens", "5000", "--num-blocks", "100"],
             "num_blocks (100) of 64 tokens must hold at most max_tokens (5000), or one of them be left out",
         ),
+        (["synthetic", "--kv-link-gb-s", "5"], "kv_link_gb_s (5.0) needs prefill_replicas"),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
             ["{here}/trace.csv", "--turns-mean", "2"],
@@ -514,6 +515,16 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--out", ""], ["--out="]])
+def test_an_empty_path_is_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, *flags]) == 2
+    assert capsys.readouterr().err.startswith("error: out ('') must name a place")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_row_is_named_or_skipped(
