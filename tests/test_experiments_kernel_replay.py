@@ -62,7 +62,7 @@ def _copy_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _hit_blocks_stay_evictable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LRU, "referenced", lambda self, extent: None)
-    monkeypatch.setattr(allocator.pool.BlockPool, "_can_be_taken", lambda self, chosen, wanted: True)
+    monkeypatch.setattr(allocator.pool.BlockPool, "_choose", lambda self, wanted: self.policy.victim(wanted))
 
 
 def _blocks_freed_while_shared(monkeypatch: pytest.MonkeyPatch) -> None:
