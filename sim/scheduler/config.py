@@ -51,7 +51,8 @@ class EngineConfig:
     warm_up_requests: int = 0
     """Warm-up: the first so many requests are served, but not counted in the summary."""
     event_skipping: bool = True
-    """Take runs of identical decode steps as one. The result is the same either way, only slower without."""
+    """Take runs of identical decode steps as one. The result is the same either way, only slower without; but
+    events.parquet has one `advanced` event for steps taken as one."""
     block_map_samples: int = 160
     """How many moments of the pool's state to keep for the block map figure; 0 keeps none."""
 
