@@ -7,14 +7,15 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
-"""Exit statuses; the last two are what a shell reports for a command that SIGINT or SIGPIPE ended."""
+BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 130, 141, 143
+"""Exit statuses; but for the first, what a shell reports for a command that SIGINT, SIGPIPE or SIGTERM ended."""
 
 
 _INTERRUPTION = "interrupted: the result is not complete"
@@ -34,14 +35,26 @@ def _leave(*_: object) -> None:
     os._exit(INTERRUPTED)  # nothing has been made yet that would have to be cleaned up
 
 
+class _Terminated(BaseException):
+    """Raised where a command was when it was asked to end, so that it cleans up as it does when interrupted."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 def run_command(action: Callable[[], object]) -> int:
-    """Run a command and return its exit status. Bad input and Ctrl-C end in one line on stderr, no traceback.
+    """Run a command and return its exit status. Bad input, Ctrl-C and SIGTERM end in one line on stderr.
 
     It ends in silence where the reader of its output, `head` for example, wants no more.
     """
+    answers = threading.current_thread() is threading.main_thread()
+    answers = answers and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if answers:
+            signal.signal(signal.SIGTERM, _terminate)
         action()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -57,6 +70,12 @@ def run_command(action: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print(_INTERRUPTION, file=sys.stderr)
         return INTERRUPTED
+    except _Terminated:
+        print("terminated: the result is not complete", file=sys.stderr)
+        return TERMINATED
+    finally:
+        if answers:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 

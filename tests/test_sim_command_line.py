@@ -55,21 +55,24 @@ def test_an_interrupt_during_the_imports_is_one_line(module: str) -> None:
     assert done.stderr.startswith("interrupted")
 
 
-def test_a_command_that_runs_can_clean_up_when_interrupted() -> None:
+@pytest.mark.parametrize(
+    ("name", "status", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_a_command_that_runs_can_clean_up_when_it_has_to_end(name: str, status: int, said: str) -> None:
     script = (
         "import os, signal\n"
         "from sim.command_line import answer_interrupts, run_command\n"
         "answer_interrupts()\n"
         "def action():\n"
         "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
         "    finally:\n"
         "        print('cleaned up')\n"
         "raise SystemExit(run_command(action))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
-    assert done.stderr == "interrupted: the result is not complete\n"
+    assert (done.returncode, done.stdout) == (status, "cleaned up\n")
+    assert done.stderr == f"{said}: the result is not complete\n"
 
 
 def test_an_error_that_simpy_raises_anew_keeps_its_files_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def _write(trace: Iterable[Request], file: io.FileIO) -> int:
         with ThreadPoolExecutor(1) as executor:
             try:
                 executor.submit(write).result()
-            except KeyboardInterrupt:
+            except BaseException:
                 stopped.set()  # and the thread is waited for
                 raise
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
