@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator.config import MemoryBudget
+from allocator.config import MAX_BLOCKS, MemoryBudget
 from sim.bounds import CacheBound, infinite_cache
 from sim.cluster.cluster import simulate_cluster
 from sim.cluster.link import TransferCost
@@ -45,7 +45,15 @@ def memory_budget(spec: RunSpec) -> MemoryBudget:
         raise ValueError(
             f"num_blocks ({blocks}) of {size} tokens must hold at most max_tokens ({most}), or one of them be left out"
         )
-    return MemoryBudget.compute(spec.model, spec.build, spec.cache, gpu_memory_bytes=spec.gpu.memory_bytes)
+    budget = MemoryBudget.compute(spec.model, spec.build, spec.cache, gpu_memory_bytes=spec.gpu.memory_bytes)
+    host = spec.cache.host_cache_bytes
+    if budget.num_host_blocks and not budget.paged:
+        raise ValueError(f"host_cache_bytes ({host}) must be 0 when paging is off")
+    if budget.num_host_blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"host_cache_bytes ({host}) must be at most {MAX_BLOCKS} blocks of {budget.block_bytes} bytes"
+        )
+    return budget
 
 
 @dataclass(frozen=True)

@@ -491,6 +491,14 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
             "num_blocks (100) of 64 tokens must hold at most max_tokens (5000), or one of them be left out",
         ),
         (["synthetic", "--kv-link-gb-s", "5"], "kv_link_gb_s (5.0) needs prefill_replicas"),
+        (
+            ["synthetic", "--no-enable-paged-kv-cache", "--host-cache-bytes", "10000000000"],
+            "host_cache_bytes (10000000000) must be 0 when paging is off",
+        ),
+        (
+            ["synthetic", "--host-cache-bytes", "9" * 23],
+            f"host_cache_bytes ({'9' * 23}) must be at most 2147483647 blocks of 33554432 bytes",
+        ),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
             ["{here}/trace.csv", "--turns-mean", "2"],
