@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -322,6 +323,9 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
     assert problem(write(tmp_path, b"\x89PNG\r\n\x1a\n\0\0\0")) == "1: byte 1 must be UTF-8 text"
     assert problem(write(tmp_path, b"a,b\0c\n")) == "1: must be text, but holds a NUL byte"
     assert problem(write(tmp_path, AZURE.encode() + b"\r\n\xff")) == "5: byte 1 must be UTF-8 text"
+    for data, kind in ((gzip.compress(AZURE.encode()), "gzip"), (AZURE.encode("utf-16"), "UTF-16")):
+        said = problem(write(tmp_path, data))
+        assert said.endswith(f"must be UTF-8 text, but looks like {kind}")
     assert problem(write(tmp_path, '{"a": 1}')) == (
         "1: keys (a) must be those of one of bailian, sharegpt, mooncake"
     )

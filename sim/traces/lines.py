@@ -32,6 +32,15 @@ def require_regular(path: Path) -> None:
         raise TraceError(f"{path}: must be a regular file")
 
 
+_OTHERS = (
+    (b"\x1f\x8b", ", but looks like gzip"),
+    (b"\x28\xb5\x2f\xfd", ", but looks like Zstandard"),
+    (b"\xff\xfe", ", but looks like UTF-16"),
+    (b"\xfe\xff", ", but looks like UTF-16"),
+)
+"""How files begin that somebody may take for text."""
+
+
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line) of a UTF-8 file. Raises TraceError for what is not text."""
     try:
@@ -44,7 +53,12 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 try:
                     text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise TraceError(f"{path}:{number}: byte {error.start + 1} must be UTF-8 text") from None
+                    looks = next(
+                        (kind for start, kind in _OTHERS if number == 1 and raw.startswith(start)), ""
+                    )
+                    raise TraceError(
+                        f"{path}:{number}: byte {error.start + 1} must be UTF-8 text{looks}"
+                    ) from None
                 if "\0" in text:
                     raise TraceError(f"{path}:{number}: must be text, but holds a NUL byte")
                 yield number, text
