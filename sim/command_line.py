@@ -132,9 +132,12 @@ def _refusal(stop: SystemExit) -> str | None:
     """Return the ValueError by which a dataclass refused its values, if that is why tyro gave up.
 
     tyro names the part of the command line that failed: an argument of its own kind where a text would not
-    convert, and the field's name where it was the dataclass that refused.
+    convert, and the field's name where it was the dataclass that refused. Where it was the outermost one, the refusal
+    is all there is.
     """
     failure = stop.__context__
+    if type(failure) is ValueError:
+        return str(failure)
     if failure is None or not isinstance(getattr(failure, "arg", None), str):
         return None
     return str(failure.__context__) if isinstance(failure.__context__, ValueError) else None

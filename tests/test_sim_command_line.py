@@ -11,8 +11,9 @@ import pytest
 import simpy
 from rich.console import Console
 
+from experiments import routing
 from experiments.bench import simulator
-from sim.command_line import require_writable, run_command
+from sim.command_line import parse_dataclass, require_writable, run_command
 
 COMMANDS = (
     "sim.replay",
@@ -73,6 +74,13 @@ def test_a_command_that_runs_can_clean_up_when_it_has_to_end(name: str, status: 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (status, "cleaned up\n")
     assert done.stderr == f"{said}: the result is not complete\n"
+
+
+def test_the_outermost_dataclass_refuses_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^replicas \(0\) must be at least 2$"):
+        parse_dataclass(routing.Config, "routing", ["--replicas", "0"])
+    with pytest.raises(SystemExit):
+        parse_dataclass(routing.Config, "routing", ["--replicas", "many"])
 
 
 def test_an_error_that_simpy_raises_anew_keeps_its_files_name(capsys: pytest.CaptureFixture[str]) -> None:
