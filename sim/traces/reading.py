@@ -37,7 +37,8 @@ class ReadOptions:
     rate: float | None = None
     """Requests/s on average: chooses the time_scale that gives so many; None leaves the rate as it is."""
     skip_bad: bool = False
-    """Leave malformed rows out and count them, instead of stopping at the first."""
+    """Leave malformed rows out and count them, instead of stopping at the first. A row that is earlier than the last
+    one kept counts as malformed: one time that is far too late takes all rows after it along."""
 
     def __post_init__(self) -> None:
         if self.num_requests is not None and self.num_requests < 1:
