@@ -118,13 +118,12 @@ class HostOracle:
         self.manager.transfers_done(self.finished)
 
     def can_read(self, sequence: KVSequence) -> bool:
-        """Return whether what a sequence holds alone is there, and not only once the pending lists have run."""
-        table = self.oracle.table(sequence)
-        own = table[sequence.anchored - sequence.left :]
-        if self.oracle.window is not None:  # there, a twin's block goes and comes back as well
-            own = [block for block in table if block not in self.oracle.cached_blocks()]
+        """Return whether what would have to be moved is there, and not only once the pending lists have run."""
+        kept = {block for e in self.manager.index.extents() if e.host is not None for block in e.ids}
+        held = {block for e in self.manager.tables.held_extents(sequence) for block in e.ids}
+        moved = held.union(self.oracle.table(sequence)) - kept
         filling = {block for _, block in self.manager.host_tier.queue.pending_swap_ins()}
-        return filling.isdisjoint(own)
+        return filling.isdisjoint(moved)
 
     def gpu_ends(self) -> set[int]:
         """Return the GPU blocks that what is in flight reads or writes."""

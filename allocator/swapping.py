@@ -38,7 +38,10 @@ class Swapping(Sharing):
         if sequence.batch is not None:
             raise ValueError(f"{sequence} must leave its batch before it is swapped out")
         awaited = {block for _, block in tier.queue.pending_swap_ins()}
-        for block in self.tables.swapped_alone(sequence):
+        moved = [*self.tables.swapped_alone(sequence)]
+        if awaited:  # a fork may have indexed what came back with a sequence, and the host has no copy of
+            moved += [b for e in self.tables.held_extents(sequence) if e.host is None for b in e.ids]
+        for block in moved:
             if block in awaited or self.tables.copies.is_destination(block):
                 raise ValueError(
                     f"block {block} is still to be filled: take pending_swaps() and pending_copies() first"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from allocator.config import CacheConfig
+from allocator.content import TokenContent
 from allocator.fuzz import AllocatorMachine
+from allocator.manager import KVCacheManager
 from allocator.retention import RetentionConfig, TokenRange
 from allocator.shadow import PromptSpec
 
@@ -151,4 +156,42 @@ def test_found_retained_block_that_only_a_copy_holds_for_a_moment() -> None:
     assert state.manager.next_expiry() is None
     state.check()
     assert state.manager.next_expiry() == 3
+    state.teardown()
+
+
+def test_found_block_swapped_out_again_before_it_has_come_back() -> None:
+    """Without reuse a fork indexes what is shared, which the manager then took for something that is there."""
+    manager = KVCacheManager(4, 2, CacheConfig(enable_block_reuse=False), num_host_blocks=4)
+    sequence = manager.admit(TokenContent([1, 2]), 2)
+    manager.swap_out(sequence)
+    manager.transfers_done(manager.pending_swaps())
+    manager.swap_in(sequence)
+    (fork,) = manager.fork(sequence)
+    for arriving in (sequence, fork):
+        with pytest.raises(ValueError, match=r"block 0 is still to be filled: take pending_swaps\(\)"):
+            manager.swap_out(arriving)
+    manager.check_invariants()
+    manager.transfers_done(manager.pending_swaps())
+    manager.swap_out(sequence)
+    assert manager.pending_swaps().swap_outs.tolist() == [[0, 0]]
+    manager.check_invariants()
+
+
+def test_found_beams_of_what_has_not_come_back() -> None:
+    """The same, as the machine found it."""
+    state = AllocatorMachine()
+    state.start(4, 2, reuse=False, policy=0, ghosts=None, log=0, host_blocks=4, lag=True)
+    state.admit(PromptSpec("tokens", [0]), salt="", chunk=1)
+    state.append(chosen=0, count=1, bits=0, wait=4)
+    state.check()
+    state.swap_out(index=0, blocks=4)
+    state.check()
+    state.check()
+    state.search(index=0, n=2, parents=(0, 0, 0, 0), bits=None)
+    state.check()
+    state.decode(bits=None, wait=2)
+    state.check()
+    state.check()
+    state.swap_out(index=0, blocks=3)
+    state.check()
     state.teardown()

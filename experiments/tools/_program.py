@@ -107,9 +107,9 @@ def _compared(line: str, trace: TracebackType) -> str:
 def shorter(test: str) -> str:
     """Return a test that fails at the same place, without steps that can be left out and with small numbers.
 
-    Hypothesis, whose programs `as_test` returns, gives up sooner. One step after the other is left out, and one number
-    after the other made smaller, as long as that helps, for a minute at most. Steps that cannot be done in the state
-    they then meet are left out as well.
+    One step after the other is left out, and one number after the other made smaller, as long as that helps, for a
+    minute at most. Steps that cannot be done in the state they then meet are left out as well. Hypothesis would draw
+    whole programs instead, which takes minutes, and gives up sooner.
     """
     tree = ast.parse(test)
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))

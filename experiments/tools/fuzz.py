@@ -22,7 +22,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -111,17 +110,6 @@ def one_run(machine: str, policy: str | None, steps: int, seed: int, program_ste
     except Exception as found:
         outcome.failure = as_test(found, machine, policy)
     return outcome
-
-
-def shrunk(machine: str, policy: str | None, steps: int, seed: int, program_steps: int) -> str | None:
-    """Find the failure of a run once more, and return its program as short as it can be made. Takes minutes."""
-    kind = _with_policy(machine, policy)
-    try:
-        with redirect_stdout(sys.stderr):  # Hypothesis says when it gives up; that is not part of the program
-            run_machine(kind, steps, seed, steps_per_program=program_steps, tally=Tally(), shrink=True)
-    except Exception as error:
-        return shorter(as_test(error, machine, policy))
-    return None
 
 
 def _with_policy(machine: str, policy: str | None) -> type[ManagerMachine]:
@@ -240,15 +228,13 @@ def show_coverage(shares: dict[str, float], steps: int, console: Console) -> Non
 # -------------------------------------------------------- the command
 
 
-def shorten(config: Config, failed: Outcome, jobs: int) -> str:
-    """Return a failure's program, shrunk unless that is interrupted."""
+def shorten(failed: Outcome) -> str:
+    """Return a failure's program, as short as it can be made unless that is interrupted."""
     assert failed.failure is not None
     notice = Console(stderr=True)
-    notice.print("Making it shorter can take minutes; Ctrl-C prints it as it is.", highlight=False)
-    again = delayed(shrunk)(config.machine, config.policy, *failed.run, config.program_steps)
+    notice.print("Making it shorter takes a minute at most; Ctrl-C prints it as it is.", highlight=False)
     try:
-        # In a process of the kind that found it: what Hypothesis draws depends on the modules that are loaded.
-        return Parallel(n_jobs=min(jobs, 2))([again])[0] or failed.failure
+        return shorter(failed.failure)
     except KeyboardInterrupt:
         return failed.failure
 
@@ -280,7 +266,7 @@ def run(config: Config, console: Console) -> int:
             warnings.simplefilter("ignore")  # that runs which are still going on are given up
             outcomes.close()
         console.print(f"Found after {total.steps:,} steps:\n", highlight=False)
-        print(shorten(config, failed, jobs))
+        print(shorten(failed))
         return 1
     show(total, console)
     console.print(f"{total.steps:,} steps in {total.programs:,} programs, all clean.", highlight=False)
