@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 _SLOW_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 settings.register_profile(
-    "quick", max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=_SLOW_CHECKS
+    "quick", max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=_SLOW_CHECKS
 )
 settings.register_profile(
     "deep", max_examples=2000, stateful_step_count=100, deadline=None, suppress_health_check=_SLOW_CHECKS

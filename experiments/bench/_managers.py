@@ -166,7 +166,9 @@ class VLLM:
         manager = self.manager
         self._requests += 1
         request = self._request(str(self._requests), prompt, self.sampling, None, block_hasher=self._hasher)
-        blocks, hit = manager.get_computed_blocks(request)
+        blocks, hit = manager.get_computed_blocks(request)[
+            :2
+        ]  # the third is for models with several kinds of layers
         given = manager.allocate_slots(request, len(prompt) - hit, hit, blocks)
         assert given is not None, "out of blocks"
         request.num_computed_tokens = len(prompt)
