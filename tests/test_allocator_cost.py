@@ -60,13 +60,13 @@ def life(manager: KVCacheManager) -> dict[str, int]:
     kept: list[KVSequence] = []
     for name, content in (("new", new), ("repeated", repeated)):
         match = manager.lookup(content)
-        counts[f"look up {name}"] = count_lines(lambda content=content: manager.lookup(content))  # type: ignore[misc]
+        counts[f"look up {name}"] = count_lines(lambda content=content: manager.lookup(content))
         left = content.num_prompt_tokens - match.hit_tokens
         admit = lambda c=content, n=left: kept.append(manager.admit(c, n))  # noqa: E731
         counts[f"admit {name}"] = count_lines(admit)
     counts["join"] = count_lines(lambda: batch.add(kept[0]))
     counts["leave"] = count_lines(lambda: batch.remove(kept[0]))
-    counts["release"] = sum(count_lines(lambda s=s: manager.release(s)) for s in [*members, *kept])  # type: ignore[misc]
+    counts["release"] = sum(count_lines(lambda s=s: manager.release(s)) for s in [*members, *kept])
     return counts
 
 

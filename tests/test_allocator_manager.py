@@ -366,7 +366,7 @@ def test_what_is_of_another_kind_is_named() -> None:
         with pytest.raises(ValueError, match=r"content \(\[1, 2\]\) must be a Content"):
             refused()
     with pytest.raises(ValueError, match=r"config \('lru'\) must be a CacheConfig"):
-        KVCacheManager(16, 4, "lru")  # type: ignore[arg-type]
+        KVCacheManager(16, 4, "lru")
     sequence = manager.admit(TokenContent([1] * 6), 6)
     for unlike in (None, "sequence"):
         nothing: Any = unlike
@@ -579,7 +579,7 @@ def test_a_policy_that_chooses_nonsense_is_named(answer: Any) -> None:
 def test_what_is_no_policy_is_refused() -> None:
     for policy in (LRU, "lru"):
         with pytest.raises(ValueError, match="must be an EvictionPolicy"):
-            KVCacheManager(2, 4, policy=policy)  # type: ignore[arg-type]
+            KVCacheManager(2, 4, policy=policy)
 
 
 def test_more_blocks_than_ids_are_refused() -> None:

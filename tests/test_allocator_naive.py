@@ -49,7 +49,7 @@ class Pair:
             self.evicted += [machine.shadow.block(block) for block in taken if block not in free]
             return taken
 
-        real.pool.take = noted  # type: ignore[method-assign]
+        real.pool.take = noted
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -221,19 +221,19 @@ class BesideNaive(AllocatorMachine):
 class ReuseBesideNaive(BesideNaive, ReuseMachine):
     """As above; the rules of sharing are switched off, so that hits and evictions come quickly."""
 
-    fork = sample = search = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
+    fork = sample = search = reorder_beams = truncate = join_all = join_or_leave = append_batch = None
 
 
 class SharingBesideNaive(BesideNaive, SharingMachine):
     """As above, without matches and preemptions."""
 
-    lookup = admit_with_match = preempt = readmit = None  # type: ignore[assignment]
+    lookup = admit_with_match = preempt = readmit = None
 
 
 class PartialBesideNaive(BesideNaive, PartialMachine):
     """As above, without what `ReuseBesideNaive` leaves out; with partial reuse always."""
 
-    fork = sample = search = reorder_beams = truncate = join_all = join_or_leave = append_batch = None  # type: ignore[assignment]
+    fork = sample = search = reorder_beams = truncate = join_all = join_or_leave = append_batch = None
     partials = ("copy", "steal")
 
 

@@ -63,7 +63,7 @@ def test_skipping_equals_stepping_with_host_memory_and_partial_reuse(
             scenario,
             cache=cache,
             engine=dataclasses.replace(scenario.engine, preemption=preemption),
-            cost=dataclasses.replace(scenario.cost, swap=swap),  # type: ignore[type-var]
+            cost=dataclasses.replace(scenario.cost, swap=swap),
             num_host_blocks=host,
         )
     )

@@ -142,7 +142,7 @@ def test_skipping_equals_stepping_with_host_memory(
     scenario = dataclasses.replace(
         scenario,
         engine=dataclasses.replace(scenario.engine, preemption=preemption, events=False),
-        cost=dataclasses.replace(scenario.cost, swap=swap),  # type: ignore[type-var]
+        cost=dataclasses.replace(scenario.cost, swap=swap),
         num_host_blocks=host,
     )
     result = scenario.run()
@@ -174,7 +174,7 @@ def test_windowed_skipping_equals_stepping_with_host_memory(
             enable_partial_reuse=partial and scenario.cache.enable_block_reuse,
         ),
         engine=dataclasses.replace(scenario.engine, preemption=preemption, events=False),
-        cost=dataclasses.replace(scenario.cost, swap=1),  # type: ignore[type-var]
+        cost=dataclasses.replace(scenario.cost, swap=1),
         num_host_blocks=host,
     )
     result = scenario.run()

@@ -205,6 +205,28 @@ class ManagerMachine(Oracle, RuleBasedStateMachine):
             calls["truncate to what a window has passed"] = lambda: manager.truncate(sequence, least - 1)
         self.must_refuse(calls)
 
+    def complete_newest(self, chunk: int) -> KVSequence | None:
+        """Complete the prompt admitted last, chunk by chunk, and return its sequence; None if there is no room."""
+        self.flush()
+        sequence = next(reversed(self.stories))
+        while not self.complete(sequence):
+            if not self.prefill(sequence, chunk):
+                return None
+            self.flush()
+            self.check_reads()
+        return sequence
+
+    def decode_on(self, sequence: KVSequence, count: int, bits: int | None, in_batch: bool) -> None:
+        """Let a sequence and its batch, which it joins or is in, go on step by step as long as there is room."""
+        if in_batch and sequence not in self.batch:
+            self.batch.add(sequence)
+        writers: Sequence[KVSequence] = self.batch if sequence in self.batch else [sequence]
+        for _ in range(count):
+            if not self.append_to(writers, 1, bits, 0):
+                return
+            self.flush()
+            self.check_reads()
+
     def must_refuse(self, calls: Mapping[str, Callable[[], object]]) -> None:
         """Check that each call, described in words, raises ValueError, and that none changes anything."""
         before = self.snapshot()

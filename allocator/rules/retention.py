@@ -376,15 +376,8 @@ class RetainedBatchRules(RetentionRules, BatchRules):
         prompt = self.learn(PromptSpec("runs", symbols, cut).make(self.size))
         if not self.admit_prompt(prompt, "", chunk, retention=retention):
             return
-        self.flush()
-        sequence = next(reversed(self.stories))
-        while not self.complete(sequence):
-            if not self.prefill(sequence, chunk):
-                return
-            self.flush()
-        self.batch.add(sequence)
-        for _ in range(count):
-            if not self.append_to(self.batch, 1, None, 0):
-                break
-            self.flush()
+        sequence = self.complete_newest(chunk)
+        if sequence is None:
+            return
+        self.decode_on(sequence, count, None, True)
         self.did("serve retained")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hypothesis import strategies as st
 
 from allocator.rules.base import CHUNKS, INDEX, SALTS, TOKEN_BITS, ManagerMachine, symbols_up_to
 from allocator.rules.operation import operation
-from allocator.sequence import KVSequence
 from allocator.shadow import PromptSpec
 
 LONG = symbols_up_to(6)
@@ -41,23 +38,8 @@ class WindowRules(ManagerMachine):
         prompt = self.learn(PromptSpec("runs", symbols).make(self.size))
         if not self.admit_prompt(prompt, salt, chunk):
             return
-        self.flush()
-        sequence = next(reversed(self.stories))
-        while not self.complete(sequence):
-            if not self.prefill(sequence, chunk):
-                return
-            self.flush()
-            self.check_reads()
+        sequence = self.complete_newest(chunk)
+        if sequence is None:
+            return
         self.decode_on(sequence, count, None, in_batch)
         self.did("serve")
-
-    def decode_on(self, sequence: KVSequence, count: int, bits: int | None, in_batch: bool) -> None:
-        """Let a sequence and its batch, which it joins or is in, go on step by step as long as there is room."""
-        if in_batch and sequence not in self.batch:
-            self.batch.add(sequence)
-        writers: Sequence[KVSequence] = self.batch if sequence in self.batch else [sequence]
-        for _ in range(count):
-            if not self.append_to(writers, 1, bits, 0):
-                return
-            self.flush()
-            self.check_reads()
