@@ -326,7 +326,7 @@ class Oracle(Recount):
         else:
             needed += found.evictable_blocks + (found.host_blocks if self.host.num_blocks else 0)
         needed += found.copied_blocks
-        stolen = self.manager.stats().stolen_blocks if found.partial_tokens else 0
+        before = self.manager.stats() if found.partial_tokens else None
         tenant = self.tenant(salt)
         fits = self.manager.can_admit(found, chunk, tenant)
         options = {} if retention is None else {"retention": retention}
@@ -341,8 +341,11 @@ class Oracle(Recount):
         if sequence is None:
             return False
         assert sequence.hit_tokens == found.hit_tokens
-        if found.partial_tokens:
-            was_stolen = self.manager.stats().stolen_blocks > stolen
+        if before is not None:
+            after = self.manager.stats()
+            was_stolen = after.stolen_blocks > before.stolen_blocks
+            if part is not None and after.evicted_blocks > before.evicted_blocks:
+                part = part.after_evictions()  # to make room for what came from the host
             whole = found.hit_blocks * self.size
             behind = len(self.attended.blocks(whole, whole))
             self.check_part(part, self.table(sequence)[behind], was_stolen)

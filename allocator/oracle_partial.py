@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,10 @@ class PartExpected:
     free: frozenset[int] = frozenset()
     idle: frozenset[int] = frozenset()
     held: frozenset[int] = frozenset()
+
+    def after_evictions(self) -> PartExpected:
+        """Return the same once anything that nobody holds may have been evicted, and the sources left bare."""
+        return replace(self, free=self.free | self.idle)
 
 
 def unit_tokens(prompt: Prompt, tokens_per_block: int) -> int:

@@ -195,3 +195,35 @@ def test_found_beams_of_what_has_not_come_back() -> None:
     state.swap_out(index=0, blocks=3)
     state.check()
     state.teardown()
+
+
+def test_found_part_stolen_once_what_built_on_it_is_evicted() -> None:
+    """A hit that comes back from the host took the place of the block that built on the part's source.
+
+    The oracle, which had looked before, expected a copy.
+    """
+    short_lived = RetentionConfig(
+        (TokenRange(0, 1, priority=0, duration=1), TokenRange(3, None, priority=0, duration=1)), 0, 1
+    )
+    state = AllocatorMachine()
+    state.start(
+        10,
+        2,
+        policy=0,
+        window=11,
+        num_sinks=3,
+        partial=6,
+        host_blocks=1,
+        ghosts=0,
+        log=0,
+        lag=False,
+        reuse=True,
+    )
+    state.admit(PromptSpec("tokens", [0, 1, 0, 0]), salt="", chunk=2)
+    state.check()
+    state.race([0, 0, 0, 0], (short_lived, RetentionConfig((), 0)), count=4)
+    state.check()
+    state.come_back(index=0, salt="other", chunk=1, leaves=True)
+    assert state.manager.stats().stolen_blocks == 1
+    state.check()
+    state.teardown()
