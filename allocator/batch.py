@@ -291,6 +291,12 @@ class Batch(Sequence[KVSequence]):
         """Settle the blocks that members have just filled, and return the blocks' keys."""
         ring, size, since = self.ring, self.tokens_per_block, self._since
         named = min(ring.named, size)
+        if named == size and since.keys().isdisjoint(filled):  # as a rule
+            keys = ring.blocks(filled.values())
+            started = self.tick - size
+            for sequence, key in zip(filled, keys, strict=True):
+                sequence.settled_history.record_packed(sequence.base_tokens + started, key)
+            return keys
         keys = []
         for sequence, row in filled.items():
             history, last = sequence.settled_history, sequence.left + len(sequence.table) - 1

@@ -199,6 +199,11 @@ class BlockPool(FreeBlocks):
             self.shared[block] = holders - 1
         return True
 
+    @property
+    def notes_growth(self) -> bool:
+        """Return whether `cached` does anything."""
+        return self.notes_cached or self.lifetimes is not None or self.partial is not None
+
     def cached(self, extent: Extent, num_blocks: int, dates: array[int] | None = None) -> None:
         """Note that `num_blocks` referenced blocks were appended to `extent` in the index.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ Rows: TypeAlias = slice | NDArray[np.intp]
 """Which rows of an array are the members', in their order: all up to a number, or one by one."""
 
 _MIN_ROWS = 64
+_ONE = np.array(1)  # adding a Python number takes twice as long
 
 
 class LastSlots:
@@ -31,7 +33,7 @@ class LastSlots:
 
     def advance(self) -> None:
         """Go on by a token in every row."""
-        np.add(self._all, 1, out=self._all)
+        np.add(self._all, _ONE, out=self._all)
 
     def of(self, rows: Rows) -> NDArray[np.int64]:
         """Return the slots of `rows`, int64 [len(rows)], as a copy."""
@@ -50,7 +52,13 @@ class TokenRing:
         self.named = 0  # the latest steps without interruption whose ids are here
         self._kept = tokens_per_block
         self._next = 0
-        self._ids = np.zeros((0, 2 * tokens_per_block + 64), dtype=np.int32)
+        self._keep(np.zeros((0, 2 * tokens_per_block + 64), dtype=np.int32))
+
+    def _keep(self, ids: NDArray[np.int32]) -> None:
+        self._ids = ids
+        # The same memory: bytes come out of it in half the time that an array takes.
+        self._bytes: memoryview = ids.reshape(-1).view(np.uint8).data
+        self._row_bytes = 4 * ids.shape[1]
 
     def reserve(self, rows: int) -> None:
         """Have room for that many rows, and keep what is written."""
@@ -58,7 +66,7 @@ class TokenRing:
         if rows > held:
             grown = np.zeros((max(_MIN_ROWS, 2 * rows), columns), dtype=np.int32)
             grown[:held] = self._ids
-            self._ids = grown
+            self._keep(grown)
 
     def write(self, rows: Rows, ids: NDArray[np.int32]) -> None:
         """Add a step's ids, one for each of `rows`."""
@@ -73,5 +81,12 @@ class TokenRing:
 
     def latest(self, row: int, count: int) -> bytes:
         """Return the ids that the latest `count` steps wrote into a row, int32 each; count ≤ tokens_per_block."""
-        last = self._next
-        return self._ids[row, last - count : last].tobytes()
+        end = row * self._row_bytes + 4 * self._next
+        return self._bytes[end - 4 * count : end].tobytes()
+
+    def blocks(self, rows: Iterable[int]) -> list[bytes]:
+        """Return for each row the ids that the latest `tokens_per_block` steps wrote into it."""
+        ids, width = self._bytes, self._row_bytes
+        end = 4 * self._next
+        begin = end - 4 * self._kept
+        return [ids[row * width + begin : row * width + end].tobytes() for row in rows]

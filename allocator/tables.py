@@ -59,6 +59,7 @@ class Tables:
     def index_filled(self, sequences: Iterable[KVSequence], keys: Iterable[bytes]) -> None:
         """Put the last block of each sequence, which has just filled up and has this key, into the index."""
         note_cached, events = self.pool.cached, self.events
+        is_noted = self.pool.notes_growth
         for sequence, key in zip(sequences, keys, strict=True):
             anchor, table = sequence.anchor, sequence.table
             # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
@@ -67,7 +68,8 @@ class Tables:
                     events.add_block(STORED, sequence.number, anchor.ids[-1], len(table) - 1, table[-1])
                 anchor.keys += key
                 anchor.ids.append(table[-1])
-                note_cached(anchor, 1)
+                if is_noted:
+                    note_cached(anchor, 1)
             else:
                 self.index_full(sequence, len(table))
         self.index.version += 1
