@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sim.user_code import UserCodeError
+
 T = TypeVar("T")
 
 BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 130, 141, 143
@@ -46,7 +48,8 @@ def _terminate(*_: object) -> None:
 def run_command(action: Callable[[], object]) -> int:
     """Run a command and return its exit status. Bad input, Ctrl-C and SIGTERM end in one line on stderr.
 
-    It ends in silence where the reader of its output, `head` for example, wants no more.
+    It ends in silence where the reader of its output, `head` for example, wants no more. Below the line on an error
+    in a class of the user's stands how it came about there.
     """
     answers = threading.current_thread() is threading.main_thread()
     answers = answers and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -63,6 +66,8 @@ def run_command(action: Callable[[], object]) -> int:
         return PIPE_CLOSED
     except (ValueError, OSError) as error:
         print(" ".join(f"error: {first_told(error)}".split()), file=sys.stderr)
+        if isinstance(error, UserCodeError):
+            print(error.trace, end="", file=sys.stderr)
         return BAD_INPUT
     except MemoryError as error:
         print(" ".join(f"error: there is not enough memory {error}".split()), file=sys.stderr)

@@ -33,9 +33,11 @@ def replay(arguments: list[str]) -> None:
     from sim.export import ResultFolder
     from sim.prometheus import check_place, prometheus_text, write_whole
     from sim.report import print_report, report_rows
-    from sim.runner import load_trace, memory_budget
+    from sim.runner import check_classes, load_trace
+    from sim.sizing import memory_budget
 
     memory_budget(spec)  # an impossible configuration is found out before a long trace is read
+    check_classes(spec)
     with ResultFolder(options.out) as folder:
         if options.prometheus is not None:
             check_place(options.prometheus, options.trace, options.out)

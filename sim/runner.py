@@ -8,18 +8,23 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator.config import MAX_BLOCKS, MemoryBudget
+from allocator.config import MemoryBudget
+from allocator.eviction import EvictionPolicy, make_policy
 from sim.bounds import CacheBound, infinite_cache
 from sim.cluster.cluster import simulate_cluster
 from sim.cluster.link import TransferCost
+from sim.cluster.routing import make_routing
+from sim.cost import StepCost
 from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
 from sim.metrics import finished_mask
 from sim.records import RunResult
 from sim.request import PS_PER_S
+from sim.sizing import memory_budget
 from sim.stream import RequestStream
 from sim.timing import Setting
 from sim.traces import Trace, read_trace
+from sim.user_code import blaming, require_methods
 from sim.window import Window
 from sim.workload import generate
 
@@ -34,26 +39,12 @@ def load_trace(source: TraceSource) -> Trace:
     return read_trace(source.path, **asdict(source.reading))
 
 
-def memory_budget(spec: RunSpec) -> MemoryBudget:
-    """Size the pool.
-
-    Raises ValueError, with the numbers, when it cannot hold one sequence of max_seq_len, or when the two limits that
-    may be given for it contradict each other.
-    """
-    blocks, size, most = spec.cache.num_blocks, spec.build.tokens_per_block, spec.cache.max_tokens
-    if blocks is not None and most is not None and blocks * size > most:
-        raise ValueError(
-            f"num_blocks ({blocks}) of {size} tokens must hold at most max_tokens ({most}), or one of them be left out"
-        )
-    budget = MemoryBudget.compute(spec.model, spec.build, spec.cache, gpu_memory_bytes=spec.gpu.memory_bytes)
-    host = spec.cache.host_cache_bytes
-    if budget.num_host_blocks and not budget.paged:
-        raise ValueError(f"host_cache_bytes ({host}) must be 0 when paging is off")
-    if budget.num_host_blocks > MAX_BLOCKS:
-        raise ValueError(
-            f"host_cache_bytes ({host}) must be at most {MAX_BLOCKS} blocks of {budget.block_bytes} bytes"
-        )
-    return budget
+def check_classes(spec: RunSpec) -> None:
+    """Raise ValueError, in one line, for an eviction or routing policy that cannot be made, or not be asked."""
+    policy = make_policy(spec.cache.policy)
+    if ":" in spec.cache.policy:
+        require_methods("policy", spec.cache.policy, policy, EvictionPolicy)
+    make_routing(spec.cluster.routing)
 
 
 @dataclass(frozen=True)
@@ -77,9 +68,11 @@ def run(
     `progress` is called now and then with the number of requests that are done. Of more than MOST_IN_MEMORY
     requests, the records are kept in files of `folder`, if given and there is one replica.
 
-    Raises ValueError for what cannot work, and where the warm-up leaves no request to be counted.
+    Raises ValueError for what cannot work, and where the warm-up leaves no request to be counted; UserCodeError where
+    a user's eviction policy, routing policy or cost fails.
     """
     budget = memory_budget(spec)
+    check_classes(spec)
     loaded = load_trace(spec.trace) if trace is None else trace
     if spec.engine.warm_up_requests >= len(loaded):
         raise ValueError(
@@ -94,9 +87,28 @@ def run(
             spec.cache.tensor_parallel_size,
         )
     )
+    policy, routing, timing = spec.cache.policy, spec.cluster.routing, spec.timing.cost
+    with blaming(policy=policy, routing=routing, cost=timing):
+        result = _simulate(spec, loaded, budget, cost, progress, folder)
+    if not Window.of(result, spec.engine).counted.any():  # when later turns arrive is not known before
+        last_s = int(result.requests["arrival_ps"].astype(np.int64).max()) / PS_PER_S
+        raise ValueError(
+            f"warm_up_s ({spec.engine.warm_up_s}) must leave some requests: the last arrives at {last_s:.6g} s"
+        )
+    return Run(spec, loaded, budget, result)
+
+
+def _simulate(
+    spec: RunSpec,
+    trace: Trace,
+    budget: MemoryBudget,
+    cost: StepCost,
+    progress: Callable[[int], None] | None,
+    folder: Path | None,
+) -> RunResult:
     if spec.cluster.num_replicas > 1:
-        result = simulate_cluster(
-            loaded.requests,
+        return simulate_cluster(
+            trace.requests,
             spec.build,
             spec.cache,
             spec.engine,
@@ -107,24 +119,17 @@ def run(
             transfer=_transfer_cost(spec, budget),
             progress=progress,
         )
-    else:
-        result = simulate(
-            loaded.requests,
-            spec.build,
-            spec.cache,
-            spec.engine,
-            num_blocks=budget.num_blocks,
-            num_host_blocks=budget.num_host_blocks,
-            cost=cost,
-            progress=progress,
-            folder=folder if len(loaded) > MOST_IN_MEMORY else None,
-        )
-    if not Window.of(result, spec.engine).counted.any():  # when later turns arrive is not known before
-        last_s = int(result.requests["arrival_ps"].astype(np.int64).max()) / PS_PER_S
-        raise ValueError(
-            f"warm_up_s ({spec.engine.warm_up_s}) must leave some requests: the last arrives at {last_s:.6g} s"
-        )
-    return Run(spec, loaded, budget, result)
+    return simulate(
+        trace.requests,
+        spec.build,
+        spec.cache,
+        spec.engine,
+        num_blocks=budget.num_blocks,
+        num_host_blocks=budget.num_host_blocks,
+        cost=cost,
+        progress=progress,
+        folder=folder if len(trace) > MOST_IN_MEMORY else None,
+    )
 
 
 def _transfer_cost(spec: RunSpec, budget: MemoryBudget) -> TransferCost:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from allocator.checks import require_int
 from allocator.config import BuildConfig, MemoryBudget
 from allocator.model import ModelSpec
 from sim.calibration import CalibratedCost, Calibration
-from sim.cost import RooflineCost, StepCost
+from sim.cost import RooflineCost, StepBatch, StepCost
 from sim.hardware import GPUSpec
 from sim.published import DistServeCost, DynamoCost
+from sim.user_code import blaming, require_methods
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,24 @@ class TimingConfig:
         for method in ("step", "decode_affine"):
             if not callable(getattr(made, method, None)):
                 raise ValueError(f"cost ({self.cost}) must have a method {method}, see sim.cost.StepCost")
+        require_methods("cost", self.cost, made, StepCost)
+        with blaming(cost=self.cost):
+            self._try_out(made)
         return made  # type: ignore[no-any-return]
+
+    def _try_out(self, made: StepCost) -> None:
+        """Raise ValueError unless what a user's cost answers are integers. One that does the work is not asked."""
+        if getattr(made, "needs_work", False):
+            return
+        windows = len(getattr(made, "windows", ()))
+        require_int(f"cost ({self.cost}): step", made.step(StepBatch(1, 1, window_keys=(1,) * windows)), 0)
+        affine = made.decode_affine(1)
+        if affine is not None:
+            if not isinstance(affine, tuple) or len(affine) != 2:
+                raise ValueError(
+                    f"cost ({self.cost}): decode_affine ({affine!r}) must be (base, slope), or None"
+                )
+            require_int(f"cost ({self.cost}): base + slope of decode_affine", sum(affine), 0)
 
 
 def _roofline(setting: Setting) -> StepCost:

@@ -472,7 +472,30 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
         (["synthetic", "--policy", "no_such_module:X"], "policy (no_such_module:X) cannot be imported: "),
         (["synthetic", "--tokens-per-block", "48"], "tokens_per_block (48) must be a power of two"),
         (["synthetic", "--watermark", "2"], "watermark (2.0) must be in [0, 1)"),
-        (["synthetic", "--num-blocks", "3"], "pool of 3 blocks of 64 tokens is smaller than one sequence "),
+        (["synthetic", "--num-blocks", "3"], "num_blocks (3) must be at least 32: pool of 3 blocks of 64 "),
+        (["synthetic", "--max-tokens", "1"], "max_tokens (1) must be at least 2048: pool of 0 blocks of 64 "),
+        (["synthetic", "--max-tokens", "1", "--window", "100"], "max_tokens (1) must be at least 192: "),
+        (
+            ["synthetic", "--max-tokens", "2000", "--no-enable-paged-kv-cache"],
+            "max_tokens (2000) must be at least 2048: pool of 2000 tokens is smaller than one sequence of ",
+        ),
+        (
+            ["synthetic", "--kv-cache-free-gpu-mem-fraction", "1e-9"],
+            "kv_cache_free_gpu_mem_fraction (1e-09) must be at least 0.0152: pool of 0 blocks of 64 tokens ",
+        ),
+        (
+            ["synthetic", "--max-batch-size", "9000"],
+            "max_num_tokens (8192) must be at least max_batch_size (9000): a step decodes the whole batch",
+        ),
+        (
+            ["synthetic", "--max-num-tokens", "2000000"],
+            "max_num_tokens (2000000) must be at most 1069991: weights (12.55 GiB) and reserve (",
+        ),
+        (
+            ["synthetic", "--max-num-tokens", "9" * 400],
+            f"max_num_tokens ({'9' * 400}) must be at most 1069991: it comes to more bytes than there are",
+        ),
+        (["synthetic", "--max-seq-len", "1000000"], "pool of 1898 blocks of 64 tokens is smaller than "),
         (
             ["synthetic", "--model", "llama-2-70b"],
             "weights (128.48 GiB) of llama-2-70b exceed the GPU's memory",

@@ -35,6 +35,7 @@ from allocator.eviction import Belady, EvictionPolicy, WeightedBelady, make_poli
 from allocator.manager import KVCacheManager, OutOfBlocks
 from sim.command_line import parse_dataclass, run_command
 from sim.traces import Trace, read_trace
+from sim.user_code import blaming
 
 FORESIGHT: dict[str, type[Belady]] = {"belady": Belady, "weighted_belady": WeightedBelady}
 """The policies that are told the requests first."""
@@ -156,7 +157,8 @@ def run(config: Config, console: Console) -> None:
         column.justify = "right"
     for name in config.policies:
         policies = [FORESIGHT[name]() if name in FORESIGHT else make_policy(name) for _ in config.num_blocks]
-        hits = map(replay, [requests] * len(policies), config.num_blocks, policies)
+        with blaming(policy=name):
+            hits = [replay(requests, *each) for each in zip(config.num_blocks, policies, strict=True)]
         table.add_row(name, *(f"{count / total:.4f}" for count in hits))
     table.add_row(
         "offline bound", *(f"{offline_bound(requests, size) / total:.4f}" for size in config.num_blocks)

@@ -40,12 +40,12 @@ from rich.progress import track
 from rich.table import Table
 
 from allocator.checks import require_int
-from allocator.eviction import make_policy
 from sim.command_line import parse_dataclass, run_command
 from sim.manifest import RunSpec
 from sim.options import parse
 from sim.replay import summary_of
-from sim.runner import load_trace, memory_budget, run
+from sim.runner import check_classes, load_trace, run
+from sim.sizing import memory_budget
 
 POINTS, TABLE = "points", "sweep.csv"
 
@@ -138,7 +138,7 @@ def points(config: Config, replay: Sequence[str]) -> list[Point]:
         options, manifest = parse(flags)
         spec = options.spec(manifest.spec if manifest else None)
         memory_budget(spec)
-        make_policy(spec.cache.policy)
+        check_classes(spec)
         workload = spec.trace.workload
         if workload is not None:
             for seed in range(workload.workload_seed, workload.workload_seed + config.seeds):

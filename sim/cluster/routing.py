@@ -14,6 +14,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from allocator.content import Content
 from sim.request import Request
+from sim.user_code import require_methods
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,4 +196,5 @@ def make_routing(name: str) -> RoutingPolicy:
         raise ValueError(f"routing ({name}) cannot be made: {error}") from None
     if not isinstance(made, RoutingPolicy):
         raise ValueError(f"routing ({name}) must be a sim.cluster.routing.RoutingPolicy")
+    require_methods("routing", name, made, RoutingPolicy)
     return made

@@ -12,6 +12,15 @@ from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
 
 
+def require_batch_fits(build: BuildConfig) -> None:
+    """Raise ValueError unless a step has a token for each sequence of a full batch."""
+    if build.max_num_tokens < build.max_batch_size:
+        raise ValueError(
+            f"max_num_tokens ({build.max_num_tokens}) must be at least max_batch_size "
+            f"({build.max_batch_size}): a step decodes the whole batch"
+        )
+
+
 class Scheduler(StepsAlike):
     """Continuous batching: every step gives each decoding job a token, then spends the rest of its token budget
     on prompts, running ones first and new ones after, in the order of the queue. Without `mixed_steps`, a step that
@@ -34,11 +43,7 @@ class Scheduler(StepsAlike):
 
         Raises ValueError for what cannot work.
         """
-        if build.max_num_tokens < build.max_batch_size:
-            raise ValueError(
-                f"max_num_tokens ({build.max_num_tokens}) must be at least max_batch_size "
-                f"({build.max_batch_size}): a step decodes the whole batch"
-            )
+        require_batch_fits(build)
         super().__init__(manager, build, config, cost)
         self._build = build
         # Up to so many tokens at its end, nothing is in the way of a job that decodes a single sample.

@@ -1,0 +1,87 @@
+"""Classes that users name as package.module:Class: what is wrong with one is told in a line that says whose it was."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import TracebackType
+
+_CALL_FAILED = re.compile(r"([\w.<>]+)\.(\w+)\(\) (?:takes|missing|got) ")
+"""How Python begins to say that a method does not take the arguments with which it was called."""
+
+
+class UserCodeError(ValueError):
+    """A method of a user's class raised something. Says which in one line; `trace` has the lines that led there."""
+
+    def __init__(self, message: str, trace: str) -> None:
+        super().__init__(message, trace)
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@contextmanager
+def blaming(**named: str) -> Iterator[None]:
+    """Raise UserCodeError for what a user's class raises within the context; what others raise passes through.
+
+    `named` has the option by which each class was chosen, and its name; names of the project's own are ignored.
+    """
+    try:
+        yield
+    except UserCodeError:
+        raise
+    except Exception as error:
+        for option, name in named.items():
+            if ":" in name and (found := _fault(_class_of(name), error)) is not None:
+                method, trace, reason = found
+                told = ": ".join(filter(None, [type(error).__name__, reason]))
+                raise UserCodeError(f"{option} ({name}) failed in {method}: {told}", trace) from error
+        raise
+
+
+def require_methods(option: str, name: str, made: object, contract: type) -> None:
+    """Raise ValueError unless each method that a user's object has of a contract can be called as it says there."""
+    for method, wanted in inspect.getmembers(contract, inspect.isfunction):
+        own = getattr(made, method, None)
+        if method.startswith("_") or own is None or getattr(own, "__func__", None) is wanted:
+            continue
+        _, *parameters = inspect.signature(wanted).parameters
+        try:
+            inspect.signature(own).bind(*parameters)
+        except TypeError:
+            raise ValueError(
+                f"{option} ({name}): {method} must take ({', '.join(parameters)}), "
+                f"as {contract.__module__}.{contract.__name__}.{method} does"
+            ) from None
+        except ValueError:  # written in C, without a signature to look at
+            continue
+
+
+def _class_of(name: str) -> type:
+    module, _, kind = name.partition(":")
+    found: type = getattr(import_module(module), kind)
+    return found
+
+
+def _fault(kind: type, error: Exception) -> tuple[str, str, str] | None:
+    """Return which method of a class raised an error, the way there, and what it says; None if none of them did."""
+    if not isinstance(kind, type):  # a function that makes objects: of which class, nobody knows
+        return None
+    raised = [each for each in (error, error.__cause__) if each is not None]
+    for each in raised:  # SimPy raises anew what a process raised
+        at: TracebackType | None = each.__traceback__
+        while at is not None:
+            code = at.tb_frame.f_code
+            if code.co_argcount and isinstance(at.tb_frame.f_locals.get(code.co_varnames[0]), kind):
+                lines = traceback.format_exception(type(each), each, at, chain=False)
+                return code.co_name, "".join(lines), str(each)
+            at = at.tb_next
+    called = _CALL_FAILED.match(str(error)) if isinstance(error, TypeError) else None
+    if called and called[1] in [base.__qualname__ for base in kind.__mro__]:
+        return called[2], "", str(error)
+    return None

@@ -1,0 +1,234 @@
+"""Classes that users write: what is wrong with one is told in one line, which names the class and the method."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from experiments.tools import serial_replay, sweep
+from sim.replay import main
+from sim.user_code import UserCodeError, blaming, require_methods
+
+CLASSES = """
+from allocator.eviction import LRU
+from sim.cluster.routing import LeastLoaded, RoutingPolicy
+from sim.cost import StepBatch
+
+
+class Routing(RoutingPolicy):
+    def choose(self, request, replicas):
+        return self.first(replicas)
+
+    def first(self, replicas):
+        return replicas[len(replicas)]
+
+
+class Missing(RoutingPolicy):
+    def choose(self, request):
+        return None
+
+
+class Inherits(LeastLoaded):
+    def __init__(self):
+        pass
+
+    def choose(self, request, replicas):
+        return super().choose(request)
+
+
+class Refuses(RoutingPolicy):
+    def choose(self, request, replicas):
+        raise ValueError("not this one")
+
+
+class Policy(LRU):
+    def victim(self, wanted):
+        raise KeyError
+
+
+class Unaware(LRU):
+    def hit(self):
+        pass
+
+
+class Cost:
+    def __init__(self, setting):
+        self.left = 5
+
+    def step(self, batch: StepBatch):
+        self.left -= 1
+        return 10**9 // self.left
+
+    def decode_affine(self, decode_sequences):
+        return None
+
+
+class Seconds(Cost):
+    def step(self, batch):
+        return 0.5
+
+
+class Single(Cost):
+    def decode_affine(self, decode_sequences):
+        return 5
+
+
+class Short(Cost):
+    def step(self):
+        return 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "theirs.py"
+    path.write_text(CLASSES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "theirs", raising=False)
+    return path
+
+
+def _line(text: str) -> int:
+    return CLASSES.split("\n").index(text) + 1
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "method", "reason", "way"),
+    [
+        (
+            "routing",
+            "Routing",
+            "choose",
+            "IndexError: list index out of range",
+            ["        return self.first(replicas)", "        return replicas[len(replicas)]"],
+        ),
+        (
+            "routing",
+            "Refuses",
+            "choose",
+            "ValueError: not this one",
+            ['        raise ValueError("not this one")'],
+        ),
+        (
+            "routing",
+            "Inherits",
+            "choose",
+            "TypeError: LeastLoaded.choose() missing 1 required positional argument: 'replicas'",
+            ["        return super().choose(request)"],
+        ),
+        ("policy", "Policy", "victim", "KeyError", ["        raise KeyError"]),
+        (
+            "cost",
+            "Cost",
+            "step",
+            "ZeroDivisionError: integer division or modulo by zero",
+            ["        return 10**9 // self.left"],
+        ),
+    ],
+)
+def test_what_a_users_class_raises_is_said_to_be_its_own(
+    tmp_path: Path,
+    theirs: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    name: str,
+    method: str,
+    reason: str,
+    way: list[str],
+) -> None:
+    arguments = ["synthetic", "--num-requests", "60", "--num-blocks", "40", "--no-figures"]
+    if option == "routing":
+        arguments += ["--num-replicas", "2"]
+    assert main([*arguments, f"--{option}", f"theirs:{name}", "--out", str(tmp_path / "out")]) == 2
+    first, *below = capsys.readouterr().err.splitlines()
+    assert first == f"error: {option} (theirs:{name}) failed in {method}: {reason}"
+    assert below[0] == "Traceback (most recent call last):"
+    assert below[-1] == reason
+    frames = [line for line in below if line.startswith("  File ")]
+    expected = [f'  File "{theirs}", line {_line(text)}, in ' for text in way]
+    assert all(frame.startswith(start) for frame, start in zip(frames, expected, strict=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "said"),
+    [
+        (
+            "routing",
+            "Missing",
+            "choose must take (request, replicas), as sim.cluster.routing.RoutingPolicy.choose",
+        ),
+        ("policy", "Unaware", "hit must take (extent), as allocator.eviction.policy.EvictionPolicy.hit does"),
+        ("cost", "Short", "step must take (batch), as sim.cost.StepCost.step does"),
+        ("cost", "Seconds", "step (0.5) must be an integer"),
+        ("cost", "Single", "decode_affine (5) must be (base, slope), or None"),
+    ],
+)
+def test_what_does_not_fit_is_found_out_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, name: str, said: str
+) -> None:
+    arguments = ["synthetic", "--num-requests", "5", "--num-replicas", "2", f"--{option}", f"theirs:{name}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option} (theirs:{name}): {said}")
+
+
+def test_other_commands_say_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replay = ["synthetic", "--num-requests", "60", "--num-blocks", "40"]
+    arguments = ["--out", str(tmp_path / "sweep"), "--vary", "policy=lru,theirs:Policy", "--", *replay]
+    assert sweep.main(arguments) == 2
+    assert "error: policy (theirs:Policy) failed in victim: KeyError\n" in capsys.readouterr().err
+    trace = tmp_path / "mooncake.jsonl"
+    rows = (
+        f'{{"timestamp": {i}, "input_length": 900, "output_length": 1, "hash_ids": [{i}, {-i}]}}\n'
+        for i in range(1, 9)
+    )
+    trace.write_text("".join(rows).replace("-", "9"))
+    assert serial_replay.main([str(trace), "--num-blocks", "3", "--policies", "theirs:Policy"]) == 2
+    assert capsys.readouterr().err.startswith("error: policy (theirs:Policy) failed in victim: KeyError\n")
+
+
+def test_errors_of_nobodys_class_pass_through() -> None:
+    for name in ("lru", "theirs:Policy", "builtins:print"):
+        with pytest.raises(KeyError, match="ours"), blaming(policy=name):
+            raise KeyError("ours")
+        with pytest.raises(TypeError, match="Other"), blaming(policy=name):
+            raise TypeError("Other.victim() takes 1 positional argument but 2 were given")
+    with (
+        pytest.raises(
+            UserCodeError, match=r"^policy \(theirs:Policy\) failed in victim: TypeError: LRU\.vic"
+        ),
+        blaming(policy="theirs:Policy"),
+    ):
+        raise TypeError("LRU.victim() takes 1 positional argument but 2 were given")
+
+
+def test_an_error_survives_the_way_from_another_process() -> None:
+    error = pickle.loads(
+        pickle.dumps(UserCodeError("routing (a:B) failed in choose: KeyError: 1", "the way"))
+    )
+    assert (str(error), error.trace) == ("routing (a:B) failed in choose: KeyError: 1", "the way")
+
+
+def test_methods_may_be_called_as_the_contract_says() -> None:
+    class Contract:
+        def given(self, first: int, second: int) -> None: ...
+
+    class More:
+        def given(self, first: int, *rest: int, extra: int = 0) -> None: ...
+
+    class Less:
+        def given(self, first: int) -> None: ...
+
+    class Static:
+        @staticmethod
+        def given(one: int, other: int) -> None: ...
+
+    for fine in (Contract(), More(), Static(), object()):
+        require_methods("option", "a:B", fine, Contract)
+    with pytest.raises(
+        ValueError, match=r"^option \(a:B\): given must take \(first, second\), as .*Contract"
+    ):
+        require_methods("option", "a:B", Less(), Contract)
