@@ -75,10 +75,10 @@ class Replica:
                     return
                 yield timeout(next_ps - clock)
                 now = clock = next_ps
+                pool.now = now
+                if events is not None:
+                    events.move(now)
                 continue
-            pool.now = now
-            if events is not None:
-                events.move(now)
             plan = None
             end = self._coast(now) if skipping else None
             if end is not None:
@@ -101,6 +101,7 @@ class Replica:
                     yield timeout(end - clock)
                     self.record(plan, now, end, 1, first_ps, 0, None)
                     now = clock = end
+            pool.now = now
             if events is not None:
                 events.move(now)
             if scheduler.end_tick == batch.tick:

@@ -197,6 +197,25 @@ def test_a_rerun_is_identical() -> None:
     assert_identical(first, dataclasses.replace(scenario, requests=list(again)).run())
 
 
+# ------------------------------------------------------------------ the age of blocks
+
+
+@pytest.mark.parametrize("skipping", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_block_lies_idle_from_the_end_of_its_last_step(skipping: bool, affine: bool) -> None:
+    """A computes its prompt (0, 10) and decodes (10, 30); B, at 100, takes the block that A has left in the cache, and
+    C, at 200, finds B's first block, left at 110, and takes its second, which it computes again."""
+    requests = unlike((0, 4, 3), (100, 8, 1))
+    requests.append(dataclasses.replace(requests[1], request_id=2, arrival_ps=200))
+    ids = np.array([1, 2], dtype=np.int64)
+    requests[1:] = [
+        dataclasses.replace(r, chunk_ids=ids, granularity=4, named_tokens=8) for r in requests[1:]
+    ]
+    result = Scenario(requests, _build(1, 8, 4), 2, cost=LinearCost(10, affine=affine)).run(skipping)
+    times = {name: found.values_ps.tolist() for name, found in result.lifetimes.items()}
+    assert times == {"lifetime": [100], "idle_before_evict": [100 - 30, 200 - 110], "reuse_gap": [200 - 110]}
+
+
 # ------------------------------------------------------------------ no livelock
 
 

@@ -211,8 +211,7 @@ class ClusterReplica(Replica):
             self._stretch.record()
         elif plan is not None:
             self.record(plan, self._start_ps, now_ps, 1, self._first_ps, 0, None)
-        if self._events is not None:
-            self._events.move(now_ps)
+        self._set_clock(now_ps)
         if scheduler.end_tick == scheduler.batch.tick:
             self.end_decodes(now_ps)
         if plan is not None and plan.completed:
