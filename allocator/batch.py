@@ -347,8 +347,8 @@ class Batch(Sequence[KVSequence]):
         return min(((residue - tick - 1) % size + 1 for residue in self._buckets), default=0)
 
     def starts(self, num_tokens: int) -> tuple[list[Bucket], int, int]:
-        """Return the buckets that start a block in the next ticks, in order of time, and how many blocks that are:
-        altogether, and at the first tick.
+        """Return the buckets that start blocks in the next ticks, in the order in which they first do, and how many
+        blocks that are: altogether, and at the first tick.
         """
         size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
         turn = tick % size
@@ -357,10 +357,9 @@ class Batch(Sequence[KVSequence]):
         if num_tokens == 1:
             return [] if now is None else [now], first, first
         end = turn + num_tokens
-        if num_tokens > size:
-            cycles, rest = divmod(num_tokens, size)
-            found = self.starts(size)[0] * cycles + self.starts(rest)[0]
-        elif num_tokens > 2 * len(buckets):  # ask each bucket, not each tick
+        if num_tokens > size:  # a member that starts one does so again after every tokens_per_block ticks
+            return self.starts(size)[0], self.growth(num_tokens), first
+        if num_tokens > 2 * len(buckets):  # ask each bucket, not each tick
             order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
             order.sort(key=_by_offset)
             found = [bucket for offset, bucket in order if offset < num_tokens]

@@ -60,8 +60,14 @@ class Coasting(Decoding):
         starts, growth, first = batch.starts(num_tokens)
         now = pool.now
         if growth:
-            for sequence, block in zip(chain.from_iterable(starts), pool.take(growth), strict=True):
-                sequence.table.append(block)
+            blocks, members = pool.take(growth), chain.from_iterable(starts)
+            if num_tokens <= self.tokens_per_block:
+                for sequence, block in zip(members, blocks, strict=True):
+                    sequence.table.append(block)
+            else:  # everybody's turn comes again and again
+                turns = len(batch.members)
+                for turn, sequence in enumerate(members):
+                    sequence.table.extend(blocks[turn::turns])
             self.logical_blocks += growth
             if pool.lifetimes is not None:
                 # Who starts at once had filled its last block when the batch coasted before.
@@ -69,6 +75,8 @@ class Coasting(Decoding):
                 for bucket in starts:
                     bucket.dates.append(date)
                     date = now
+                if growth > len(batch.members):
+                    self._date_again(batch, starts, growth)
         batch.tick += num_tokens
         batch.slots = None
         batch.coasted = True
@@ -77,6 +85,14 @@ class Coasting(Decoding):
         if growth and len(starts[0].dates) > _MOST_DATES:
             batch.catch_up_all()
         return growth - first
+
+    def _date_again(self, batch: Batch, starts: list[Bucket], growth: int) -> None:
+        """Note when blocks were filled that are not the first ones to have been so in this coast."""
+        again, rest = divmod(growth, len(batch.members))
+        dates = array("q", (self.pool.now,)) * again
+        for bucket in starts:
+            bucket.dates.extend(dates if rest > 0 else dates[1:])
+            rest -= len(bucket)
 
     def catch_up(self, sequence: KVSequence) -> None:
         """Put the blocks that filled while a member of a batch coasted into the index. O(blocks filled).
