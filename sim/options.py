@@ -194,7 +194,8 @@ class Replay:
             return TraceSource(os.path.abspath(self.trace), self.reading)
         count = self.reading.num_requests
         if given := _changed(self.reading, ReadOptions(num_requests=count)):
-            raise ValueError(f"{given} needs a trace file: TRACE is {SYNTHETIC}")
+            instead = "; its rate is --requests-per-s" if given == "--rate" else ""
+            raise ValueError(f"{given} needs a trace file: TRACE is {SYNTHETIC}{instead}")
         return TraceSource(SYNTHETIC, workload=self.workload.of(count))
 
 

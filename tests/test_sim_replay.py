@@ -524,6 +524,10 @@ def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.Capture
         ),
         (["synthetic", "--skip-bad"], "--skip-bad needs a trace file: TRACE is synthetic"),
         (
+            ["synthetic", "--rate", "9"],
+            "--rate needs a trace file: TRACE is synthetic; its rate is --requests-per-s",
+        ),
+        (
             ["{here}/trace.csv", "--turns-mean", "2"],
             "--turns-mean describes a synthetic workload, but TRACE is ",
         ),
