@@ -320,6 +320,8 @@ class BlockPool(FreeBlocks):
         """Cut an extent after `at` blocks and return the new head."""
         head = self.index.split(extent, at)
         if extent.ids:
+            if extent.retention is not None:
+                self.expiries.split(head, extent)
             self.policy.split(head, extent)
             if self.partial is not None:
                 self.partial.changed(head)

@@ -27,12 +27,21 @@ class Expiries:
 
     def __init__(self) -> None:
         self._queue = ExtentQueue()
+        self._released = 0
 
     def released(self, extent: Extent, now: int) -> None:
         """Start the clock of an extent with a retention, if it has one."""
         assert extent.retention is not None
         if extent.retention.duration is not None:
-            self._queue.put(extent, (now + extent.retention.duration,))
+            self._released += 1
+            self._queue.put(extent, (now + extent.retention.duration, self._released, -extent.start))
+
+    def split(self, head: Extent, tail: Extent) -> None:
+        """Let the two parts of an evictable extent have the time that the whole had, the tail before the head."""
+        if tail in self._queue:
+            time, number, _ = self._queue.key(tail)
+            for part in (tail, head):
+                self._queue.put(part, (time, number, -part.start))
 
     def discard(self, extent: Extent) -> None:
         """Stop the clock: the extent is referenced again, or gone."""

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from allocator.config import CacheConfig
 from allocator.content import TokenContent, UniqueContent
+from allocator.eviction import Priority
+from allocator.eviction.protecting import protecting
 from allocator.manager import KVCacheManager, KVSequence
 from allocator.retention import Retention, RetentionConfig, TokenRange
 from allocator.rules.retention import RETENTIONS, Keeping, wish_of
@@ -60,6 +62,26 @@ def test_a_session_is_pinned_across_a_tool_call() -> None:
     traffic(40)
     assert hits(manager, session) == 0
     manager.check_invariants()
+
+
+def test_a_part_that_is_protected_expires_with_the_rest() -> None:
+    """Of two blocks that nobody references, the first is cut off to be protected, and let go; then both expire."""
+    policy = protecting(Priority())
+    manager = KVCacheManager(3, 2, policy=policy)
+    serve(manager, [1, 1, 2, 2], RetentionConfig.whole(100, duration=10))
+    (extent, blocks), *_ = manager.lookup(TokenContent([1, 1, 3])).path
+    assert blocks < len(extent.ids)
+    head = manager.pool.split(extent, blocks)
+    policy.protect("somebody", [head])
+    policy.unprotect("somebody")
+    serve(manager, [5, 5])
+    manager.now = 10
+    assert manager.next_expiry() is None
+    assert head.retention is extent.retention is None
+    serve(
+        manager, [6] * 4
+    )  # what has expired is used later than what was released at 0, the tail before the head
+    assert hits(manager, [1, 1]) == 1
 
 
 def test_a_block_has_the_range_of_its_first_token() -> None:

@@ -43,6 +43,10 @@ class ExtentQueue:
         """Take an extent out if it is queued."""
         self._entries.pop(extent, None)
 
+    def key(self, extent: Extent) -> Key:
+        """Return the key of an extent that is queued."""
+        return self._entries[extent][0]
+
     def first(self) -> Extent:
         """Return the extent with the least key. The queue must not be empty."""
         heap, entries = self._heap, self._entries
