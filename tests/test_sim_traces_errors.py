@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trace_cases import ANY_CSV, AZURE, BAILIAN, BURSTGPT, MOONCAKE, SHAREGPT, TEXTS, write
 
+from sim.request import Request
 from sim.traces import TraceError, read_trace
 
 COLUMNS = "arrival=when,prompt=in,output=out"
@@ -85,7 +86,13 @@ CSV_CASES = [
         "4: field 'TIMESTAMP' (3654.0 days after the start) must be within 104.2 days of it",
     ),
     ("burstgpt", 3, "230", "-1", "3: field 'Response tokens' (-1) must be at least 1"),
-    ("burstgpt", 3, "230", "0", "3: field 'Response tokens' (0) must be at least 1"),
+    (
+        "burstgpt",
+        3,
+        "230",
+        "0",
+        "3: field 'Response tokens' (0) must be at least 1; such a request got no answer, and skip_bad leaves it out",
+    ),
     ("burstgpt", 3, "45.25", "soon", "3: field 'Timestamp' ('soon') must be a number"),
     ("burstgpt", 3, "45.25", "NaN", "3: field 'Timestamp' ('NaN') must be a finite number"),
     ("burstgpt", 3, "45.25", "inf", "3: field 'Timestamp' ('inf') must be a finite number"),
@@ -234,7 +241,6 @@ def test_malformed_json_lines(
         ("[1, 2]", "2: line ('[1, 2]') must be one JSON object"),
         ("7", "2: line ('7') must be one JSON object"),
         ("[" * 100_000, "2: line must be one JSON object, but: "),
-        ('{"timestamp": ' + "9" * 10_000 + "}", "2: line must be one JSON object, but: "),
     ],
 )
 def test_lines_that_are_no_object(tmp_path: Path, line: str, message: str) -> None:
@@ -377,7 +383,58 @@ def test_skip_bad_counts_and_goes_on(tmp_path: Path) -> None:
         (request.request_id, request.arrival_ps) for request in whole
     ]
     nothing = write(tmp_path, "\n".join([lines[0], bad[0], bad[1]]), "nothing")
-    assert problem(nothing, skip_bad=True) == "must hold at least one request (2 malformed rows skipped)"
+    assert problem(nothing, skip_bad=True) == (
+        "must hold at least one request (2 malformed rows skipped, "
+        "the first in line 2: field 'ContextTokens' ('x') must be an integer)"
+    )
+
+
+def test_a_trace_of_which_no_request_was_answered(tmp_path: Path) -> None:
+    header, *rows = BURSTGPT.splitlines()
+    fields = [row.split(",") for row in rows]
+    place = header.split(",").index("Response tokens")
+    silent = "\n".join([header, *(",".join([*row[:place], "0", *row[place + 1 :]]) for row in fields)])
+    why = "field 'Response tokens' (0) must be at least 1; such a request got no answer, and skip_bad leaves it out"
+    assert problem(write(tmp_path, silent)) == f"2: {why}"
+    assert problem(write(tmp_path, silent), skip_bad=True) == (
+        f"must hold at least one request ({len(rows)} malformed rows skipped, the first in line 2: {why})"
+    )
+
+
+@pytest.mark.parametrize("kind", ["azure", "burstgpt", "mooncake", "bailian"])
+def test_lines_that_end_in_cr_alone(tmp_path: Path, kind: str) -> None:
+    text = TEXTS[kind]
+    path = tmp_path / "trace"
+    path.write_bytes(text.replace("\n", "\r\n").encode())
+    assert list(map(vars_of, read_trace(path))) == list(map(vars_of, read_trace(write(tmp_path, text, "lf"))))
+    path.write_bytes(text.replace("\n", "\r").encode())
+    rule = "must end in LF or CRLF, and a CR stands alone"
+    if kind in ("azure", "burstgpt"):
+        rule = "must end its lines in LF or CRLF, but holds a CR alone"
+    assert problem(path).startswith("1: ")
+    assert problem(path).endswith(rule)
+
+
+def vars_of(request: Request) -> tuple[int, ...]:
+    return request.arrival_ps, request.prompt_tokens, request.output_tokens
+
+
+@pytest.mark.parametrize("digits", ["9" * 6000, "-" + "9" * 6000, "9" * 4000])
+def test_a_number_of_more_digits_than_python_reads_is_one_of_its_field(tmp_path: Path, digits: str) -> None:
+    first = MOONCAKE.splitlines()[0]
+    row = {"timestamp": "0", "input_length": "512", "output_length": "3", "hash_ids": "[7]"}
+
+    def problem_of(**fields: str) -> str:
+        named = ", ".join(f'"{name}": {value}' for name, value in {**row, **fields}.items())
+        return problem(write(tmp_path, f"{first}\n{{{named}}}\n"))
+
+    for name in ("timestamp", "input_length", "output_length"):
+        assert problem_of(**{name: digits}) == f"2: field {name!r} must have at most 30 digits"
+    assert problem_of(timestamp=f"{digits}.5").startswith("2: field 'timestamp' (")
+    told = problem_of(hash_ids=f"[{digits}]")
+    rule = "no negative id" if digits.startswith("-") else f"no id above {2**63 - 1}"
+    assert re.fullmatch(rf"2: field 'hash_ids' \(-?[0-9]{{30,37}}\S*\) must hold {rule}", told)
+    assert problem_of(input_length=f"{digits},").startswith("2: line must be one JSON object, but: ")
 
 
 def test_skip_bad_keeps_sessions_right(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from sim.traces.fields import PS_PER_S, Row, number_ps, tokens
+from sim.traces.fields import PS_PER_S, FieldError, Row, number_ps, tokens
 from sim.traces.formats import CsvFormat
 
 
@@ -25,6 +25,9 @@ class BurstGptFormat(CsvFormat):
 
     def parse(self, values: Sequence[str]) -> Row:
         arrival, prompt, output = values
+        if output == "0":
+            rule = "(0) must be at least 1; such a request got no answer, and skip_bad leaves it out"
+            raise FieldError("Response tokens", rule)
         return Row(
             number_ps("Timestamp", arrival, PS_PER_S),
             tokens("Request tokens", prompt),

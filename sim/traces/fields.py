@@ -32,7 +32,8 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?([0-9]+))?")
 _NOT_FINITE = re.compile(r"[+-]?(?:s?nan|inf|infinity)", re.IGNORECASE)
 _MAX_DIGITS = 30
 _MAX_EXPONENT_DIGITS = 9
-_BEYOND = 10**_MAX_DIGITS
+BEYOND: int = 10**_MAX_DIGITS
+"""The least integer that no field can hold."""
 
 
 class FieldError(ValueError):
@@ -87,10 +88,10 @@ def whole(field: str, value: object) -> int:
             raise FieldError(field, "is missing")
         if not _INTEGER.fullmatch(text):
             raise FieldError(field, f"({shown(value)}) must be an integer")
-        value = int(text) if len(text) <= _MAX_DIGITS else _BEYOND
+        value = int(text) if len(text) <= _MAX_DIGITS else BEYOND
     if isinstance(value, bool) or not isinstance(value, int):
         raise FieldError(field, f"({shown(value)}) must be an integer")
-    if abs(value) >= _BEYOND:
+    if abs(value) >= BEYOND:
         raise FieldError(field, f"must have at most {_MAX_DIGITS} digits")
     return value
 
@@ -183,9 +184,9 @@ def id_list(field: str, value: object, largest: int) -> list[int]:
             odd = next(item for item in value if type(item) is not int)
             raise FieldError(field, f"({shown(odd)}) must hold integers only")
         if min(value) < 0:
-            raise FieldError(field, f"({min(value)}) must hold no negative id")
+            raise FieldError(field, f"({shown(min(value))}) must hold no negative id")
         if max(value) > largest:
-            raise FieldError(field, f"({max(value)}) must hold no id above {largest}")
+            raise FieldError(field, f"({shown(max(value))}) must hold no id above {largest}")
     return value
 
 

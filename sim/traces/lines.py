@@ -10,7 +10,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from sim.traces.fields import FieldError, shown
+from sim.traces.fields import BEYOND, FieldError, shown
 from sim.traces.trace import TraceError
 
 LONGEST_LINE = 2**26
@@ -81,7 +81,10 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             if fields:
                 yield current, fields
     except csv.Error as error:
-        raise TraceError(f"{path}:{current}: must be CSV: {error}") from None
+        rule = f"must be CSV: {error}"
+        if "new-line character" in str(error):
+            rule = "must end its lines in LF or CRLF, but holds a CR alone"
+        raise TraceError(f"{path}:{current}: {rule}") from None
 
 
 def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]]:
@@ -89,12 +92,11 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]
 
     A line that is not one JSON object yields an error in its place.
     """
-    decode = json.JSONDecoder(parse_float=_decimal_or_text).decode
     for number, line in text_lines(path):
         if line.isspace():
             continue
         try:
-            record = decode(line)
+            record = _decoded(line)
         except (ValueError, RecursionError) as error:
             reason = (
                 f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
@@ -107,12 +109,37 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]
             yield number, LineError(f"({shown(line)}) must be one JSON object")
 
 
+def _decoded(line: str) -> Any:
+    """Return what a line of JSON says. Raises ValueError, or RecursionError."""
+    try:
+        return _QUICK.decode(line)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and "\r" in line.strip():
+            raise ValueError("lines must end in LF or CRLF, and a CR stands alone") from None
+        raise
+    except ValueError:  # an integer with more digits than Python reads: its field is to refuse it by name
+        return _TOLERANT.decode(line)
+
+
+def _int_or_beyond(text: str) -> int:
+    """Return a JSON integer; if it has more digits than any field can have, another such, of the same sign."""
+    if len(text) <= _READABLE_DIGITS:
+        return int(text)
+    return -BEYOND if text.startswith("-") else BEYOND
+
+
 def _decimal_or_text(text: str) -> Decimal | str:
     """Return a JSON number, or its text if its exponent is beyond Decimal: its field then refuses it by name."""
     try:
         return Decimal(text)
     except InvalidOperation:
         return text
+
+
+_READABLE_DIGITS = 600
+"""Digits that Python reads whatever its limit is set to (sys.set_int_max_str_digits)."""
+_QUICK = json.JSONDecoder(parse_float=_decimal_or_text)
+_TOLERANT = json.JSONDecoder(parse_float=_decimal_or_text, parse_int=_int_or_beyond)
 
 
 class LineError(FieldError):

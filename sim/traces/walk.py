@@ -29,6 +29,7 @@ class Walk:
     ) -> None:
         self.path = path
         self.skipped = 0
+        self._first_bad = ""
         self._kind = copy.copy(kind)  # a format remembers what it has read
         self._options = options
         self._scale = None if scale == 1 else (scale.numerator, scale.denominator)
@@ -87,7 +88,11 @@ class Walk:
                 return
         if not count:
             where = " in the part that is read" if self._options.is_part else ""
-            skipped = f" ({self.skipped} malformed rows skipped)" if self.skipped else ""
+            skipped = (
+                f" ({self.skipped} malformed rows skipped, the first {self._first_bad})"
+                if self.skipped
+                else ""
+            )
             raise TraceError(f"{self.path}: must hold at least one request{where}{skipped}")
 
     def _part(self) -> Iterator[tuple[int, Row]]:
@@ -121,6 +126,8 @@ class Walk:
     def _bad(self, line: int, error: FieldError) -> None:
         if not self._options.skip_bad:
             raise TraceError(f"{self.path}:{line}: {error}")
+        if not self.skipped:
+            self._first_bad = f"in line {line}: {error}"
         self.skipped += 1
         self._ids.leave_out(line)
 
