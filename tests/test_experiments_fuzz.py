@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,28 @@ def test_a_clean_run_counts_the_same_again(
     assert counts[0] == counts[1]
     assert counts[0]["steps"] >= 1000
     assert counts[0]["operations"]["admit"] > 0
-    out = capsys.readouterr().out
+    out, notices = capsys.readouterr()
     assert "all clean" in out
     assert "admit" in out
+    assert re.fullmatch(r"(5\d\d steps clean, 50%\n){2}", notices)
+
+
+def test_an_interrupted_run_shows_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*runs: object, **options: object) -> Callable[[object], Iterator[fuzz.Outcome]]:
+        def outcomes(_: object) -> Iterator[fuzz.Outcome]:
+            yield fuzz.Outcome((5000, 0), Tally(steps=5004, operations=Counter({"admit": 700})))
+            raise KeyboardInterrupt
+
+        return outcomes
+
+    monkeypatch.setattr(fuzz, "Parallel", interrupted)
+    assert fuzz.main(["--steps", "20000"]) == 130
+    out, notices = capsys.readouterr()
+    assert "5,004 of 20,000 steps, all clean so far." in out
+    assert re.search(r"admit +700 ", out)
+    assert notices.splitlines()[-1].startswith("interrupted")
 
 
 def test_the_program_that_is_printed_fails_when_pasted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -239,6 +239,18 @@ def shorten(failed: Outcome) -> str:
         return failed.failure
 
 
+def watched(outcomes: Iterable[Outcome], num_runs: int, total: Tally) -> Iterator[Outcome]:
+    """Yield the outcomes, and say how far it is: by a bar on a terminal, elsewhere by a line after every tenth."""
+    notice = Console(stderr=True)
+    if notice.is_terminal:
+        yield from track(outcomes, "fuzzing", num_runs, console=notice, transient=True)
+        return
+    for done, outcome in enumerate(outcomes, start=1):
+        yield outcome
+        if done * 10 // num_runs > (done - 1) * 10 // num_runs and done < num_runs:
+            notice.print(f"{total.steps:,} steps clean, {done / num_runs:.0%}", highlight=False)
+
+
 def run(config: Config, console: Console) -> int:
     """Fuzz, print, and return the exit status."""
     for name, least in (("steps", 1), ("program_steps", 2), ("seed", 0), ("jobs", 0), ("coverage_steps", 0)):
@@ -256,11 +268,17 @@ def run(config: Config, console: Console) -> int:
         for steps, seed in todo
     )
     failed = None
-    for outcome in track(outcomes, "fuzzing", len(todo), console=Console(stderr=True), transient=True):
-        merge(total, outcome.tally)
-        if outcome.failure is not None:
-            failed = outcome
-            break
+    try:
+        for outcome in watched(outcomes, len(todo), total):
+            merge(total, outcome.tally)
+            if outcome.failure is not None:
+                failed = outcome
+                break
+    except KeyboardInterrupt:
+        if total.steps:
+            show(total, console)
+            console.print(f"{total.steps:,} of {config.steps:,} steps, all clean so far.", highlight=False)
+        raise
     if failed is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that runs which are still going on are given up
