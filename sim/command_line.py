@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
@@ -10,8 +11,9 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+from sim.parser_errors import in_one_line
 from sim.user_code import UserCodeError
 
 T = TypeVar("T")
@@ -110,27 +112,35 @@ def first_told(error: Exception) -> Exception:
 def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T | None = None) -> T:
     """Parse flags into a dataclass whose nested dataclasses are flattened: field names are the flags.
 
-    Raises ValueError where a dataclass refuses its values, so that the rule is reported in one line. Exits with 2,
-    after a message, for a flag that is unknown, ill-typed or missing.
+    Raises ValueError where a dataclass refuses its values, and for a flag that is unknown, ill-typed or missing. Exits
+    with 0, after having printed it, where the help is asked for.
     """
     import tyro
 
     if option_value(arguments, "--out") == "":
         raise ValueError("out ('') must name a place: an empty path is the working directory")
     given: Any = default
+    parsed: Any = parse_plainly(
+        prog,
+        lambda: tyro.cli(kind, prog=prog, args=arguments, default=given, config=(tyro.conf.OmitArgPrefixes,)),
+    )
+    return parsed  # type: ignore[no-any-return]
+
+
+def parse_plainly(prog: str, parse: Callable[[], T]) -> T:
+    """Return what a call of tyro's parser returns. Raises ValueError, in one line, where it gives up."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed: Any = tyro.cli(
-                kind, prog=prog, args=arguments, default=given, config=(tyro.conf.OmitArgPrefixes,)
-            )
+            return parse()
     except SystemExit as stop:
         refusal = _refusal(stop)
+        if refusal is None and stop.code:
+            refusal = in_one_line(said.getvalue(), prog)
         if refusal is not None:
             raise ValueError(refusal) from None
         sys.stderr.write(said.getvalue())
         raise
-    return parsed  # type: ignore[no-any-return]
 
 
 def _refusal(stop: SystemExit) -> str | None:
@@ -146,6 +156,18 @@ def _refusal(stop: SystemExit) -> str | None:
     if failure is None or not isinstance(getattr(failure, "arg", None), str):
         return None
     return str(failure.__context__) if isinstance(failure.__context__, ValueError) else None
+
+
+def flags_of(kind: type[Any]) -> dict[str, Any]:
+    """Return the type of each flag that `parse_dataclass` knows for a dataclass, by the name of its field."""
+    found: dict[str, Any] = {}
+    types = get_type_hints(kind)
+    for each in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(inner := types[each.name]) and isinstance(inner, type):
+            found |= flags_of(inner)
+        else:
+            found[each.name] = inner
+    return found
 
 
 def option_value(arguments: list[str], flag: str) -> str | None:

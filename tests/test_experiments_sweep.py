@@ -160,6 +160,23 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
         ([], [*WORKLOAD, "--warm-up-requests", "12"], "warm_up_requests (12) must leave some of 12 requests"),
         ([], [*WORKLOAD, "--prometheus=x"], "prometheus (after --) must not be given"),
         (["--vary", "out=a,b"], WORKLOAD, "vary (out=a,b) must name a flag that decides what comes of a run"),
+        (
+            ["--vary", "nope=1,2"],
+            WORKLOAD,
+            "vary (nope=1,2) must name a flag of sim.replay, and nope is none",
+        ),
+        (["--vary", "num-block=9"], WORKLOAD, "and num_block is none (did you mean num_blocks?)"),
+        (
+            ["--vary", "figures=yes,no"],
+            WORKLOAD,
+            "vary (figures=yes,no) must give figures the values True and False",
+        ),
+        (["--seed", "1"], WORKLOAD, "unrecognized options: --seed, 1; perhaps you meant: --seeds INT"),
+        (
+            [],
+            [*WORKLOAD, "--seed", "1"],
+            "unrecognized options: --seed, 1; perhaps you meant: --workload-seed",
+        ),
         (["--vary", "policy=lru,fifo, lru"], WORKLOAD, "(policy=lru,fifo, lru) must give each value once"),
         (
             ["--vary", "workload-seed=1,2", "--seeds", "2"],
@@ -175,6 +192,15 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert "\n" not in error.strip()
+
+
+def test_flags_that_are_on_or_off_vary(tmp_path: Path) -> None:
+    varied = ["--vary", "enable-partial-reuse=True,False", "--vary", "mixed_steps=False"]
+    assert _sweep(tmp_path, *varied) == 0
+    found = sweep.points(sweep.Config(tmp_path, vary=tuple(varied[1::2])), WORKLOAD)
+    given = [(point.spec.cache.enable_partial_reuse, point.spec.engine.mixed_steps) for point in found]
+    assert given == [(True, False), (False, False)]
+    assert len(list((tmp_path / sweep.POINTS).iterdir())) == 2
 
 
 def test_the_replays_flags_come_after_dashes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from experiments import routing
 from experiments.bench import simulator
-from sim.command_line import parse_dataclass, require_writable, run_command
+from sim.command_line import parse_dataclass, parse_plainly, require_writable, run_command
+from sim.parser_errors import in_one_line
 
 COMMANDS = (
     "sim.replay",
@@ -79,8 +80,23 @@ def test_a_command_that_runs_can_clean_up_when_it_has_to_end(name: str, status: 
 def test_the_outermost_dataclass_refuses_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^replicas \(0\) must be at least 2$"):
         parse_dataclass(routing.Config, "routing", ["--replicas", "0"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=r"^--replicas INT: invalid literal .* \(routing --help explains\)$"):
         parse_dataclass(routing.Config, "routing", ["--replicas", "many"])
+
+
+def test_what_is_not_the_parsers_box_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    def gives_up() -> None:
+        print("something else", file=sys.stderr)
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        parse_plainly("program", gives_up)
+    assert capsys.readouterr().err == "something else\n"
+    assert in_one_line("", "program") is None
+    assert in_one_line("│ a frame, but no help", "program") is None
+    assert in_one_line("\x1b[31m│\x1b[0m It broke. │\n│ ── │\n│ For full helptext, see │", "program") == (
+        "it broke (program --help explains)"
+    )
 
 
 def test_an_error_that_simpy_raises_anew_keeps_its_files_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -582,19 +582,44 @@ def test_an_unwritable_folder_is_found_out_before_the_trace_is_read(
     assert f"error: out ({trace_file / 'below'}) cannot be written: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--tokens-per-blok", "2"], ["--num-requests", "x"], []])
-def test_unknown_and_ill_typed_flags_exit_with_two(
-    capsys: pytest.CaptureFixture[str], flags: list[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["t", "--tokens-per-blok", "2"],
+            "unrecognized options: --tokens-per-blok, 2; perhaps you meant: --tokens-",
+        ),
+        (["t", "--seed", "1"], "unrecognized options: --seed, 1; perhaps you meant: --workload-seed INT ("),
+        (["t", "u"], "unrecognized options: u ("),
+        (
+            ["t", "--max-batch-size", "x"],
+            "--max-batch-size INT: invalid literal for int() with base 10: 'x' (",
+        ),
+        (
+            ["t", "--num-requests", "x"],
+            "--num-requests {None}|INT: no type matching {None}|INT could be instanti",
+        ),
+        (
+            ["t", "--arrivals", "x"],
+            "invalid choice 'x' for argument '--arrivals'. Expected one of ('gamma', 'on_off'",
+        ),
+        (["t", "--policy"], "missing value for argument '--policy'. Expected 1 values ("),
+        ([], "missing from python -m sim.replay: TRACE ("),
+    ],
+)
+@pytest.mark.parametrize("columns", ["50", "80", "200"])
+def test_flags_that_are_not_understood_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    columns: str,
 ) -> None:
-    trace = ["t.csv", "--out", "o"] if flags else ["--out", "o"]
-    with pytest.raises(SystemExit) as caught:
-        main([*trace, *flags])
-    assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert {"--tokens-per-blok": "Perhaps you meant", "--num-requests": "--num-requests"}.get(
-        flags[0] if flags else "", "TRACE"
-    ) in said
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main([*arguments[:1], "--out", "o", *arguments[1:]]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {message}")
+    assert said.endswith("(python -m sim.replay --help explains)")
 
 
 def test_an_interrupt_leaves_nothing(

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     answer_interrupts()
 
 import csv
+import difflib
 import hashlib
 import io
 import itertools
@@ -40,9 +41,9 @@ from rich.progress import track
 from rich.table import Table
 
 from allocator.checks import require_int
-from sim.command_line import parse_dataclass, run_command
+from sim.command_line import flags_of, parse_dataclass, run_command
 from sim.manifest import RunSpec
-from sim.options import parse
+from sim.options import Replay, parse
 from sim.replay import summary_of
 from sim.runner import check_classes, load_trace, run
 from sim.sizing import memory_budget
@@ -63,7 +64,8 @@ class Config:
     out: Path
     """Folder for the points and the table; finished points there are kept and not run again."""
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A flag of sim.replay and its values, NAME=V1,V2,...; may be given several times."""
+    """A flag of sim.replay and its values, NAME=V1,V2,...; may be given several times. Of one that
+    is on or off, the values are True and False."""
     seeds: int = 1
     """Runs of each combination, with seeds from --workload-seed on; for synthetic workloads only."""
     metrics: tuple[str, ...] = (
@@ -101,6 +103,7 @@ def combinations(vary: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
     """Return every combination of the values, the last flag's varying fastest. Raises ValueError for a bad one."""
     axes = []
     names = set()
+    flags = flags_of(Replay)
     for text in vary:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
@@ -109,13 +112,27 @@ def combinations(vary: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
             raise ValueError(f"vary ({text}) must be NAME=V1,V2,...")
         if name in names:
             raise ValueError(f"vary ({text}) gives {name} a second time")
+        if name not in flags:
+            close = difflib.get_close_matches(name, flags, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"vary ({text}) must name a flag of sim.replay, and {name} is none{hint}")
         if name in _LEFT_BY_NONE:
             raise ValueError(f"vary ({text}) must name a flag that decides what comes of a run")
+        if flags[name] is bool and not set(given) <= {"True", "False"}:
+            raise ValueError(f"vary ({text}) must give {name} the values True and False")
         if len(set(given)) < len(given):
             raise ValueError(f"vary ({text}) must give each value once")
         names.add(name)
         axes.append([(name, value) for value in given])
     return list(itertools.product(*axes))
+
+
+def _flag(name: str, value: str) -> list[str]:
+    """Return the arguments that give a flag of sim.replay its value."""
+    flag = name.replace("_", "-")
+    if flags_of(Replay)[name] is bool:
+        return [f"--{flag}" if value == "True" else f"--no-{flag}"]
+    return [f"--{flag}", value]
 
 
 def points(config: Config, replay: Sequence[str]) -> list[Point]:
@@ -134,7 +151,7 @@ def points(config: Config, replay: Sequence[str]) -> list[Point]:
             raise ValueError(f"seeds ({config.seeds}) must be 1 where workload_seed varies")
         flags = [*replay, "--out", os.devnull]
         for name, value in values:
-            flags += [f"--{name.replace('_', '-')}", value]
+            flags += _flag(name, value)
         options, manifest = parse(flags)
         spec = options.spec(manifest.spec if manifest else None)
         memory_budget(spec)

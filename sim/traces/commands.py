@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sim.command_line import parse_dataclass
+from sim.command_line import parse_dataclass, parse_plainly
 from sim.target import check_target
 from sim.traces.describe import describe, render
 from sim.traces.reader import read_trace
@@ -111,8 +111,11 @@ def _parse(program: str, description: str, arguments: list[str]) -> Describe | C
         name, *options = arguments
         command = parse_dataclass(COMMANDS[name], f"{program} {name}", options)
     else:
-        command = tyro.extras.subcommand_cli_from_dict(
-            dict(COMMANDS), prog=program, description=description, args=arguments
+        command = parse_plainly(
+            program,
+            lambda: tyro.extras.subcommand_cli_from_dict(
+                dict(COMMANDS), prog=program, description=description, args=arguments
+            ),
         )
     return command
 
