@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from allocator.checks import require_int, require_optional_int
+from allocator.field_docs import with_field_docs
 from allocator.model import ModelSpec
 from allocator.windows import AttentionWindow
 
@@ -17,6 +18,7 @@ GIB = 2**30
 """Bytes of one GiB."""
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class MemoryBudget:
     """What building an engine yields, for one GPU: bytes, blocks, tokens and sequences."""

@@ -15,6 +15,7 @@ from allocator.checks import (
     require_optional_int,
     require_power_of_two,
 )
+from allocator.field_docs import with_field_docs
 from allocator.model import KV_DTYPE_BYTES, ModelSpec
 from allocator.presets import MODEL_PRESETS
 
@@ -32,6 +33,7 @@ MAX_BLOCKS = 2**31 - 1
 """Most blocks of a pool: block tables hold 32-bit integers."""
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class BuildConfig:
     """What is fixed when an engine is built; a change means a rebuild. Raises ValueError on a broken rule."""
@@ -57,6 +59,7 @@ class BuildConfig:
         require_power_of_two("tokens_per_block", self.tokens_per_block)
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class CacheConfig:
     """How the KV cache is stored, sized and reused. Raises ValueError on a broken rule."""

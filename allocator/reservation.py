@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from allocator.checks import require_choice, require_int
+from allocator.field_docs import with_field_docs
 from allocator.ranges import AddressSpace, BestFitSpace, BuddySpace
 
 RULES = ("maximum", "power_of_two", "exact")
@@ -60,6 +61,7 @@ class Reservation:
         return self.start + position
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class SlotUsage:
     """Where every slot of the memory goes, in slots; the five shares add up to `num_slots`.

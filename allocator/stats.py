@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from allocator.field_docs import with_field_docs
+
 if TYPE_CHECKING:
     from allocator.matching import PrefixMatch
 
@@ -47,6 +49,7 @@ class Lookups:
             self.miss_blocks[cause] += blocks
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class HostStats:
     """A snapshot of the host tier, in host blocks. num_blocks = free + evictable + held + in_transfer.

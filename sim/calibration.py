@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.checks import require_int
+from allocator.field_docs import with_field_docs
 from allocator.model import ModelSpec
 from sim.cost import PS_PER_S, RooflineCost, StepBatch, causal_scores
 from sim.hardware import GPUSpec
@@ -15,6 +16,7 @@ from sim.hardware import GPUSpec
 _PS_PER_US = PS_PER_S // 10**6
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class Calibration:
     """What one layer's attention takes, fitted to measured kernels (`python -m experiments.tools.calibrate`).

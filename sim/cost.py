@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.field_docs import with_field_docs
 from allocator.model import ModelSpec
 from sim.hardware import GPUSpec
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 PS_PER_S = 10**12
 
 
+@with_field_docs
 @dataclass(slots=True)
 class StepWork:
     """What one engine step computes, sequence by sequence: for a cost that finds the duration by doing the work."""
@@ -30,6 +32,7 @@ class StepWork:
     """Block copies to execute before the step's writes, int32 [n, 3]: source, destination, valid tokens."""
 
 
+@with_field_docs
 @dataclass(slots=True)
 class StepBatch:
     """What one engine step computes, as far as its duration depends on it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from allocator.field_docs import with_field_docs
+
 GIB = 2**30
 
 PCIE_4_GB_S = 32.0
@@ -23,6 +25,7 @@ _BOUNDS = {
 """Least and most of each figure: three orders of magnitude beyond any device, so that times stay within the clock."""
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class GPUSpec:
     """Describe one GPU by what it could do at best and the share of it that kernels reach.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.content import ChunkContent, Content, TokenContent, UniqueContent
+from allocator.field_docs import with_field_docs
 
 PS_PER_S = 10**12
 """Picoseconds of a second: every time in the simulator is an integer number of them."""
@@ -22,6 +23,7 @@ MAX_TIME_PS = 9 * 10**18
 """Latest time that is believed, 104 days: times are kept as 64-bit integers."""
 
 
+@with_field_docs
 @dataclass(slots=True, frozen=True, eq=False)
 class Request:
     """Describe what one caller asked for and when. Immutable, compared by identity.

@@ -8,6 +8,7 @@ from importlib import import_module
 
 from allocator.checks import require_int
 from allocator.config import BuildConfig, MemoryBudget
+from allocator.field_docs import with_field_docs
 from allocator.model import ModelSpec
 from sim.calibration import CalibratedCost, Calibration
 from sim.cost import RooflineCost, StepBatch, StepCost
@@ -27,6 +28,7 @@ class Setting:
     tensor_parallel_size: int
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class TimingConfig:
     """How long a step takes. Raises ValueError for a name that is none, or a calibration that nothing uses."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from allocator.checks import require_int
+from allocator.field_docs import with_field_docs
 from sim.cluster.routing import check_routing
 
 MAX_REPLICAS = 1024
 """Most replicas of a cluster: each has records of its own, and a router that looks at all of them asks each."""
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class ClusterConfig:
     """Replicas behind a router. Raises ValueError on a broken rule."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from allocator.field_docs import with_field_docs
 from sim.arrivals import NEVER
 from sim.scheduler.job import Job
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class TransferCost:
     """A transfer of n blocks takes n · block_ps + latency_ps; its bytes keep the link busy, its latency does not."""

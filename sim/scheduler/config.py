@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from allocator.checks import require_choice, require_int
+from allocator.field_docs import with_field_docs
 
 Admission = Literal["guaranteed_no_evict", "max_utilization", "static_batch"]
 QueueOrder = Literal["fcfs", "priority", "shortest", "longest_prefix"]
@@ -16,6 +17,7 @@ _MOST_SLO_S = 1e6
 """Longest service level, eleven days: to be held by any request that is served at all."""
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class EngineConfig:
     """Scheduling of one engine replica. Raises ValueError on a broken rule."""

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from allocator.field_docs import with_field_docs
 from sim.request import PS_PER_S
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class ReadOptions:
     """How a trace file is read: the same options wherever one is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from allocator.field_docs import with_field_docs
 from sim.request import Request
 
 
@@ -16,6 +17,7 @@ class TraceError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+@with_field_docs
 @dataclass(frozen=True, eq=False)
 class Trace:
     """Requests in order of arrival, and where they come from. Walk through it as often as needed."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from allocator.checks import require_choice, require_int, require_optional_int
+from allocator.field_docs import with_field_docs
 from sim.request import MAX_GRANULARITY, MAX_TOKENS
 from sim.workload.lengths import LENGTH_MODELS, Lengths, Lognormal
 
@@ -57,6 +58,7 @@ _LEAST_CV = 0.001
 """Least variation but none: that of a gamma distribution of shape 10^6."""
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class WorkloadShape:
     """What a synthetic workload is drawn from, but for how many requests.
@@ -260,6 +262,7 @@ class WorkloadShape:
         )
 
 
+@with_field_docs
 @dataclass(frozen=True)
 class WorkloadConfig(WorkloadShape):
     """A synthetic workload: its shape, and how many requests. Raises ValueError on a broken rule."""
