@@ -82,10 +82,10 @@ class NaiveManager:
         """Return a free block, else the one whose content is given up."""
         if self.free:
             return self.free.pop()
-        leaves = [one for one in self.idle if self.is_leaf(one)]
+        candidates = [one for one in self.idle if self.may_go(one)]
         if self.policy == "fifo":
-            leaves.sort(key=lambda one: self.cached[one].number)
-        victim = leaves[0]
+            candidates.sort(key=lambda one: self.cached[one].number)
+        victim = candidates[0]
         del self.idle[victim]
         self.evicted.append(victim)
         self.remember(victim)
@@ -107,12 +107,20 @@ class NaiveManager:
     def is_leaf(self, one: Identity) -> bool:
         return not any(other[0] == one for other in self.cached)
 
+    def may_go(self, one: Identity) -> bool:
+        """Return whether a block that nobody holds may be evicted."""
+        return self.is_leaf(one)
+
     def give(self, block: int) -> None:
         (self.limbo if self.pins[block] else self.free).append(block)
 
     def hold(self, one: Identity) -> None:
         self.cached[one].references += 1
         self.idle.pop(one, None)
+
+    def with_path(self, path: list[Identity]) -> list[Identity]:
+        """Return what is held along with the last of these blocks, each of which continues the one before."""
+        return list(path)
 
     def hit(self, one: Identity) -> None:
         self.hold(one)
@@ -193,7 +201,7 @@ class NaiveManager:
         self, prompt: Sequence[Hashable], salt: Hashable, hits: int, unit: int
     ) -> tuple[int, list[Identity]]:
         """Return how many tokens beyond the hits some cached block agrees with, in whole units, and which do."""
-        if not self.partial or (self.partial == "copy" and -(-len(prompt) // self.size) >= self.num_blocks):
+        if not self.partial or (self.partial == "copy" and self.blocks_at_once(prompt) >= self.num_blocks):
             return 0, []
         parent = self.identities(("root", salt), prompt[: hits * self.size])[-1] if hits else ("root", salt)
         rest = prompt[hits * self.size :]
@@ -210,6 +218,10 @@ class NaiveManager:
         most = max(found.values(), default=0)
         tokens = min(most, (len(rest) - 1) // unit * unit)
         return tokens, [one for one in found if found[one] == most and tokens]
+
+    def blocks_at_once(self, prompt: Sequence[Hashable]) -> int:
+        """Return how many blocks a prompt needs at once, at the least, to be computed."""
+        return -(-len(prompt) // self.size)
 
     @staticmethod
     def salt_of(one: Identity) -> Hashable:
@@ -261,7 +273,7 @@ class NaiveManager:
             block = self.uncache(one)
             self.holders[block] = 1
             return block
-        held = [*path, one]
+        held = self.with_path([*path, one])
         for each in held:
             self.hold(each)
         return self.copy(self.cached[one].block, valid, held)
@@ -380,7 +392,8 @@ class NaiveManager:
             self.own_tail(sequence)
         self.unready.clear()
         # Where blocks are scarce, all are taken first: a block that fills can hold on to an evictable one.
-        scarce = growth + len(self.batch) * (count // self.size + 1) > self.available
+        fills = sum((len(s.tokens) + count) // self.size - len(s.tokens) // self.size for s in self.batch)
+        scarce = growth + min(fills, len(self.idle)) > self.available
         early = [self.take() for _ in range(growth)] if count > 1 and scarce else []
         for tick in range(count):
             for sequence in self.batch:

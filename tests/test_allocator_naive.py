@@ -145,8 +145,13 @@ class Pair:
         return self.written(sequences, count, tokens, lambda: self.real.append(sequences, tokens, count))
 
     def batch(self) -> PairBatch:
+        real = self.real
         batch = PairBatch(
-            self.real.tokens_per_block, self.real.sequences, self.real.pool.shared, self.real.events
+            real.tokens_per_block,
+            real.sequences,
+            real.pool.shared,
+            real.events,
+            windowed=real.windowed is not None,
         )
         batch.pair = self
         return batch
@@ -188,9 +193,12 @@ class BesideNaive(AllocatorMachine):
     def make_manager(self, num_blocks: int, tokens_per_block: int, reuse: bool) -> Any:
         ghosts = 16 * num_blocks if self.ghosts is None else self.ghosts
         real = super().make_manager(num_blocks, tokens_per_block, reuse)
+        return Pair(self, real, self.make_naive(num_blocks, tokens_per_block, reuse, ghosts))
+
+    def make_naive(self, num_blocks: int, tokens_per_block: int, reuse: bool, ghosts: int) -> NaiveManager:
+        """Return the naive manager beside it."""
         assert isinstance(self.policy, str)
-        naive = NaiveManager(num_blocks, tokens_per_block, self.policy, reuse, ghosts, self.partial)
-        return Pair(self, real, naive)
+        return NaiveManager(num_blocks, tokens_per_block, self.policy, reuse, ghosts, self.partial)
 
     @invariant()
     def compare(self) -> None:
@@ -203,6 +211,8 @@ class BesideNaive(AllocatorMachine):
         for sequence, twin in self.manager.twins.items():
             assert sequence.anchored == len(twin.path)
             assert sequence.twins == twin.own
+            gone = twin.table.count(None)  # what has left a window
+            assert (sequence.left, sequence.num_blocks) == (gone, len(twin.table) - gone)
         evicted = [self.state_of(one) for one in naive.evicted]
         assert self.manager.evicted == evicted
         assert stats.evicted_blocks >= len(evicted)
