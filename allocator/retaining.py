@@ -59,15 +59,20 @@ class Expiries:
             yield extent
 
 
-def retain_hits(pool: BlockPool, anchor: Extent, plan: RetentionPlan) -> None:
-    """Let the blocks that a sequence found in the cache, those down to `anchor`, have its wishes."""
+def retain_hits(pool: BlockPool, anchor: Extent, plan: RetentionPlan, full: int) -> None:
+    """Let the blocks that a sequence found in the cache, those down to `anchor`, have its wishes.
+
+    full  the sequence's full blocks: of one that it was cut within it says nothing
+    """
     for extent in list(anchor.path()):
         wishes = []
         at, end = extent.start, extent.end
-        while at < end:
+        while at < min(end, full):
             wish, stop = plan.at(at)
-            wishes.append((extent.retention if wish is None else kept(wish), min(stop, end)))
-            at = stop
+            at = min(stop, end, full)
+            wishes.append((extent.retention if wish is None else kept(wish), at))
+        if at < end:
+            wishes.append((extent.retention, end))
         *cuts, (last, _) = [(wish, list(run)[-1][1]) for wish, run in groupby(wishes, lambda each: each[0])]
         for wish, stop in cuts:
             pool.split(extent, stop - extent.start).retention = wish

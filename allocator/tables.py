@@ -335,8 +335,8 @@ class Tables:
         self.index.discard_if_unused(root)
 
     def retain_held(self, sequence: KVSequence, plan: RetentionPlan) -> None:
-        """Let the cached blocks that a sequence holds have its wishes, where it has any."""
-        retain_hits(self.pool, sequence.anchor, plan)
+        """Let the cached blocks that a sequence holds, and fills, have its wishes, where it has any."""
+        retain_hits(self.pool, sequence.anchor, plan, sequence.num_tokens // self.tokens_per_block)
 
     def swapped_alone(self, sequence: KVSequence) -> Sequence[int]:
         """Return the blocks that swapping a sequence out moves for itself alone, as the index does not have them."""

@@ -219,9 +219,10 @@ class WindowedTables(Tables):
         super().uproot(sequence, root)
 
     def retain_held(self, sequence: KVSequence, plan: RetentionPlan) -> None:
+        full = sequence.num_tokens // self.tokens_per_block
         for node in self.held_extents(sequence):
             wish = plan.at(node.start)[0]
-            if wish is not None:
+            if wish is not None and node.start < full:
                 node.retention = kept(wish)
 
     def swapped_alone(self, sequence: KVSequence) -> Sequence[int]:

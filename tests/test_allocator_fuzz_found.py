@@ -8,7 +8,7 @@ from allocator.config import CacheConfig
 from allocator.content import TokenContent
 from allocator.fuzz import AllocatorMachine
 from allocator.manager import KVCacheManager
-from allocator.retention import RetentionConfig, TokenRange
+from allocator.retention import Retention, RetentionConfig, TokenRange
 from allocator.shadow import PromptSpec
 
 
@@ -227,3 +227,19 @@ def test_found_part_stolen_once_what_built_on_it_is_evicted() -> None:
     assert state.manager.stats().stolen_blocks == 1
     state.check()
     state.teardown()
+
+
+def test_found_wish_for_a_block_that_a_sequence_was_cut_within() -> None:
+    """Coming back from the host it was said again, though for blocks that are not full nothing is said elsewhere."""
+    manager = KVCacheManager(2, 2, CacheConfig(policy="priority"), num_host_blocks=3)
+    sequence = manager.admit(TokenContent([1, 2, 3, 4]), 4, retention=RetentionConfig.whole(0, duration=5))
+    assert [extent.retention for extent in manager.index.extents()] == [Retention(0, 5)]
+    manager.truncate(sequence, 3)
+    manager.swap_out(sequence)
+    manager.transfers_done(manager.pending_swaps())
+    manager.release(manager.admit(TokenContent([5, 6, 7]), 3))  # takes both blocks
+    manager.swap_in(sequence)
+    manager.transfers_done(manager.pending_swaps())
+    kept = {extent.start: extent.retention for extent in sequence.anchor.path()}
+    assert kept == {0: Retention(0, 5), 1: None}
+    manager.check_invariants()

@@ -107,9 +107,9 @@ def _compared(line: str, trace: TracebackType) -> str:
 def shorter(test: str) -> str:
     """Return a test that fails at the same place, without steps that can be left out and with small numbers.
 
-    One step after the other is left out, and one number after the other made smaller, as long as that helps, for a
-    minute at most. Steps that cannot be done in the state they then meet are left out as well. Hypothesis would draw
-    whole programs instead, which takes minutes, and gives up sooner.
+    Runs of steps are left out, long ones first, then single steps, and one number after the other is made smaller, as
+    long as that helps, for a minute at most. Steps that cannot be done in the state they then meet are left out as
+    well. Hypothesis would draw whole programs instead, which takes minutes, and gives up sooner.
     """
     tree = ast.parse(test)
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
@@ -130,15 +130,23 @@ def shorter(test: str) -> str:
             program = done
         return found == failure
 
-    last = len(program)
-    while last > _SET_UP and perf_counter() < until:
-        last -= 1
-        if settles(program[:last] + program[last + 1 :]):
-            last = len(program)  # what was needed before may not be any more
-    at = 0
-    while at < len(program) and perf_counter() < until:
-        if not any(settles([*program[:at], less, *program[at + 1 :]]) for less in _with_less(program[at])):
-            at += 1
+    before = None
+    while program != before and perf_counter() < until:  # with smaller numbers, more steps may not be needed
+        before = program
+        size = len(program) // 2
+        while size and perf_counter() < until:
+            end, most = len(program), len(program)
+            while end - size >= _SET_UP and perf_counter() < until:
+                settles(program[: end - size] + program[end:])
+                end = min(end - size, len(program))
+            if size > 1 or len(program) == most:
+                size //= 2
+        at = 0
+        while at < len(program) and perf_counter() < until:
+            if not any(
+                settles([*program[:at], less, *program[at + 1 :]]) for less in _with_less(program[at])
+            ):
+                at += 1
     ending = [line for line in test.splitlines() if line.startswith("# ")]
     kept = [f"    {ast.unparse(statement)}" for statement in program]
     return "\n".join([*test.splitlines()[: function.lineno], *kept, *ending])
