@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sim.bounds import CacheBound
 from sim.cluster.summary import cluster_figures
 from sim.distributions import Ints, Progressions, exact_dot, exact_sum, summary_of_values
-from sim.records import FINISHED, REJECTED, Columns, RunResult
+from sim.records import REJECTED, Columns, RunResult, finished_mask
 from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
 from sim.stored import StoredColumns, StoredTimes
@@ -31,13 +31,6 @@ def int_column(columns: Columns, name: str) -> Ints:
     """Return a column as int64 [rows], the caller's own."""
     # What comes from disk is nobody else's.
     return np.asarray(columns[name]).astype(np.int64, copy=not isinstance(columns, StoredColumns))
-
-
-def finished_mask(result: RunResult) -> NDArray[np.bool_]:
-    """Return which requests finished, bool [requests]."""
-    if isinstance(result.requests, StoredColumns):
-        return result.requests.equals("status", FINISHED)
-    return np.asarray(result.requests["status"] == FINISHED, dtype=np.bool_)
 
 
 @dataclass(frozen=True)

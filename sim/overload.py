@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.distributions import Ints
-from sim.metrics import finished_mask, int_column
-from sim.records import RunResult
+from sim.metrics import int_column
+from sim.records import RunResult, finished_mask
 from sim.request import PS_PER_S
 
 _FEWEST_WAITING = 10

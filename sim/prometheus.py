@@ -24,8 +24,8 @@ import numpy as np
 from sim.distributions import Ints, Progressions, exact_dot
 from sim.export import RUN_FILES
 from sim.manifest import RunSpec
-from sim.metrics import finished_mask, float_sum, int_column, inter_token_gaps, summarise
-from sim.records import Columns, RunResult
+from sim.metrics import float_sum, int_column, inter_token_gaps, summarise
+from sim.records import Columns, RunResult, finished_mask
 from sim.request import PS_PER_S
 from sim.stored import StoredTimes, counts_at_most
 from sim.target import check_target

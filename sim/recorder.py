@@ -26,7 +26,7 @@ from sim.records import (
     WeightedTimes,
 )
 from sim.request import Request
-from sim.rows import IntRows
+from sim.rows import IntRows, rows_kept
 from sim.scheduler.job import Job
 from sim.scheduler.scheduler import Scheduler
 from sim.stored import ColumnFiles, StoredColumns, StoredTimes
@@ -91,9 +91,18 @@ class Recorder:
         manager: KVCacheManager,
         map_samples: int,
         folder: Path | None = None,
+        *,
+        recorders: int = 1,
+        causes: list[str] | None = None,
     ) -> None:
-        """Keep the records in memory, or in files of a `folder`."""
+        """Keep the records in memory, or in files of a `folder`.
+
+        Several recorders share the memory that rows may take before they are packed, and the list of `causes` of
+        rejection, so that what stands for one means the same in all of their files.
+        """
         self._manager = manager
+        self._rows_kept = rows_kept(recorders)
+        self._most_lifetimes = _MOST_LIFETIMES // recorders
         names = {
             "requests": (*_FIELDS, _CODE),
             "timeline": TIMELINE_COLUMNS,
@@ -109,7 +118,7 @@ class Recorder:
         self._paused: dict[Job, int] = {}
         self._lifetimes: dict[str, list[Durations]] = {kind: [] for kind in _LIFETIMES}
         self._gaps = array("q")
-        self._causes = [""]
+        self._causes = [""] if causes is None else causes
         self._sequences: dict[int, int] = {}
         self._map = _MapSampler(manager, map_samples, requests) if map_samples else None
         self.gap = self._gaps.append
@@ -179,11 +188,10 @@ class Recorder:
 
     def pack(self) -> None:
         """Keep the rows in less memory; to be called now and then."""
-        self._requests.pack()
-        self.timeline.rows.pack()
-        self._pauses.pack()
+        for rows in (self._requests, self.timeline.rows, self._pauses):
+            rows.pack(self._rows_kept)
         lifetimes = self._manager.pool.lifetimes
-        if lifetimes is not None and len(lifetimes) > _MOST_LIFETIMES:
+        if lifetimes is not None and len(lifetimes) > self._most_lifetimes:
             self._take_lifetimes(lifetimes)
 
     def _take_lifetimes(self, lifetimes: Lifetimes) -> None:
@@ -240,8 +248,6 @@ class Recorder:
     def _stored_columns(self) -> tuple[Columns, Columns, Columns]:
         for rows in (self._requests, self.timeline.rows, self._pauses):
             rows.pack(1)
-        for files in self._files.values():
-            files.close()
         self._files["requests"].sort_by("request_id")
         statuses = [FINISHED] + [REJECTED] * (len(self._causes) - 1)
         labels = {"status": (_CODE, statuses), "reject_cause": (_CODE, self._causes)}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from allocator.event_log import EventLog
 from allocator.manager import CacheStats
-from sim.stored import StoredTimes
+from sim.stored import StoredColumns, StoredTimes
 
 Columns = Mapping[str, NDArray[np.generic]]
 """Columns of equal length: a dict, or a StoredColumns where they do not fit in memory."""
@@ -122,3 +122,10 @@ class RunResult:
     wall_s: float = 0.0
     replicas: tuple[RunResult, ...] = ()
     prefill_replicas: int = 0
+
+
+def finished_mask(result: RunResult) -> NDArray[np.bool_]:
+    """Return which requests finished, bool [requests]."""
+    if isinstance(result.requests, StoredColumns):
+        return result.requests.equals("status", FINISHED)
+    return np.asarray(result.requests["status"] == FINISHED, dtype=np.bool_)

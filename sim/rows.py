@@ -14,6 +14,12 @@ Table = NDArray[np.int64]
 """int64 [rows, columns]"""
 
 _ROWS = 8192
+_FEWEST_ROWS = 256
+
+
+def rows_kept(tables: int) -> int:
+    """Return how many rows each of so many tables may keep as they came, so that all of them do not keep too many."""
+    return max(_ROWS // tables, min(_ROWS, _FEWEST_ROWS))
 
 
 class IntRows:
@@ -46,7 +52,7 @@ class IntRows:
     def __len__(self) -> int:
         return self._num_packed + len(self._rows)
 
-    def pack(self, at_least: int = _ROWS) -> None:
+    def pack(self, at_least: int) -> None:
         """Pack the rows appended since, if there are that many."""
         rows, width = self._rows, self._width
         if len(rows) >= at_least:

@@ -17,8 +17,7 @@ from sim.cluster.routing import make_routing
 from sim.cost import StepCost
 from sim.engine import simulate
 from sim.manifest import RunSpec, TraceSource
-from sim.metrics import finished_mask
-from sim.records import RunResult
+from sim.records import RunResult, finished_mask
 from sim.request import PS_PER_S
 from sim.sizing import memory_budget
 from sim.stream import RequestStream
@@ -66,7 +65,7 @@ def run(
     """Simulate `spec` on its trace, or on `trace` where it is loaded already.
 
     `progress` is called now and then with the number of requests that are done. Of more than MOST_IN_MEMORY
-    requests, the records are kept in files of `folder`, if given and there is one replica.
+    requests, the records are kept in files of `folder`, if given.
 
     Raises ValueError for what cannot work, and where the warm-up leaves no request to be counted; UserCodeError where
     a user's eviction policy, routing policy or cost fails.
@@ -106,6 +105,7 @@ def _simulate(
     progress: Callable[[int], None] | None,
     folder: Path | None,
 ) -> RunResult:
+    kept = folder if len(trace) > MOST_IN_MEMORY else None
     if spec.cluster.num_replicas > 1:
         return simulate_cluster(
             trace.requests,
@@ -118,6 +118,7 @@ def _simulate(
             cost=cost,
             transfer=_transfer_cost(spec, budget),
             progress=progress,
+            folder=kept,
         )
     return simulate(
         trace.requests,
@@ -128,7 +129,7 @@ def _simulate(
         num_host_blocks=budget.num_host_blocks,
         cost=cost,
         progress=progress,
-        folder=folder if len(trace) > MOST_IN_MEMORY else None,
+        folder=kept,
     )
 
 

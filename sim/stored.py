@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,10 @@ _BINS = 1 << 16
 
 
 class ColumnFiles:
-    """A file of int64 for each of `names` in a folder, written a few rows at a time."""
+    """A file of int64 for each of `names` in a folder, written a few rows at a time, or a column at a time.
+
+    None stays open: there may be many tables.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Create the folder and empty files. Raises OSError where that cannot be."""
@@ -25,34 +27,62 @@ class ColumnFiles:
         self.folder = folder
         self.names = tuple(names)
         self.count = 0
-        self._files: list[BinaryIO] = [(folder / name).open("wb") for name in names]
+        for name in names:
+            (folder / name).write_bytes(b"")
 
     def write(self, rows: Ints) -> None:
         """Append rows, int64 [rows, len(names)]."""
         self.count += len(rows)
-        for column, file in enumerate(self._files):
-            file.write(np.ascontiguousarray(rows[:, column]).tobytes())
+        for column, name in enumerate(self.names):
+            with (self.folder / name).open("ab") as file:
+                file.write(np.ascontiguousarray(rows[:, column]).tobytes())
 
-    def close(self) -> None:
-        """Finish writing."""
-        for file in self._files:
-            file.close()
+    def put(self, name: str, values: Ints) -> None:
+        """Write a whole column, in place of what is there, or as a new one."""
+        if name not in self.names:
+            self.names = (*self.names, name)
+        self.count = len(values)
+        values.tofile(self.folder / name)
 
     def sort_by(self, name: str) -> None:
-        """Put the rows, of a closed table, in the order of a column that holds 0 … count − 1, each once."""
-        places = self._whole(name)
+        """Put the rows in the order of a column, whose values are all different."""
+        keys = self._whole(name)
+        order: Ints | None = None  # of a permutation of 0 … count − 1, the keys are the places
+        if len(keys) and int(keys.max()) != len(keys) - 1:
+            order = np.argsort(keys)
+            del keys
         for each in self.names:
             values = self._whole(each)
-            ordered = np.empty_like(values)
-            ordered[places] = values
+            if order is None:
+                ordered = np.empty_like(values)
+                ordered[keys] = values
+            else:
+                ordered = values[order]
             ordered.tofile(self.folder / each)
 
     def _whole(self, name: str) -> Ints:
         return np.fromfile(self.folder / name, np.int64)
 
     def part(self, name: str, first: int, last: int) -> Ints:
-        """Return rows first … last − 1 of a column of a closed table."""
+        """Return rows first … last − 1 of a column."""
         return np.fromfile(self.folder / name, np.int64, last - first, offset=8 * first)
+
+
+def joined_files(parts: Sequence[ColumnFiles], places: Ints, folder: Path) -> ColumnFiles:
+    """Return a table of the rows of several, alike in their columns.
+
+    Row i of all, counted through the tables in their order, becomes row places[i]. Takes the memory of three columns.
+    """
+    found = ColumnFiles(folder, parts[0].names)
+    for name in found.names:
+        values, at = np.empty_like(places), 0
+        for part in parts:
+            for first in range(0, part.count, _CHUNK):
+                piece = part.part(name, first, min(first + _CHUNK, part.count))
+                values[places[at : at + len(piece)]] = piece
+                at += len(piece)
+        found.put(name, values)
+    return found
 
 
 class StoredColumns(Mapping[str, NDArray[np.generic]]):
@@ -68,9 +98,15 @@ class StoredColumns(Mapping[str, NDArray[np.generic]]):
         names: Sequence[str],
         labels: Mapping[str, tuple[str, list[str]]] | None = None,
     ) -> None:
-        self._files = files
+        self.files = files
+        self.labels = dict(labels or {})
         self._names = tuple(names)
-        self._labels = dict(labels or {})
+
+    def with_columns(self, columns: Mapping[str, Ints]) -> StoredColumns:
+        """Write more columns, or others in place of those of that name, and return them all."""
+        for name, values in columns.items():
+            self.files.put(name, values)
+        return StoredColumns(self.files, list(dict.fromkeys([*self._names, *columns])), self.labels)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -81,7 +117,7 @@ class StoredColumns(Mapping[str, NDArray[np.generic]]):
     @property
     def num_rows(self) -> int:
         """Return how many rows there are."""
-        return self._files.count
+        return self.files.count
 
     def __getitem__(self, name: str) -> NDArray[np.generic]:
         return self.part(name, 0, self.num_rows)
@@ -90,10 +126,10 @@ class StoredColumns(Mapping[str, NDArray[np.generic]]):
         """Return rows first … last − 1 of a column."""
         if name not in self._names:
             raise KeyError(name)
-        if name not in self._labels:
-            return self._files.part(name, first, last)
-        code, texts = self._labels[name]
-        found: NDArray[np.generic] = np.array(texts, dtype=np.str_)[self._files.part(code, first, last)]
+        if name not in self.labels:
+            return self.files.part(name, first, last)
+        code, texts = self.labels[name]
+        found: NDArray[np.generic] = np.array(texts, dtype=np.str_)[self.files.part(code, first, last)]
         return found
 
     def parts(self) -> Iterator[dict[str, NDArray[np.generic]]]:
@@ -104,17 +140,17 @@ class StoredColumns(Mapping[str, NDArray[np.generic]]):
 
     def equals(self, name: str, text: str) -> NDArray[np.bool_]:
         """Return where a column of text says `text`, bool [rows]."""
-        code, texts = self._labels[name]
+        code, texts = self.labels[name]
         says = np.array([each == text for each in texts], dtype=np.bool_)
-        found: NDArray[np.bool_] = says[self._files.part(code, 0, self.num_rows)]
+        found: NDArray[np.bool_] = says[self.files.part(code, 0, self.num_rows)]
         return found
 
     def counts(self, name: str) -> dict[str, int]:
         """Return how many rows of a column of text say what."""
-        code, texts = self._labels[name]
+        code, texts = self.labels[name]
         found = np.zeros(len(texts), dtype=np.int64)
         for first in range(0, self.num_rows, _CHUNK):
-            part = self._files.part(code, first, min(first + _CHUNK, self.num_rows))
+            part = self.files.part(code, first, min(first + _CHUNK, self.num_rows))
             found += np.bincount(part, minlength=len(texts))
         totals = dict.fromkeys(texts, 0)
         for text, count in zip(texts, found.tolist(), strict=True):
@@ -132,16 +168,17 @@ def counts_at_most(values: Ints, weights: Ints, limits: Sequence[int]) -> list[i
 
 
 class StoredTimes:
-    """Durations with weights, in the two columns of a table on disk."""
+    """Durations with weights, in the two columns of tables on disk, of which there may be several."""
 
-    def __init__(self, files: ColumnFiles) -> None:
-        self._files = files
+    def __init__(self, *tables: ColumnFiles) -> None:
+        self.tables = tables
 
     def _parts(self) -> Iterator[tuple[Ints, Ints]]:
-        values, weights = self._files.names
-        for first in range(0, self._files.count, _CHUNK):
-            last = min(first + _CHUNK, self._files.count)
-            yield self._files.part(values, first, last), self._files.part(weights, first, last)
+        for files in self.tables:
+            values, weights = files.names
+            for first in range(0, files.count, _CHUNK):
+                last = min(first + _CHUNK, files.count)
+                yield files.part(values, first, last), files.part(weights, first, last)
 
     def total(self) -> tuple[int, int]:
         """Return how many durations there are, and their sum, exactly."""

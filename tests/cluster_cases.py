@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -39,9 +39,17 @@ class ClusterScenario(Scenario):
     transfer: TransferCost = field(default_factory=lambda: TransferCost(block_ps=3, latency_ps=4))
 
     def run(self, skipping: bool = True) -> RunResult:
+        result = self.simulate(self.requests, skipping=skipping)
+        check_cluster(result, self)
+        return result
+
+    def simulate(
+        self, requests: Collection[Request], folder: Path | None = None, *, skipping: bool = True
+    ) -> RunResult:
+        """Run it, without a check, on its requests or a stream of them, with records in memory or in a folder."""
         tokens = sum(r.prompt_tokens + r.output_tokens * r.num_sequences for r in self.requests)
-        result = simulate_cluster(
-            self.requests,
+        return simulate_cluster(
+            requests,
             self.build,
             self.cache,
             dataclasses.replace(self.engine, event_skipping=skipping),
@@ -50,9 +58,8 @@ class ClusterScenario(Scenario):
             num_host_blocks=self.num_host_blocks,
             cost=Bounded(self.cost, 20 * (tokens + len(self.requests)) * self.cluster.num_replicas),
             transfer=self.transfer,
+            folder=folder,
         )
-        check_cluster(result, self)
-        return result
 
     def share(self, result: RunResult, number: int) -> Scenario:
         """Return what one replica served, as a scenario of its own: requests as they arrived there."""

@@ -271,7 +271,6 @@ def test_counts_at_most(tmp_path_factory: pytest.TempPathFactory, rows: list, li
     files = ColumnFiles(tmp_path_factory.mktemp("times"), ("values_ps", "weights"))
     for row in range(len(rows)):
         files.write(np.array([rows[row]], np.int64))
-    files.close()
     assert StoredTimes(files).counts_at_most(limits) == expected
 
 

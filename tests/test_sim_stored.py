@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from engine_cases import LinearCost, scenarios
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from stored_cases import assert_equal, small_pieces, stream_of, told
 
 import sim.export
 import sim.recorder
@@ -27,47 +27,15 @@ from sim.engine import simulate
 from sim.export import write_columns
 from sim.hardware import GPU_PRESETS
 from sim.metrics import summarise
-from sim.options import parse
-from sim.overload import Overload
-from sim.perfetto import write_perfetto
-from sim.prometheus import prometheus_text
 from sim.records import RunResult
 from sim.replay import main
 from sim.request import Request
-from sim.rows import IntRows
 from sim.scheduler.config import EngineConfig
 from sim.stored import ColumnFiles, StoredColumns, StoredTimes
 from sim.stream import RequestStream
 from sim.workload import WorkloadConfig, generate
 
 NAMES = ("first", "second", "third")
-
-
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let even a short run fill many chunks, parts and row groups."""
-    monkeypatch.setattr(sim.rows, "_ROWS", 7)
-    monkeypatch.setattr(IntRows.pack, "__defaults__", (7,))
-    monkeypatch.setattr(sim.recorder, "_MOST_LIFETIMES", 50)
-    monkeypatch.setattr(sim.stored, "_CHUNK", 11)
-    monkeypatch.setattr(sim.stored, "_BINS", 5)
-    monkeypatch.setattr(sim.export, "_ROW_GROUP", 16)
-
-
-def _stream(requests: Sequence[Request]) -> RequestStream:
-    return RequestStream(lambda: iter(requests), len(requests), 0, True)
-
-
-def _assert_equal(ours: RunResult, theirs: RunResult) -> None:
-    for kind in ("requests", "timeline", "pauses"):
-        one, other = getattr(ours, kind), getattr(theirs, kind)
-        assert list(one) == list(other)
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=f"{kind}.{name}")
-    engine = EngineConfig()
-    figures = [summarise(result, engine) for result in (ours, theirs)]
-    for each in figures:
-        del each["wall_s"]
-    assert figures[0] == figures[1]
 
 
 WORKLOAD = WorkloadConfig(
@@ -96,28 +64,20 @@ def _simulate(requests: object, folder: Path | None, max_seq_len: int = 1200) ->
     )
 
 
-def _told(result: RunResult, folder: Path) -> tuple[bytes, str, object]:
-    """Return what else is made of a run's records."""
-    path = folder / "trace"
-    write_perfetto(result, path)
-    spec = parse(["synthetic", "--out", "o"])[0].spec(None)
-    return path.read_bytes(), prometheus_text(result, spec), Overload.of(result)
-
-
 def test_records_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = list(generate(WORKLOAD).requests)
     expected = _simulate(requests, None)
     assert set(expected.requests["status"].tolist()) == {"finished", "rejected"}
     assert expected.timeline["preemptions"].any()
     assert expected.cache.evicted_blocks > 0
-    _small_pieces(monkeypatch)
-    stream = _stream(requests)
+    small_pieces(monkeypatch)
+    stream = stream_of(requests)
     found = _simulate(stream, tmp_path / "records")
     assert isinstance(found.requests, StoredColumns)
     assert isinstance(found.lifetimes["lifetime"], StoredTimes)
-    _assert_equal(found, expected)
-    _assert_equal(_simulate(stream, None), expected)  # packed in small pieces, in memory
-    assert _told(found, tmp_path) == _told(expected, tmp_path)
+    assert_equal(found, expected)
+    assert_equal(_simulate(stream, None), expected)  # packed in small pieces, in memory
+    assert told(found, tmp_path) == told(expected, tmp_path)
     for kind in ("requests", "timeline"):
         paths = [tmp_path / f"{kind}.{end}" for end in ("disk", "memory")]
         for path, result in zip(paths, (found, expected), strict=True):
@@ -142,15 +102,15 @@ def test_a_stream_of_requests_runs_like_a_list(
         )
         for each, folder in (
             (requests, None),
-            (_stream(requests), tmp_path_factory.mktemp("records")),
+            (stream_of(requests), tmp_path_factory.mktemp("records")),
         )
     ]
-    _assert_equal(results[1], results[0])
+    assert_equal(results[1], results[0])
 
 
 def test_requests_of_a_stream_are_checked_as_they_come() -> None:
     requests = [Request(0, 5, 1, 1), Request(1, 3, 1, 1)]
-    stream = _stream(requests)
+    stream = stream_of(requests)
     with pytest.raises(ValueError, match=r"arrival_ps \(3\) of request 1 must not be before .* \(5\)"):
         _simulate(stream, None)
 
@@ -192,7 +152,6 @@ def test_columns_come_back(rows: np.ndarray, cut: int, tmp_path_factory: pytest.
     files = ColumnFiles(tmp_path_factory.mktemp("files"), NAMES)
     files.write(rows[:cut])
     files.write(rows[cut:])
-    files.close()
     columns = StoredColumns(files, NAMES)
     assert list(columns) == list(NAMES)
     assert columns.num_rows == len(rows)
@@ -207,7 +166,6 @@ def test_rows_are_put_in_order(tmp_path: Path) -> None:
     places = np.random.default_rng(0).permutation(100)
     files = ColumnFiles(tmp_path, NAMES)
     files.write(np.stack([places, places * 2, -places], axis=1))
-    files.close()
     files.sort_by("first")
     columns = StoredColumns(files, NAMES)
     for name, factor in zip(NAMES, (1, 2, -1), strict=True):
@@ -224,7 +182,6 @@ def test_percentiles_from_disk_are_exact(
     files = ColumnFiles(tmp_path_factory.mktemp("times"), ("values_ps", "weights"))
     table = np.array(values, dtype=np.int64).reshape(-1, 2)
     files.write(table)
-    files.close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sim.stored, "_BINS", bins)
         patch.setattr(sim.stored, "_CHUNK", 7)
@@ -300,7 +257,7 @@ def _peak_bytes(count: int, folder: Path | None) -> int:
 
 def test_memory_grows_by_a_few_columns_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request leaves 16 numbers of its own, and three steps of 22: 656 bytes, of which disk runs hold few."""
-    monkeypatch.setattr(IntRows.pack, "__defaults__", (256,))
+    monkeypatch.setattr(sim.rows, "_ROWS", 256)
     monkeypatch.setattr(sim.recorder, "_MOST_LIFETIMES", 256)
     monkeypatch.setattr(sim.stored, "_CHUNK", 256)
     growth = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
+from pathlib import Path
 from typing import Any
 
 from allocator.config import BuildConfig, CacheConfig
@@ -43,12 +44,13 @@ def simulate_cluster(
     transfer: TransferCost | None = None,
     num_host_blocks: int = 0,
     progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
 ) -> RunResult:
     """Replay requests through several replicas of one engine and return all that happened.
 
     The arguments are those of `sim.engine.simulate`; num_blocks and num_host_blocks are of each replica, and
     `transfer` says how long the KV cache of a prompt takes to another one, which is needed where prefill and decode
-    are apart. All records are kept in memory; block maps and event logs are those of each replica's result.
+    are apart. Block maps and event logs are those of each replica's result.
 
     Raises ValueError if the configuration cannot work, the requests are not in order, or a routing policy chooses
     what it was not offered.
@@ -64,6 +66,7 @@ def simulate_cluster(
         cost=cost,
         transfer=transfer,
         progress=progress,
+        folder=folder,
     )
     wall_s = run_clock(lambda environment: running.run(environment.timeout))
     return running.result(wall_s)
@@ -92,6 +95,7 @@ class Cluster:
         cost: StepCost,
         transfer: TransferCost | None,
         progress: Callable[[int], None] | None,
+        folder: Path | None = None,
     ) -> None:
         apart = cluster.prefill_replicas
         if apart:
@@ -99,6 +103,7 @@ class Cluster:
             if transfer is None:
                 raise ValueError(f"prefill_replicas ({apart}) needs a TransferCost")
         self._progress = progress
+        self._folder = folder
         self._done = 0
         self._arrivals = Arrivals(requests, self._reject_turn)
         self._placement = Placement(len(requests), apart)
@@ -107,10 +112,18 @@ class Cluster:
         self._prefilling: list[PrefillReplica] = []
         self._decoding: list[DecodeReplica] = []
         self._sent: dict[Job, tuple[PrefillReplica, Job]] = {}
+        causes = [""]
         for number in range(cluster.num_replicas):
             own = decode_cache(cache) if apart and number >= apart else cache
             manager = make_manager(build, own, num_blocks, num_host_blocks, engine)
-            recorder = Recorder(requests, manager, engine.block_map_samples)
+            recorder = Recorder(
+                requests,
+                manager,
+                engine.block_map_samples,
+                folder and folder / f"replica-{number}",
+                recorders=cluster.num_replicas,
+                causes=causes,
+            )
             self._recorders.append(recorder)
             kind = Scheduler if not apart else PrefillScheduler if number < apart else DecodeScheduler
             scheduler = kind(manager, build, engine, cost)
@@ -199,5 +212,5 @@ class Cluster:
 
     def result(self, wall_s: float) -> RunResult:
         """Return everything, once it has run."""
-        merged = merge([recorder.result(0.0) for recorder in self._recorders], wall_s)
+        merged = merge([recorder.result(0.0) for recorder in self._recorders], wall_s, self._folder)
         return self._placement.completed(merged)

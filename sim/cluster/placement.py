@@ -6,11 +6,11 @@ import dataclasses
 from array import array
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sim.records import RunResult
+from sim.records import Columns, RunResult
 from sim.request import Request
 from sim.scheduler.job import Job
+from sim.stored import StoredColumns
 
 NOWHERE = -1
 """The replica of a turn that never arrives, as its predecessor was rejected, and of a transfer that was not needed."""
@@ -53,16 +53,19 @@ class Placement:
 
     def completed(self, result: RunResult) -> RunResult:
         """Return a result with what is known of its requests, which are in trace order."""
-        requests: dict[str, NDArray[np.generic]] = dict(result.requests)
-        requests["replica"] = np.array(self._replica, dtype=np.int64)
+        columns = {"replica": np.array(self._replica, dtype=np.int64)}
         for name, values in self._transfers.items():
-            requests[name] = np.array(values, dtype=np.int64)
+            columns[name] = np.array(values, dtype=np.int64)
         if self._before:
             rows = list(self._before)
             for name, more in zip(
                 ("preemptions", "recomputed_tokens"), zip(*self._before.values(), strict=True), strict=True
             ):
-                column = np.array(requests[name], dtype=np.int64)
-                column[rows] += more
-                requests[name] = column
+                columns[name] = np.array(result.requests[name], dtype=np.int64)
+                columns[name][rows] += more
+        requests: Columns
+        if isinstance(result.requests, StoredColumns):
+            requests = result.requests.with_columns(columns)
+        else:
+            requests = {**result.requests, **columns}
         return dataclasses.replace(result, requests=requests, prefill_replicas=self._prefill_replicas)

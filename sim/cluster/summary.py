@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.distributions import Ints, exact_sum, summary_of_values
-from sim.records import FINISHED, Columns, RunResult
+from sim.records import Columns, RunResult, finished_mask
 from sim.request import PS_PER_S
 
 Occupancy = Callable[[RunResult, int], dict[str, Any]]
@@ -32,7 +32,7 @@ def cluster_figures(result: RunResult, span_ps: int, occupancy: Occupancy) -> di
     if not result.replicas:
         return {}
     requests = result.requests
-    done: NDArray[np.bool_] = np.asarray(requests["status"] == FINISHED, dtype=np.bool_)
+    done = finished_mask(result)
     first = second = _ints(requests, "replica")
     apart = result.prefill_replicas > 0
     if apart:
