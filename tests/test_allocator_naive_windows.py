@@ -63,7 +63,7 @@ class WithSmallerWindow(WindowReuseBesideNaive):
 
 
 def test_another_window_is_noticed() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # or one of them does not refuse
         run_machine(WithSmallerWindow, 6000)
 
 
