@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import strategies as st
 from naive_engine import NaiveEngine, NaiveRun
+from naive_windowed_engine import NaiveWindowedEngine
 
 from allocator.config import BuildConfig, CacheConfig
 from sim.cost import StepBatch, StepCost
@@ -119,8 +120,10 @@ class Scenario:
 
     def naive(self) -> NaiveRun:
         """Run it on the naive engine."""
+        windowed = self.cache.window is not None and self.build.enable_paged_kv_cache
+        naive = NaiveWindowedEngine if windowed else NaiveEngine
         args = (self.requests, self.build, self.cache, self.engine, self.num_blocks, self.cost)
-        return NaiveEngine(*args).simulate()
+        return naive(*args).simulate()
 
     @property
     def pool(self) -> tuple[int, int]:

@@ -132,13 +132,17 @@ class NaiveCache:
                 self.guarded.remove(block)
                 self.idle.append(block)
 
+    def candidates(self) -> list[Block]:
+        """Return which of the idle blocks may be evicted: those on which no cached block builds."""
+        parents = {(salt, tokens[: -self.size]) for salt, tokens in self.cached}
+        return [block for block in self.idle if block.name not in parents]
+
     def _evict(self) -> None:
         if not self.idle:
             for job in reversed(list(self.guards)):
                 self.unguard(job)
-        parents = {(salt, tokens[: -self.size]) for salt, tokens in self.cached}
-        leaves = [block for block in self.idle if block.name not in parents]
-        block = leaves[0] if self.policy == "lru" else min(leaves, key=lambda leaf: leaf.number)
+        found = self.candidates()
+        block = found[0] if self.policy == "lru" else min(found, key=lambda each: each.number)
         assert block.name is not None
         self.idle.remove(block)
         del self.cached[block.name]
@@ -167,6 +171,20 @@ class NaiveCache:
 
     # ------------------------------------------------------------ what a job does with blocks
 
+    def table(self, job: Job) -> list[tuple[int, Block]]:
+        """Return the blocks of a job's table, and which of the sequence's each is."""
+        return [(at, block) for at, block in enumerate(job.table) if block is not None]
+
+    def held(self, job: Job) -> set[Block]:
+        """Return the blocks that a job holds, be they in its table or not."""
+        return {block for block in job.table + job.path if block is not None}
+
+    def begin(self, job: Job, match: Match) -> None:
+        """Let a job hold what it hits."""
+        for block in match.hits:
+            self.hold(block)
+        job.table, job.path = list(match.hits), list(match.hits)
+
     def write(self, job: Job, tokens: int) -> None:
         """Take the blocks for `tokens` more tokens."""
         job.tokens += tokens
@@ -183,13 +201,17 @@ class NaiveCache:
             if name in self.cached:
                 self.hold(self.cached[name])
             else:
-                assert job.table[at].holders == 1
-                job.table[at].name = name
-                self.numbers += 1
-                job.table[at].number = self.numbers
-                self.cached[name] = job.table[at]
-                self.ghosts.pop(name, None)
+                self.enter(name, job.table[at])
             job.path.append(self.cached[name])
+
+    def enter(self, name: Name, block: Block) -> None:
+        """Cache a block that has just become full."""
+        assert block.holders == 1
+        block.name = name
+        self.numbers += 1
+        block.number = self.numbers
+        self.cached[name] = block
+        self.ghosts.pop(name, None)
 
     def copy_shared_tail(self, job: Job) -> None:
         """Give the job a copy of its last block if it is partly written and others hold it too."""
@@ -209,7 +231,7 @@ class NaiveCache:
 
     def share(self, job: Job, sample: int) -> Job:
         """Return another sample of the same request that holds all that `job` holds."""
-        for block in {*job.table, *job.path}:
+        for block in self.held(job):
             block.holders += 1
         return Job(
             job.request,

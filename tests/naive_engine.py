@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from naive_cache import Block, Job, Match, NaiveCache
+from naive_preemption import NaivePreemption
 
 from allocator.config import BuildConfig, CacheConfig
 from sim.cost import StepBatch, StepCost
@@ -35,7 +36,7 @@ class NaiveRun:
     evicted: int = 0
 
 
-class NaiveEngine:
+class NaiveEngine(NaivePreemption):
     """Continuous batching, a step at a time."""
 
     considered = 128
@@ -56,7 +57,7 @@ class NaiveEngine:
         size, reuse = build.tokens_per_block, cache.enable_block_reuse
         if not build.enable_paged_kv_cache:
             num_blocks, size, reuse = num_blocks * size // build.max_seq_len, build.max_seq_len, False
-        self.cache = NaiveCache(num_blocks, size, reuse, cache.policy)
+        self.cache = self._make_cache(num_blocks, size, reuse, cache)
         self.reserved = int(engine.watermark * num_blocks)
         self.requests = requests
         self.due = [(request.arrival_ps, request.request_id) for request in requests if request.parent < 0]
@@ -67,6 +68,10 @@ class NaiveEngine:
         self.decoding: list[Job] = []  # in the order in which prompts were completed
         self.closed = False  # a static batch, until all of it is done
         self.run = NaiveRun([self._blank(request) for request in requests])
+        self.rows = self.run.requests
+
+    def _make_cache(self, num_blocks: int, size: int, reuse: bool, config: CacheConfig) -> NaiveCache:
+        return NaiveCache(num_blocks, size, reuse, config.policy)
 
     @staticmethod
     def _blank(request: Request) -> dict[str, object]:
@@ -95,7 +100,7 @@ class NaiveEngine:
         while self.due and min(self.due)[0] <= now:
             arrival, row = min(self.due)
             self.due.remove((arrival, row))
-            self.run.requests[row]["arrival_ps"] = arrival
+            self.rows[row]["arrival_ps"] = arrival
             request = self.requests[row]
             job = Job(request, request.num_sequences, target=request.prompt_tokens)
             cause = self._reject_cause(job)
@@ -112,23 +117,29 @@ class NaiveEngine:
             return "exceeds_max_batch_size"
         if request.prompt_tokens > build.max_num_tokens and not self.engine.enable_chunked_prefill:
             return "exceeds_max_num_tokens"
-        if self.engine.admission != "max_utilization":
-            least = self._final_blocks(job)
-        else:
-            least = self.cache.blocks_of(job.final_tokens)
+        least = self._least_blocks(job)
         if request.beam_width > 1:
             full = self.cache.reuse and request.prompt_tokens % self.cache.size == 0
             least = max(least, self._final_blocks(job) + int(full))
         return "exceeds_pool" if least > self.cache.num_blocks else ""
 
     def _reject(self, request: Request, cause: str) -> None:
-        assert not self.run.requests[request.request_id]["status"]
-        self.run.requests[request.request_id].update(status="rejected", reject_cause=cause)
+        assert not self.rows[request.request_id]["status"]
+        self.rows[request.request_id].update(status="rejected", reject_cause=cause)
         for turn in self.requests:
             if turn.parent == request.request_id:
                 self._reject(turn, "follows_rejected")
 
     # ------------------------------------------------------------ arithmetic of admission
+
+    @property
+    def promises_the_end(self) -> bool:
+        """Whether who starts is promised all the blocks that it takes to finish."""
+        return self.engine.admission != "max_utilization"
+
+    def _least_blocks(self, job: Job) -> int:
+        """Return in how many blocks the job, alone, would finish."""
+        return self._final_blocks(job) if self.promises_the_end else self.cache.blocks_of(job.final_tokens)
 
     def _final_blocks(self, job: Job) -> int:
         """Return what all its samples hold at the end. With one token each, they never part."""
@@ -156,13 +167,17 @@ class NaiveEngine:
             arrived[: self.considered], key=lambda job: len(self.cache.lookup(job, self.prefilling).hits)
         )
 
+    def _first_chunk(self, job: Job, match: Match, chunk: int) -> int:
+        """Return how many of so many tokens a job may start with; 0 if it has to wait."""
+        return chunk if self._fits(job, match, chunk) else 0
+
     def _fits(self, job: Job, match: Match, chunk: int) -> bool:
         cache, hits = self.cache, len(match.hits)
         idle_hits = sum(block.holders == 0 for block in match.hits)
         if not self.running:
             first = cache.blocks_of(hits * cache.size + chunk)
             return first - hits + idle_hits <= cache.available
-        if self.engine.admission != "max_utilization":
+        if self.promises_the_end:
             needed = self._final_blocks(job) + (match.repeated is not None and match.repeated.holders == 0)
             promised = self._outstanding()
         else:
@@ -250,19 +265,20 @@ class NaiveEngine:
         cache = self.cache
         written: dict[Block, int] = {}
         for job in self.running:
-            for at, block in enumerate(job.table):
+            for at, block in cache.table(job):
                 slots = min(cache.size, job.tokens - at * cache.size)
                 written[block] = max(slots, written.get(block, 0))
-            written.update(dict.fromkeys(job.path, cache.size))
+            written.update(dict.fromkeys(cache.held(job) & set(job.path), cache.size))
         assert cache.free + len(cache.idle) + len(cache.guarded) + len(written) == cache.num_blocks
+        tables = [block for job in self.running for _, block in cache.table(job)]
+        gone = sum(len(job.table) for job in self.running) - len(tables)
         return {
             "free_blocks": cache.free,
             "evictable_blocks": len(cache.idle) + len(cache.guarded),
             "referenced_blocks": len(written),
-            "logical_blocks": sum(len(job.table) for job in self.running),
-            "logical_tokens": sum(job.tokens for job in self.running),
-            "saved_blocks": sum(len(job.table) for job in self.running)
-            - len({block for job in self.running for block in job.table}),
+            "logical_blocks": len(tables),
+            "logical_tokens": sum(job.tokens for job in self.running) - gone * cache.size,
+            "saved_blocks": len(tables) - len(set(tables)),
             "kv_tokens": sum(written.values()),
         }
 
@@ -274,6 +290,11 @@ class NaiveEngine:
         while self.decoding and self._blocks_to_decode() > cache.available:
             self._short = True
             self._preempt(self._victim(), now)
+        self._write_tokens()
+
+    def _write_tokens(self) -> None:
+        """Give every job that decodes a slot for its token."""
+        cache = self.cache
         for job in self.decoding:
             cache.copy_shared_tail(job)
         for job in self.decoding:
@@ -316,13 +337,17 @@ class NaiveEngine:
             chunk = min(job.target - job.tokens, budget, room)
             if chunk <= 0:
                 break
-            self._prefill(job, chunk)
+            self._continue(job, chunk)
             prefills.append((job, chunk))
             budget -= chunk
         return prefills
 
     def _room(self, job: Job) -> int:
         return (len(job.table) + self.cache.available) * self.cache.size - job.tokens
+
+    def _continue(self, job: Job, chunk: int) -> None:
+        """Compute more of a prompt that is begun."""
+        self._prefill(job, chunk)
 
     def _prefill(self, job: Job, chunk: int) -> None:
         job.computed += chunk
@@ -342,7 +367,8 @@ class NaiveEngine:
             whole = chunk == left or self.engine.enable_chunked_prefill or job.preemptions
             if branches + job.samples > self.build.max_batch_size or not whole:
                 break
-            if not self._fits(job, match, chunk):
+            chunk = self._first_chunk(job, match, chunk)
+            if not chunk:
                 break
             self.waiting.remove(job)
             self._start(job, match, now)
@@ -352,10 +378,8 @@ class NaiveEngine:
         return prefills
 
     def _start(self, job: Job, match: Match, now: int) -> None:
-        size, row = self.cache.size, self.run.requests[job.request.request_id]
-        for block in match.hits:
-            self.cache.hold(block)
-        job.table, job.path = list(match.hits), list(match.hits)
+        size, row = self.cache.size, self.rows[job.request.request_id]
+        self.cache.begin(job, match)
         job.tokens = job.hit_tokens = len(match.hits) * size
         job.computed = 0
         if job.preemptions:
@@ -374,71 +398,6 @@ class NaiveEngine:
         self.cache.unguard(job)
         self.prefilling.append(job)
 
-    def _victim(self) -> Job:
-        """Return whom to preempt; of equals, the one that started last."""
-        latest_first = self.running[::-1]
-        others = [
-            job
-            for job in latest_first
-            if job.request.beam_width == 1 or not (job.group or [job])[0].preemptions
-        ]
-        if not others:
-            return latest_first[0]
-        latest_first = others
-        if self.engine.victim == "last_started":
-            return latest_first[0]
-        if self.engine.victim == "last_arrived":
-            return max(latest_first, key=lambda job: job.request.request_id)
-        if self.engine.victim == "least_progress":
-            return min(latest_first, key=lambda job: (job.generated, -job.request.prompt_tokens))
-
-        def price(job: Job) -> float:
-            others = [
-                block for other in self.running if other is not job for block in other.table + other.path
-            ]
-            freed = {id(block) for block in job.table + job.path} - {id(block) for block in others}
-            return job.tokens / len(freed) if freed else float("inf")
-
-        return min(latest_first, key=price)
-
-    def _preempt_beams(self, beams: list[Job], now: int) -> None:
-        """Forget all that a search has generated."""
-        first = beams[0]
-        for job in reversed(beams):
-            self.running.remove(job)
-            self.decoding.remove(job)
-            self.cache.release(job)
-            first.recomputed += job.tokens - job.request.prompt_tokens
-            if job is not first:
-                first.copies += job.copies
-        self._preempted += 1
-        first.preemptions += 1
-        first.paused_ps = now
-        first.samples, first.generated = len(beams), 0
-        first.target = first.written = first.request.prompt_tokens
-        first.last_token_ps = now if first.last_token_ps is None else first.last_token_ps
-        first.table, first.path, first.said, first.group = [], [], [], []
-        self.waiting.insert(0, first)
-
-    def _preempt(self, job: Job, now: int) -> None:
-        if job.group:
-            self._preempt_beams(job.group, now)
-            return
-        self.running.remove(job)
-        self._preempted += 1
-        job.preemptions += 1
-        job.paused_ps = now
-        job.written = job.tokens
-        job.target = job.request.prompt_tokens + job.generated
-        row = self.run.requests[job.request.request_id]
-        has_sampled = job.generated or (job.samples > 1 and row["first_token_ps"] != -1)
-        if has_sampled and job.last_token_ps is None:
-            job.last_token_ps = now
-        (self.decoding if job in self.decoding else self.prefilling).remove(job)
-        self.cache.release(job)
-        job.table, job.path = [], []
-        self.waiting.insert(0, job)
-
     def _finish_step(self, decoders: list[Job], prefills: list[tuple[Job, int]], end: int) -> None:
         for job in decoders:
             job.generated += 1
@@ -454,7 +413,7 @@ class NaiveEngine:
         self.prefilling.remove(job)
         job.generated += 1
         self.closed = self.engine.admission == "static_batch"
-        row = self.run.requests[job.request.request_id]
+        row = self.rows[job.request.request_id]
         if row["first_token_ps"] == -1:
             row["first_token_ps"] = end
         if job.last_token_ps is not None:
@@ -472,13 +431,13 @@ class NaiveEngine:
         self.decoding += [job, *branches]
 
     def _finish(self, job: Job, end: int) -> None:
-        row, request = self.run.requests[job.request.request_id], job.request
+        row, request = self.rows[job.request.request_id], job.request
         self.running.remove(job)
         self.cache.release(job)
         for name, value in (
             ("preemptions", job.preemptions),
             ("recomputed_tokens", job.recomputed),
-            ("blocks", len(job.table)),
+            ("blocks", len(self.cache.table(job))),
             ("cow_copies", job.copies),
         ):
             row[name] += value  # type: ignore[operator]
