@@ -235,13 +235,9 @@ def disaggregated_scenarios(draw: st.DrawFn) -> ClusterScenario:
     found = draw(cluster_scenarios())
     prefill, decode = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     cluster = ClusterConfig(prefill + decode, found.cluster.routing, prefill)
-    engine = found.engine
-    if engine.admission == "static_batch":
-        engine = dataclasses.replace(engine, admission="guaranteed_no_evict")
     return dataclasses.replace(
         found,
         cluster=cluster,
-        engine=engine,
         build=dataclasses.replace(found.build, enable_paged_kv_cache=True),
         transfer=TransferCost(draw(st.sampled_from([3, 0, 40, 200])), draw(st.sampled_from([4, 0, 100]))),
     )

@@ -144,12 +144,13 @@ def test_prefill_replicas_serve_requests_of_one_token(scenario: ClusterScenario)
 
 
 def _naive_decodes(
-    handed: list[tuple[int, int, int, int, int]], cost: LinearCost, transfer: TransferCost
+    handed: list[tuple[int, int, int, int, int]], cost: LinearCost, transfer: TransferCost, static: bool
 ) -> list[tuple[int, int]]:
     """Decode step by step on one replica with room; return when the transfer started, and the last token came.
 
     handed  of each request, in order: when its prompt was complete, tokens of it, blocks to transfer, output tokens
             and samples
+    static  nobody starts once one of those who came together decodes, until all of them are done
     """
     coming: deque[int] = deque()
     ends: dict[int, int] = {}
@@ -157,19 +158,24 @@ def _naive_decodes(
     done: dict[int, int] = {}
     decoding: dict[int, int] = {}  # request: tokens that it still has to sample
     now = free = 0
+    closed = False
     waiting = deque(range(len(handed)))
     while len(done) < len(handed):
         for request in [request for request in coming if ends[request] <= now]:
             coming.remove(request)
             decoding[request] = handed[request][3] - 1
-        while waiting and handed[waiting[0]][0] <= now:
+            closed = static
+        closed = closed and bool(coming or decoding)
+        while not closed and waiting and handed[waiting[0]][0] <= now:
             request = waiting.popleft()
             starts[request] = now
             free = max(free, now) + handed[request][2] * transfer.block_ps
             ends[request] = free + transfer.latency_ps
             coming.append(request)
         if not decoding:
-            moments = [ends[request] for request in coming] + [handed[request][0] for request in waiting]
+            moments = [ends[request] for request in coming]
+            if not closed:
+                moments += [handed[request][0] for request in waiting]
             now = min(moments)
             continue
         keys = sum(
@@ -198,7 +204,8 @@ def test_decode_replicas_go_on_as_a_naive_one_does(scenario: ClusterScenario, ke
         mine = mine[np.argsort(requests["transfer_end_ps"][mine], kind="stable")]
         names = ("first_token_ps", "prompt_tokens", "transferred_blocks", "output_tokens", "num_samples")
         handed = list(zip(*(requests[name][mine].tolist() for name in names), strict=True))
-        expected = _naive_decodes(handed, cost, scenario.transfer)
+        static = scenario.engine.admission == "static_batch"
+        expected = _naive_decodes(handed, cost, scenario.transfer, static)
         found = zip(
             requests["transfer_start_ps"][mine].tolist(), requests["finish_ps"][mine].tolist(), strict=True
         )
@@ -360,10 +367,33 @@ def test_who_is_swapped_out_where_it_decodes_comes_back_there() -> None:
     )  # what the GPU still has need not come back
 
 
+def test_static_batches_by_hand() -> None:
+    """Two prompts a step at most; a step takes 10 ps, a transfer 3 ps a block of 2 tokens, and 4.
+
+    t = 0   requests 0 (4 tokens in, 4 out) and 1 (4 in, 2 out) are a batch of the prefill replica until 10. Then 2,
+            which came at 5, is one by itself until 20, though 0 and 1 still keep their blocks here.
+    t = 10  0 and 1 are given blocks on the decode replica; they come at 20 and, by the one link, at 26.
+    t = 20  0 decodes until 50, and with it the batch is closed to 2, which is handed over now. 1 is of the batch, and
+            decodes from 30 to 40.
+    t = 50  2 is given its blocks; they come at 60, and it decodes until 70. 3, complete since 45, is
+            there at 66, and decodes from 70 to 80.
+    """
+    requests = unlike((0, 4, 4), (0, 4, 2), (5, 4, 2), (35, 4, 2))
+    engine = dataclasses.replace(PLAIN, admission="static_batch")
+    build = dataclasses.replace(_build(), max_batch_size=2)
+    scenario = ClusterScenario(requests, build, 40, engine=engine, cost=LinearCost(10), cluster=PAIR)
+    result = _check(scenario)
+    assert _columns(result, "admit_ps", "first_token_ps") == [[0, 0, 10, 35], [10, 10, 20, 45]]
+    assert _columns(result, "transfer_start_ps", "transfer_end_ps") == [[10, 10, 50, 50], [20, 26, 60, 66]]
+    assert result.requests["finish_ps"].tolist() == [50, 40, 70, 80]
+    plain = _check(dataclasses.replace(scenario, engine=PLAIN))
+    assert plain.requests["transfer_start_ps"].tolist() == [10, 10, 40, 50]
+
+
 # ------------------------------------------------------------------ no livelock
 
 
-@pytest.mark.parametrize("admission", ["guaranteed_no_evict", "max_utilization"])
+@pytest.mark.parametrize("admission", ["guaranteed_no_evict", "max_utilization", "static_batch"])
 @pytest.mark.parametrize("queue_order", ["fcfs", "priority", "shortest", "longest_prefix"])
 @pytest.mark.parametrize("mixed_steps", [True, False])
 def test_pools_of_one_sequence(admission: Admission, queue_order: QueueOrder, mixed_steps: bool) -> None:
@@ -398,10 +428,6 @@ def test_pools_of_one_sequence(admission: Admission, queue_order: QueueOrder, mi
         (
             {"build": dataclasses.replace(_build(), enable_paged_kv_cache=False)},
             r"enable_paged_kv_cache \(False\) must be True with prefill_replicas",
-        ),
-        (
-            {"engine": dataclasses.replace(PLAIN, admission="static_batch")},
-            r"admission \(static_batch\) must not be static_batch with prefill_replicas",
         ),
     ],
 )

@@ -99,7 +99,7 @@ class Cluster:
     ) -> None:
         apart = cluster.prefill_replicas
         if apart:
-            check_supported(build, cache, engine)
+            check_supported(build, cache)
             if transfer is None:
                 raise ValueError(f"prefill_replicas ({apart}) needs a TransferCost")
         self._progress = progress

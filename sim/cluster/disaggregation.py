@@ -15,6 +15,9 @@ A request's life:
 
 What is hit on a prefill replica counts in the hit rates; what is hit on a decode replica, on the GPU or in its host
 memory, only saves transfers. A block that is hit in part is transferred whole: a decode replica has no partial reuse.
+Each replica has static batches of its own, if it is to have any. On a prefill replica, nobody joins a batch of which a
+prompt is complete until all are, whoever still keeps blocks for a transfer. On a decode replica, nobody is given blocks
+from when the first of a batch joins those that decode until all of it is done, whoever is still to come over the link.
 The timeline has rows of steps only: blocks that are held for a transfer while a replica takes none are in no row.
 """
 
@@ -31,13 +34,12 @@ from allocator.content import Content
 from sim.cluster.link import Link, TransferCost
 from sim.cluster.replica import ClusterReplica
 from sim.request import Request
-from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
 from sim.scheduler.scheduler import Scheduler
 
 
-def check_supported(build: BuildConfig, cache: CacheConfig, engine: EngineConfig) -> None:
+def check_supported(build: BuildConfig, cache: CacheConfig) -> None:
     """Raise ValueError for what cannot be divided into prefill and decode replicas."""
     for name, value, wanted in (
         ("enable_paged_kv_cache", build.enable_paged_kv_cache, True),
@@ -45,8 +47,6 @@ def check_supported(build: BuildConfig, cache: CacheConfig, engine: EngineConfig
     ):
         if value != wanted:
             raise ValueError(f"{name} ({value}) must be {wanted} with prefill_replicas")
-    if engine.admission == "static_batch":
-        raise ValueError(f"admission ({engine.admission}) must not be static_batch with prefill_replicas")
 
 
 class PrefillScheduler(Scheduler):
@@ -113,6 +113,11 @@ class DecodeScheduler(Scheduler):
         for branch in islice(self.decoding, before, None):
             branch.last_ps = job.first_ps
         self._stalled = True
+        if self._config.admission == "static_batch":
+            self._closed = True
+
+    def _batch_goes_on(self) -> bool:
+        return bool(self.running or self.apart)
 
 
 class PrefillReplica(ClusterReplica):

@@ -185,11 +185,15 @@ class Scheduler(StepsAlike):
                 return 0
             self._preempt(last, plan)
 
+    def _batch_goes_on(self) -> bool:
+        """Return whether a static batch that nobody may join any more is not done."""
+        return bool(self.running)
+
     def _admit(self, plan: Plan, budget: int) -> None:
         """Let waiting jobs start, each with the first chunk of its prompt, while budget, batch and blocks last."""
         manager, waiting, running = self.manager, self.waiting, self.running
         if self._closed:
-            if running:
+            if self._batch_goes_on():
                 return
             self._closed = False
         while waiting and budget > 0:
