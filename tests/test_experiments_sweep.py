@@ -18,7 +18,9 @@ WORKLOAD = ["synthetic", "--num-requests", "12", "--requests-per-s", "20", "--nu
 
 
 def _sweep(out: Path, *flags: str, workload: list[str] | None = None) -> int:
-    return sweep.main(["--out", str(out), "--jobs", "1", *flags, "--", *(workload or WORKLOAD)])
+    return sweep.main(
+        ["--out", str(out), "--jobs", "1", "--no-figures", *flags, "--", *(workload or WORKLOAD)]
+    )
 
 
 def _rows(out: Path) -> list[dict[str, str]]:
@@ -37,6 +39,15 @@ def test_every_combination_and_seed_is_run(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "±" in out
     assert "8 points" in out
+
+
+def test_the_metrics_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        _sweep(tmp_path, "--figures", "--vary", "policy=lru,fifo", "--metrics", "hit_rate_tokens", "steps")
+        == 0
+    )
+    assert {path.name for path in tmp_path.iterdir()} >= {"sweep.png", "sweep.svg"}
+    assert f"the metrics drawn in {tmp_path / 'sweep.png'}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_point_is_what_a_replay_gives(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 What follows `--` is a command line of sim.replay without --out. Each finished point is a file in OUT/points, named
 by what was run, so an interrupted sweep goes on where it was, and one with more values runs only the new ones.
 OUT/sweep.csv has a row a point; the table shows the mean over seeds and, after ±, half the 95% confidence interval
-of that mean (Student's t).
+of that mean (Student's t); OUT/sweep.png draws the same metrics over the flag with most values.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from rich.progress import track
 from rich.table import Table
 
 from allocator.checks import require_int
+from experiments.tools._sweep_figure import MOST_LINES, Found, Values, draw
+from sim import style
 from sim.command_line import flags_of, parse_dataclass, run_command
 from sim.manifest import RunSpec
 from sim.options import Replay, parse
@@ -48,7 +50,7 @@ from sim.replay import summary_of
 from sim.runner import check_classes, load_trace, run
 from sim.sizing import memory_budget
 
-POINTS, TABLE = "points", "sweep.csv"
+POINTS, TABLE, FIGURE = "points", "sweep.csv", "sweep"
 
 _LEFT_BY_NONE = ("out", "prometheus", "perfetto")
 """Flags of sim.replay for what a point does not leave."""
@@ -76,6 +78,8 @@ class Config:
         "preemptions",
     )
     """Keys of summary.json to show, with a dot before what lies deeper."""
+    figures: bool = True
+    """Draw sweep.png and sweep.svg."""
     jobs: int = 0
     """Processes; 0 takes all cores."""
 
@@ -84,7 +88,7 @@ class Config:
 class Point:
     """One run of the sweep: which values were given, with which seed, and all that decides its outcome."""
 
-    values: tuple[tuple[str, str], ...]
+    values: Values
     seed: int
     spec: RunSpec
 
@@ -99,7 +103,7 @@ class Point:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def combinations(vary: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
+def combinations(vary: Sequence[str]) -> list[Values]:
     """Return every combination of the values, the last flag's varying fastest. Raises ValueError for a bad one."""
     axes = []
     names = set()
@@ -262,19 +266,26 @@ def write_table(done: Sequence[dict[str, Any]], path: Path) -> None:
     os.replace(staged, path)
 
 
-def show(done: Sequence[dict[str, Any]], metrics: Sequence[str], console: Console) -> None:
-    """Print a row a combination."""
-    groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
+def by_combination(done: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Found:
+    """Return the metrics of all seeds for each combination."""
+    groups: dict[Values, list[Mapping[str, Any]]] = {}
     for point in done:
         groups.setdefault(tuple(point["values"].items()), []).append(point["summary"])
+    return {
+        values: [[figure(summary, metric) for summary in summaries] for metric in metrics]
+        for values, summaries in groups.items()
+    }
+
+
+def show(found: Found, metrics: Sequence[str], console: Console) -> None:
+    """Print a row a combination."""
     table = Table(box=box.SIMPLE_HEAD)
-    for name, _ in next(iter(groups)):
+    for name, _ in next(iter(found)):
         table.add_column(name, justify="right")
     for metric in metrics:
         table.add_column(metric, justify="right", no_wrap=True)
-    for values, summaries in groups.items():
-        cells = [shown([figure(summary, metric) for summary in summaries]) for metric in metrics]
-        table.add_row(*(value for _, value in values), *cells)
+    for values, rows in found.items():
+        table.add_row(*(value for _, value in values), *map(shown, rows))
     # A terminal that is too narrow wraps the lines; cut figures would be of no use.
     needed = Measurement.get(console, console.options.update(width=1000), table).maximum
     Console(file=console.file, width=max(needed, console.width)).print(table)
@@ -303,14 +314,29 @@ def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
         for point, path in zip(todo, paths, strict=True)
     ]
     write_table(done, config.out / TABLE)
-    show(done, config.metrics, console)
+    found = by_combination(done, config.metrics)
+    show(found, config.metrics, console)
+    drawn = draw_figure(found, config) if config.figures else ""
     kept = len(todo) - len(missing)
     console.print(
         f"{len(todo)} points"
         + (f", {kept} of them from before" if kept else "")
-        + f"; all figures in {config.out / TABLE}",
+        + f"; all figures in {config.out / TABLE}{drawn}",
         highlight=False,
     )
+
+
+def draw_figure(found: Found, config: Config) -> str:
+    """Draw the metrics, where that can be done, in place of an earlier figure; return what to say of it."""
+    stem = config.out / FIGURE
+    with style.styled():
+        drawing = draw(found, config.metrics)
+        if drawing is not None:
+            style.save(drawing, stem)
+            return f", the metrics drawn in {stem}.png"
+    for suffix in (".png", ".svg"):
+        stem.with_suffix(suffix).unlink(missing_ok=True)
+    return "" if len(found) < 2 else f" (a figure would have more than {MOST_LINES} lines)"
 
 
 def split(arguments: Sequence[str]) -> Iterator[list[str]]:
