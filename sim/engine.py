@@ -23,6 +23,7 @@ from sim.records import RunResult
 from sim.replica import Replica
 from sim.request import MAX_TIME_PS, PS_PER_S, Request
 from sim.scheduler.config import EngineConfig
+from sim.scheduler.retention import RetentionOptions, make_wishes
 from sim.scheduler.scheduler import Scheduler
 
 _TOO_LONG = (
@@ -40,6 +41,7 @@ def simulate(
     num_blocks: int,
     cost: StepCost,
     num_host_blocks: int = 0,
+    retention: RetentionOptions | None = None,
     progress: Callable[[int], None] | None = None,
     folder: Path | None = None,
 ) -> RunResult:
@@ -51,6 +53,7 @@ def simulate(
     cost        how long a step takes
     num_host_blocks
                 blocks of host memory behind the pool
+    retention   how requests want their blocks kept; None if they do not
     progress    called now and then with the number of requests that are done with
     folder      where to keep the records of requests and steps, should they not fit in memory; the result reads
                 from there. Requests that are made as they are walked through (a RequestStream) are held only
@@ -61,7 +64,8 @@ def simulate(
     """
     manager = make_manager(build, cache, num_blocks, num_host_blocks, engine)
     recorder = Recorder(requests, manager, engine.block_map_samples, folder)
-    scheduler = Scheduler(manager, build, engine, cost)
+    wishes = make_wishes(retention, build, cache, requests, has_host=num_host_blocks > 0)
+    scheduler = Scheduler(manager, build, engine, cost, wishes)
     replica = Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
     return recorder.result(run_clock(lambda environment: replica.run(environment.timeout)))
 

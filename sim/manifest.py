@@ -16,6 +16,7 @@ from allocator.config import BuildConfig, CacheConfig, ModelSpec
 from sim.cluster.config import ClusterConfig
 from sim.hardware import GPUSpec
 from sim.scheduler.config import EngineConfig
+from sim.scheduler.retention import RetentionOptions
 from sim.timing import TimingConfig
 from sim.traces.reading import ReadOptions
 from sim.workload import WorkloadConfig
@@ -61,6 +62,7 @@ class RunSpec:
     engine: EngineConfig
     timing: TimingConfig = field(default_factory=TimingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    retention: RetentionOptions = field(default_factory=RetentionOptions)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from sim.command_line import option_value, parse_dataclass
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
 from sim.scheduler.config import EngineConfig
+from sim.scheduler.retention import RetentionOptions
 from sim.timing import TimingConfig
 from sim.traces.reading import ReadOptions
 from sim.workload import WorkloadShape
@@ -133,6 +134,9 @@ class Replay:
     """How the KV cache is stored, sized and reused."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How requests are admitted, batched and preempted, and the service level they are held to."""
+    retention: RetentionOptions = field(default_factory=RetentionOptions)
+    """How dearly blocks are to be kept once nobody references them, by priorities from 0, the first to go, to 100, with
+    --policy priority. Blocks of which nothing is said have 35."""
     hardware: GPUOptions = field(default_factory=GPUOptions)
     """The GPU: a preset, and figures in place of the preset's (or all of them, for a GPU of another name)."""
     timing: TimingOptions = field(default_factory=TimingOptions)
@@ -161,6 +165,7 @@ class Replay:
             hardware=GPUOptions.of(spec.gpu),
             timing=TimingOptions(spec.timing.cost),
             cluster=spec.cluster,
+            retention=spec.retention,
             workload=WorkloadShape() if workload is None else workload.shape,
         )
 
@@ -174,6 +179,7 @@ class Replay:
             raise ValueError(
                 f"kv_link_gb_s ({cluster.kv_link_gb_s}) needs prefill_replicas: nothing else is sent over the link"
             )
+        self.retention.check(self.build, self.cache, has_host=self.cache.host_cache_bytes > 0)
         model = known.model if known and known.model.name == self.model else load_model(self.model)
         timing = self.timing.resolve(known.timing if known else None)
         return RunSpec(
@@ -185,6 +191,7 @@ class Replay:
             self.engine,
             timing,
             cluster,
+            self.retention,
         )
 
     def _source(self) -> TraceSource:

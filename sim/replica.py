@@ -46,6 +46,8 @@ class Replica:
         self._pool = manager.pool
         self._tables = manager.tables
         self._events = manager.events
+        self.retains = scheduler.wishes is not None
+        self._expiry_ps = NEVER  # when the next retention is over, as known at the beginning of the step
         self._has_partial_reuse = manager.pool.partial is not None
         # Whether the cost of a step can depend on more than its tokens and keys.
         self._is_special = self._needs_work or self._has_partial_reuse or bool(self._window_slopes)
@@ -60,7 +62,8 @@ class Replica:
         Steps that are seen beforehand to do nothing but decode share one with what comes after them: in between,
         nobody else does anything.
         """
-        scheduler, arrivals, pool, events = self.scheduler, self.arrivals, self._pool, self._events
+        scheduler, arrivals, pool, retains = self.scheduler, self.arrivals, self._pool, self.retains
+        tells_time = retains or self._events is not None
         running, waiting, batch = scheduler.running, scheduler.waiting, scheduler.batch
         skipping = self._skipping
         now = clock = 0
@@ -75,10 +78,10 @@ class Replica:
                     return
                 yield timeout(next_ps - clock)
                 now = clock = next_ps
-                pool.now = now
-                if events is not None:
-                    events.move(now)
+                self.set_clock(now)
                 continue
+            if retains:
+                self._expiry_ps = self.next_expiry()
             plan = None
             end = self._coast(now) if skipping else None
             if end is not None:
@@ -101,15 +104,44 @@ class Replica:
                     yield timeout(end - clock)
                     self.record(plan, now, end, 1, first_ps, 0, None)
                     now = clock = end
-            pool.now = now
-            if events is not None:
-                events.move(now)
+            if tells_time:
+                self.set_clock(now)
+            else:
+                pool.now = now
             if scheduler.end_tick == batch.tick:
                 self.end_decodes(now)
             if plan is not None and plan.completed:
                 self.end_prefills(plan, now)
             if now >= self._map_due_ps:
                 self.sample_map(now)
+
+    # ---------------------------------------------------------------- time
+
+    def set_clock(self, now_ps: int) -> None:
+        """Tell the cache, and its log, what time it is: retentions that are over by now end."""
+        if self.retains:
+            self._pool.pass_time(now_ps)
+        else:
+            self._pool.now = now_ps
+        if self._events is not None:
+            self._events.move(now_ps)
+
+    def next_expiry(self) -> int:
+        """Return when the next retention is over, if nothing is released or evicted before; NEVER if none is."""
+        self._pool.settle()
+        next_ps = self._pool.expiries.next()
+        return NEVER if next_ps is None else next_ps
+
+    def steps_to_expiry(self, start_ps: int, steps: int, first_ps: int, increment_ps: int) -> int:
+        """Return how many of `steps` steps from `start_ps` on begin before the next retention is over.
+
+        That is the first that is over of those known before these steps and of those known now: one way of taking
+        steps asks before it takes any, the other after the first, which may have evicted what was to be over.
+        """
+        expiry_ps = min(self._expiry_ps, self.next_expiry())
+        if expiry_ps >= start_ps + steps * first_ps + increment_ps * (steps * (steps - 1) // 2):
+            return steps
+        return steps_until(expiry_ps - start_ps, first_ps, increment_ps)
 
     # ---------------------------------------------------------------- arrivals
 
@@ -189,6 +221,8 @@ class Replica:
         if affine is None:
             return None
         first, increment = self.coast_ps(*affine)
+        if self.retains:
+            steps = self.steps_to_expiry(start, steps, first, increment)
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and scheduler.accepts_arrivals():
             steps = steps_until(arrivals.next_ps - start, first, increment)

@@ -32,7 +32,8 @@ class Stretch:
     """A step that only decodes, as scheduled, and those like it that follow.
 
     Skipping takes the run as one, with a closed form for its duration; stepping takes its steps one by one. Both
-    end at the same step: with the first arrival that could be admitted, or where `Scheduler.quiet_steps` says.
+    end at the same step: with the first arrival that could be admitted, the first retention that is over, or where
+    `Scheduler.quiet_steps` says.
     """
 
     def __init__(self, replica: Replica, plan: Plan, start_ps: int, first_ps: int) -> None:
@@ -54,7 +55,12 @@ class Stretch:
         if affine is None:
             return 0  # durations follow no formula: every step is a stretch
         self.increment_ps = self._replica.step_increment(affine[1])
-        return self._scheduler.quiet_steps()
+        more = self._scheduler.quiet_steps()
+        if more and self._replica.retains:
+            more = (
+                self._replica.steps_to_expiry(self.start_ps, 1 + more, self.first_ps, self.increment_ps) - 1
+            )
+        return more
 
     def end_after(self, steps: int) -> int:
         """Return when so many steps of the stretch end."""

@@ -56,6 +56,7 @@ class ClusterScenario(Scenario):
             self.cluster,
             num_blocks=self.num_blocks,
             num_host_blocks=self.num_host_blocks,
+            retention=self.retention,
             cost=Bounded(self.cost, 20 * (tokens + len(self.requests)) * self.cluster.num_replicas),
             transfer=self.transfer,
             folder=folder,

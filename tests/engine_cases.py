@@ -18,6 +18,7 @@ from sim.engine import simulate
 from sim.records import PAUSE_COLUMNS, RunResult
 from sim.request import Request
 from sim.scheduler.config import EngineConfig
+from sim.scheduler.retention import RetentionOptions
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Scenario:
     engine: EngineConfig = field(default_factory=EngineConfig)
     cost: StepCost = LinearCost()
     num_host_blocks: int = 0
+    retention: RetentionOptions | None = None
 
     def run(self, skipping: bool = True) -> RunResult:
         """Run it on the real engine, and check what holds for every run."""
@@ -113,6 +115,7 @@ class Scenario:
             engine,
             num_blocks=self.num_blocks,
             num_host_blocks=self.num_host_blocks,
+            retention=self.retention,
             cost=cost,
         )
         check_conservation(result, self)
@@ -123,7 +126,7 @@ class Scenario:
         windowed = self.cache.window is not None and self.build.enable_paged_kv_cache
         naive = NaiveWindowedEngine if windowed else NaiveEngine
         args = (self.requests, self.build, self.cache, self.engine, self.num_blocks, self.cost)
-        return naive(*args).simulate()
+        return naive(*args, self.retention).simulate()
 
     @property
     def pool(self) -> tuple[int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from naive_retention import USUAL, Said, Wish, nothing
+
 from sim.request import Request
 
 Token = Hashable
@@ -20,6 +22,18 @@ class Block:
     holders: int = 0
     number: int = 0
     """Cached as the so-and-so-manieth."""
+    wish: Wish | None = None
+    """How it is to be kept while it is held by nobody, by the newest word."""
+    ends: int | None = None
+    """When that is over, if it is held by nobody."""
+
+    @property
+    def priority(self) -> int:
+        return USUAL if self.wish is None else self.wish[0]
+
+    def say(self, wish: Wish | None) -> None:
+        if wish is not None:
+            self.wish = None if wish[0] == USUAL else wish
 
 
 @dataclass(eq=False)
@@ -47,6 +61,7 @@ class Job:
     paused_ps: int = -1  # when it was preempted last
     group: list[Job] = field(default_factory=list)
     """The beams of its search, itself among them, while they decode."""
+    wishes: Said = nothing
     said: list[Token] = field(default_factory=list)
     """What a beam has generated, those before it included."""
 
@@ -99,6 +114,7 @@ class NaiveCache:
         self.evicted = 0
         self.numbers = 0
         self.copied_tokens = 0
+        self.now = 0
 
     @property
     def available(self) -> int:
@@ -142,7 +158,12 @@ class NaiveCache:
             for job in reversed(list(self.guards)):
                 self.unguard(job)
         found = self.candidates()
-        block = found[0] if self.policy == "lru" else min(found, key=lambda each: each.number)
+        if self.policy == "fifo":
+            block = min(found, key=lambda each: each.number)
+        elif self.policy == "priority":
+            block = min(found, key=lambda each: each.priority)  # of equals, the first
+        else:
+            block = found[0]
         assert block.name is not None
         self.idle.remove(block)
         del self.cached[block.name]
@@ -153,7 +174,18 @@ class NaiveCache:
         self.free += 1
         self.evicted += 1
 
+    def pass_time(self, now: int) -> None:
+        """Let it be `now`: what was to be kept until then becomes like any other that has just been given back."""
+        self.now = now
+        over = [block for block in self.idle + self.guarded if block.ends is not None and block.ends <= now]
+        for block in sorted(over, key=lambda block: block.ends or 0):
+            block.wish = block.ends = None
+            if block in self.idle:
+                self.idle.remove(block)
+                self.idle.append(block)
+
     def hold(self, block: Block) -> None:
+        block.ends = None
         for unheld in (self.idle, self.guarded):
             if block in unheld:
                 unheld.remove(block)
@@ -162,6 +194,8 @@ class NaiveCache:
     def drop(self, block: Block) -> None:
         block.holders -= 1
         if block.holders == 0:
+            if block.wish is not None and block.wish[1] is not None:
+                block.ends = self.now + block.wish[1]
             if block.name is None:
                 self.free += 1
             elif any(block in blocks for blocks in self.guards.values()):
@@ -180,9 +214,10 @@ class NaiveCache:
         return {block for block in job.table + job.path if block is not None}
 
     def begin(self, job: Job, match: Match) -> None:
-        """Let a job hold what it hits."""
-        for block in match.hits:
+        """Let a job hold what it hits, and say how that is to be kept."""
+        for at, block in enumerate(match.hits):
             self.hold(block)
+            block.say(job.wishes(at))
         job.table, job.path = list(match.hits), list(match.hits)
 
     def write(self, job: Job, tokens: int) -> None:
@@ -202,6 +237,7 @@ class NaiveCache:
                 self.hold(self.cached[name])
             else:
                 self.enter(name, job.table[at])
+            self.cached[name].say(job.wishes(at))
             job.path.append(self.cached[name])
 
     def enter(self, name: Name, block: Block) -> None:
@@ -242,6 +278,7 @@ class NaiveCache:
             tokens=job.tokens,
             table=list(job.table),
             path=list(job.path),
+            wishes=job.wishes,
             said=list(job.said),
         )
 

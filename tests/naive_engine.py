@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 from naive_cache import Block, Job, Match, NaiveCache
 from naive_preemption import NaivePreemption
+from naive_retention import wishes
 
 from allocator.config import BuildConfig, CacheConfig
 from sim.cost import StepBatch, StepCost
 from sim.request import Request
 from sim.scheduler.beams import beam_parents
 from sim.scheduler.config import EngineConfig
+from sim.scheduler.retention import RetentionOptions
 
 
 @dataclass
@@ -52,7 +54,9 @@ class NaiveEngine(NaivePreemption):
         engine: EngineConfig,
         num_blocks: int,
         cost: StepCost,
+        retention: RetentionOptions | None = None,
     ) -> None:
+        self.retention = retention
         self.build, self.engine, self.cost = build, engine, cost
         size, reuse = build.tokens_per_block, cache.enable_block_reuse
         if not build.enable_paged_kv_cache:
@@ -189,6 +193,7 @@ class NaiveEngine(NaivePreemption):
 
     def _step(self, now: int) -> int:
         cache = self.cache
+        cache.pass_time(now)
         evicted = cache.evicted
         cache.copied_tokens = 0
         if self.engine.protect_waiting_hits:
@@ -236,6 +241,7 @@ class NaiveEngine(NaivePreemption):
                 **self._blocks(),
             }
         )
+        cache.pass_time(end)
         self._finish_step(decoders, prefills, end)
         return end
 
@@ -379,6 +385,9 @@ class NaiveEngine(NaivePreemption):
 
     def _start(self, job: Job, match: Match, now: int) -> None:
         size, row = self.cache.size, self.rows[job.request.request_id]
+        arrived_ps = row["arrival_ps"]
+        assert isinstance(arrived_ps, int)
+        job.wishes = wishes(self.retention, self.requests, job.request, size, arrived_ps, now)
         self.cache.begin(job, match)
         job.tokens = job.hit_tokens = len(match.hits) * size
         job.computed = 0

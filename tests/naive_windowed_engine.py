@@ -27,9 +27,10 @@ class NaiveWindowedCache(NaiveCache):
     def begin(self, job: Job, match: Match) -> None:
         query = len(match.hits) * self.size
         needed = [block if self.attention.needs(query, at) else None for at, block in enumerate(match.hits)]
-        for block in needed:
+        for at, block in enumerate(needed):
             if block is not None:
                 self.hold(block)
+                block.say(job.wishes(at))
         job.table, job.path = list(needed), list(needed)
 
     def leaving(self, job: Job) -> list[int]:
@@ -53,10 +54,16 @@ class NaiveWindowedCache(NaiveCache):
             at = len(job.path)
             name = (job.request.salt, job.story((at + 1) * self.size))
             block = job.table[at]
+            wish = job.wishes(at)
             if name in self.cached:
                 block = None
+                if wish is not None:  # nothing holds the cached block for the job: its time begins anew
+                    self.hold(self.cached[name])
+                    self.cached[name].say(wish)
+                    self.drop(self.cached[name])
             else:
                 self.enter(name, block)
+                block.say(wish)
             job.path.append(block)
 
     def release(self, job: Job) -> None:

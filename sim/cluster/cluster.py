@@ -29,6 +29,7 @@ from sim.records import RunResult
 from sim.request import Request
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
+from sim.scheduler.retention import RetentionOptions, make_wishes
 from sim.scheduler.scheduler import Scheduler
 
 
@@ -43,6 +44,7 @@ def simulate_cluster(
     cost: StepCost,
     transfer: TransferCost | None = None,
     num_host_blocks: int = 0,
+    retention: RetentionOptions | None = None,
     progress: Callable[[int], None] | None = None,
     folder: Path | None = None,
 ) -> RunResult:
@@ -65,6 +67,7 @@ def simulate_cluster(
         num_host_blocks=num_host_blocks,
         cost=cost,
         transfer=transfer,
+        retention=retention,
         progress=progress,
         folder=folder,
     )
@@ -94,12 +97,13 @@ class Cluster:
         num_host_blocks: int,
         cost: StepCost,
         transfer: TransferCost | None,
+        retention: RetentionOptions | None,
         progress: Callable[[int], None] | None,
         folder: Path | None = None,
     ) -> None:
         apart = cluster.prefill_replicas
         if apart:
-            check_supported(build, cache)
+            check_supported(build, cache, retention)
             if transfer is None:
                 raise ValueError(f"prefill_replicas ({apart}) needs a TransferCost")
         self._progress = progress
@@ -113,6 +117,7 @@ class Cluster:
         self._decoding: list[DecodeReplica] = []
         self._sent: dict[Job, tuple[PrefillReplica, Job]] = {}
         causes = [""]
+        wishes = make_wishes(retention, build, cache, requests, has_host=num_host_blocks > 0)
         for number in range(cluster.num_replicas):
             own = decode_cache(cache) if apart and number >= apart else cache
             manager = make_manager(build, own, num_blocks, num_host_blocks, engine)
@@ -126,7 +131,7 @@ class Cluster:
             )
             self._recorders.append(recorder)
             kind = Scheduler if not apart else PrefillScheduler if number < apart else DecodeScheduler
-            scheduler = kind(manager, build, engine, cost)
+            scheduler = kind(manager, build, engine, cost, wishes)
             rest = (recorder, cost, engine.event_skipping, self._arrivals, self._count_done)
             if isinstance(scheduler, DecodeScheduler):
                 assert transfer is not None

@@ -36,10 +36,11 @@ from sim.cluster.replica import ClusterReplica
 from sim.request import Request
 from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
+from sim.scheduler.retention import RetentionOptions
 from sim.scheduler.scheduler import Scheduler
 
 
-def check_supported(build: BuildConfig, cache: CacheConfig) -> None:
+def check_supported(build: BuildConfig, cache: CacheConfig, retention: RetentionOptions | None) -> None:
     """Raise ValueError for what cannot be divided into prefill and decode replicas."""
     for name, value, wanted in (
         ("enable_paged_kv_cache", build.enable_paged_kv_cache, True),
@@ -47,6 +48,11 @@ def check_supported(build: BuildConfig, cache: CacheConfig) -> None:
     ):
         if value != wanted:
             raise ValueError(f"{name} ({value}) must be {wanted} with prefill_replicas")
+    if retention is not None and retention.session_priority is not None:
+        raise ValueError(
+            f"session_priority ({retention.session_priority}) must not be given with prefill_replicas: where a prompt "
+            "is computed, nobody knows when its answer ends"
+        )
 
 
 class PrefillScheduler(Scheduler):
@@ -96,7 +102,14 @@ class DecodeScheduler(Scheduler):
             return False
         self.waiting.pop_first()
         assert job.content is not None
-        job.sequence = manager.admit(job.content, left, match, job.request.salt, readmission=True)
+        job.sequence = manager.admit(
+            job.content,
+            left,
+            match,
+            job.request.salt,
+            readmission=True,
+            retention=None if self.wishes is None else self.wishes.of(job, self._pool.now),
+        )
         job.swapped = False
         self.final_blocks += job.final_blocks
         self.sequences += job.samples
@@ -151,7 +164,7 @@ class PrefillReplica(ClusterReplica):
 
     def let_go(self, job: Job, now_ps: int) -> None:
         """Release a job whose blocks have been copied."""
-        self._set_clock(now_ps)
+        self.set_clock(now_ps)
         self.scheduler.let_go(job)
 
 
@@ -210,7 +223,7 @@ class DecodeReplica(ClusterReplica):
     def _begin(self, now_ps: int) -> None:
         ready = self._ready
         if ready:
-            self._set_clock(now_ps)
+            self.set_clock(now_ps)
         while ready:
             job = ready.popleft()
             self.prompt_tokens -= job.request.prompt_tokens

@@ -175,13 +175,17 @@ class ClusterReplica(Replica):
         self.take_arrivals(now_ps)
         if not scheduler.running and not scheduler.waiting:
             return
-        self._set_clock(now_ps)
+        self.set_clock(now_ps)
+        if self.retains:
+            self._expiry_ps = self.next_expiry()
         self._start_ps = now_ps
         self._stretch = self._plan = None
         idle = scheduler.idle_steps() if self._skipping else 0
         affine = self.decode_affine(len(scheduler.decoding)) if idle else None
         if affine is not None:
             self._first_ps, self._increment_ps = first, increment = self.coast_ps(*affine)
+            if self.retains:
+                idle = self.steps_to_expiry(now_ps, idle, first, increment)
             self._settled, self._limit = False, idle
             self.end_ps = now_ps + idle * first + increment * (idle * (idle - 1) // 2)
             return
@@ -198,12 +202,6 @@ class ClusterReplica(Replica):
                 self._limit = 1 + stretch.bound()
                 self.end_ps = stretch.end_after(self._limit)
 
-    def _set_clock(self, now_ps: int) -> None:
-        """Tell the cache, and its log, what time it is, as something begins."""
-        self._pool.now = now_ps
-        if self._events is not None:
-            self._events.move(now_ps)
-
     def _end_stretch(self, now_ps: int) -> None:
         self.end_ps = NEVER
         plan, scheduler = self._plan, self.scheduler
@@ -211,7 +209,7 @@ class ClusterReplica(Replica):
             self._stretch.record()
         elif plan is not None:
             self.record(plan, self._start_ps, now_ps, 1, self._first_ps, 0, None)
-        self._set_clock(now_ps)
+        self.set_clock(now_ps)
         if scheduler.end_tick == scheduler.batch.tick:
             self.end_decodes(now_ps)
         if plan is not None and plan.completed:

@@ -82,6 +82,9 @@ class StepsAlike(Preemption):
         blocks = self._untouched_blocks()
         if self._windowed is not None:  # what leaves a window makes room
             steps = min(steps, self.manager.ticks_until_leave(self.batch))
+            if self._named and self.wishes is not None:
+                # The time of a cached block begins anew where one is filled that repeats it: not within a stretch.
+                steps = min(steps, self.batch.ticks_until_fill() - 1)
         if self.window_keys is not None:  # beyond, who has reached a window attends to no more keys
             steps = min(steps, self.window_keys.even_ticks(self.batch.tick))
         if self.beams.groups:

@@ -12,6 +12,7 @@ from sim.scheduler.beams import Beams
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.protection import Protection
+from sim.scheduler.retention import Wishes
 from sim.scheduler.waiting import make_waiting
 from sim.scheduler.window_keys import WindowKeys
 
@@ -35,8 +36,11 @@ class Places:
     beams      the beam searches among those that decode
     protection
                of what waiting jobs would hit, if it is wanted
+    wishes     what requests say of how their blocks are to be kept, if they do
     end_tick   the batch's tick at which the next decoding job has its last token; NO_TICK if none decodes
     """
+
+    wishes: Wishes | None = None
 
     def __init__(self, manager: KVCacheManager, config: EngineConfig, cost: StepCost | None) -> None:
         self.manager = manager

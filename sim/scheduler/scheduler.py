@@ -10,6 +10,7 @@ from sim.scheduler.beams import beam_blocks
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
+from sim.scheduler.retention import Wishes
 
 
 def require_batch_fits(build: BuildConfig) -> None:
@@ -38,14 +39,17 @@ class Scheduler(StepsAlike):
         build: BuildConfig,
         config: EngineConfig,
         cost: StepCost | None = None,
+        wishes: Wishes | None = None,
     ) -> None:
-        """Take the cost model, for its windows, and for `preemption` "cheaper", which asks it.
+        """Take the cost model, for its windows, and for `preemption` "cheaper", which asks it; and what requests say of
+        how their blocks are to be kept, if they do.
 
         Raises ValueError for what cannot work.
         """
         require_batch_fits(build)
         super().__init__(manager, build, config, cost)
         self._build = build
+        self.wishes = wishes
         # Up to so many tokens at its end, nothing is in the way of a job that decodes a single sample.
         fits = min(build.max_seq_len - 1, manager.num_blocks * manager.tokens_per_block)
         self._surely_fits = fits if config.enable_chunked_prefill and manager.window is None else 0
@@ -221,7 +225,12 @@ class Scheduler(StepsAlike):
                 return
             waiting.pop_first()
             job.sequence = manager.admit(
-                match.content, chunk, match, match.salt, readmission=job.preemptions > 0
+                match.content,
+                chunk,
+                match,
+                match.salt,
+                readmission=job.preemptions > 0,
+                retention=None if self.wishes is None else self.wishes.of(job, self._pool.now),
             )
             if self.protection is not None:
                 self.protection.release(job)
