@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 
 from naive_retention import USUAL, Said, Wish, nothing
 
@@ -88,21 +89,38 @@ class Job:
 
 @dataclass
 class Match:
-    """What a lookup found: the blocks hit, and the one that is cached but has to be computed again."""
+    """What a lookup found: the blocks hit, and the one that is cached but has to be computed again.
+
+    Of one more block, the first `part_tokens` may be hit. If nobody holds it and nothing builds on it, it is `stolen`.
+    """
 
     hits: list[Block]
     repeated: Block | None
     misses: dict[str, int]
+    tokens: int
+    part: Block | None = None
+    part_tokens: int = 0
+    stolen: bool = False
+
+    @property
+    def kept(self) -> int:
+        """How many blocks that could be evicted now cannot be until the part is copied."""
+        return int(self.part is not None and not self.stolen and self.part.holders == 0)
 
 
 class NaiveCache:
     """Blocks, free and cached."""
 
-    def __init__(self, num_blocks: int, size: int, reuse: bool, policy: str) -> None:
+    def __init__(self, num_blocks: int, size: int, reuse: bool, policy: str, partial: str = "") -> None:
         self.num_blocks = self.free = num_blocks
         self.size = size
         self.reuse = reuse
         self.policy = policy
+        self.partial = partial  # "copy", or "steal" alone, or nothing
+        self.fresh: list[Block] = []  # became full in this step, so that its copies cannot read them
+        self.sources: list[list[Block]] = []  # held until copies have read the last of each
+        self.since: dict[Block, int] = {}  # when blocks became such that a part of them could be used
+        self.changes = 0
         self.cached: dict[Name, Block] = {}
         self.idle: list[Block] = []  # cached and held by nobody, for the longest time first
         self.guards: dict[
@@ -164,6 +182,13 @@ class NaiveCache:
             block = min(found, key=lambda each: each.priority)  # of equals, the first
         else:
             block = found[0]
+        self._forget(block)
+        self.free += 1
+        self.evicted += 1
+        self._note_usable()
+
+    def _forget(self, block: Block) -> None:
+        """Take an idle block out of the cache."""
         assert block.name is not None
         self.idle.remove(block)
         del self.cached[block.name]
@@ -171,8 +196,7 @@ class NaiveCache:
         while len(self.ghosts) > 16 * self.num_blocks:
             del self.ghosts[next(iter(self.ghosts))]
             self.forgot = True
-        self.free += 1
-        self.evicted += 1
+        block.name = block.wish = block.ends = None
 
     def pass_time(self, now: int) -> None:
         """Let it be `now`: what was to be kept until then becomes like any other that has just been given back."""
@@ -190,6 +214,7 @@ class NaiveCache:
             if block in unheld:
                 unheld.remove(block)
         block.holders += 1
+        self._note_usable()
 
     def drop(self, block: Block) -> None:
         block.holders -= 1
@@ -202,6 +227,87 @@ class NaiveCache:
                 self.guarded.append(block)
             else:
                 self.idle.append(block)
+        self._note_usable()
+
+    # ------------------------------------------------------------ parts of blocks
+
+    def is_free_leaf(self, block: Block) -> bool:
+        """Return whether nobody holds a cached block, and no cached block builds on it."""
+        return not block.holders and not any(
+            (salt, tokens[: -self.size]) == block.name for salt, tokens in self.cached
+        )
+
+    def _note_usable(self) -> None:
+        """Note since when a part of each block could be used: of those since one moment, first who was cached first."""
+        if not self.partial:
+            return
+        usable = [
+            block
+            for block in self.cached.values()
+            if block not in self.fresh and (self.partial == "copy" or self.is_free_leaf(block))
+        ]
+        self.since = {block: at for block, at in self.since.items() if block in usable}
+        for block in sorted(usable, key=lambda each: each.number):
+            self.changes += 1
+            self.since.setdefault(block, self.changes)
+
+    def find_part(self, job: Job, match: Match) -> None:
+        """Let a match know of the block that agrees with most of what a job's prompt goes on with, if there is one."""
+        size, request = self.size, job.request
+        if not self.partial or (
+            self.partial == "copy" and self.blocks_at_once(job.target) >= self.num_blocks
+        ):
+            return
+        unit = 1
+        if request.token_ids is None:
+            unit = gcd(0 if request.chunk_ids is None else request.granularity, size)
+        story, start = job.story(job.target), len(match.hits) * size
+        common = {}
+        for block in sorted(self.since, key=self.since.__getitem__):
+            assert block.name is not None
+            salt, tokens = block.name
+            if (salt, tokens[:-size]) == (request.salt, story[:start]):
+                same = [mine == theirs for mine, theirs in zip(story[start:], tokens[start:], strict=False)]
+                common[block] = [*same, False].index(False) // unit
+        best = max(common, key=common.__getitem__, default=None)
+        units = 0 if best is None else min(common[best], (job.target - 1 - start) // unit)
+        if units:
+            match.part, match.part_tokens, match.stolen = best, units * unit, self.is_free_leaf(best)
+            match.tokens += match.part_tokens
+
+    def blocks_at_once(self, tokens: int) -> int:
+        """Return how many blocks so many tokens need at once, at the least, to be computed."""
+        return self.blocks_of(tokens)
+
+    def with_path(self, hits: list[Block], block: Block) -> list[Block]:
+        """Return what is held along with a block that continues these."""
+        return [*hits, block]
+
+    def take_part(self, match: Match) -> list[Block]:
+        """Return a block for whoever hits the part of a match: that block, or a copy; no block if there is no part."""
+        part = match.part
+        if part is None:
+            return []
+        if self.is_free_leaf(part):
+            self._forget(part)
+            part.holders = 1
+            self._note_usable()
+            return [part]
+        held = self.with_path(match.hits, part)
+        for block in held:
+            self.hold(block)
+        self.sources.append(held)
+        self.copied_tokens += match.part_tokens
+        return [self.take()]
+
+    def end_step(self) -> None:
+        """Let the copies be made: what they read is let go of, and what the step has filled can be read next."""
+        for held in self.sources:
+            for block in reversed(held):
+                self.drop(block)
+        self.sources.clear()
+        self.fresh.clear()
+        self._note_usable()
 
     # ------------------------------------------------------------ what a job does with blocks
 
@@ -218,7 +324,7 @@ class NaiveCache:
         for at, block in enumerate(match.hits):
             self.hold(block)
             block.say(job.wishes(at))
-        job.table, job.path = list(match.hits), list(match.hits)
+        job.table, job.path = [*match.hits, *self.take_part(match)], list(match.hits)
 
     def write(self, job: Job, tokens: int) -> None:
         """Take the blocks for `tokens` more tokens."""
@@ -248,6 +354,8 @@ class NaiveCache:
         block.number = self.numbers
         self.cached[name] = block
         self.ghosts.pop(name, None)
+        self.fresh.append(block)
+        self._note_usable()
 
     def copy_shared_tail(self, job: Job) -> None:
         """Give the job a copy of its last block if it is partly written and others hold it too."""
@@ -295,11 +403,14 @@ class NaiveCache:
         for name in names[live:]:
             cause = self._cause(name, prefilling)
             misses[cause] = misses.get(cause, 0) + 1
-        return Match(
+        match = Match(
             [self.cached[name] for name in names[:hits]],
             self.cached[names[hits]] if live > hits else None,
             {cause: blocks for cause, blocks in misses.items() if blocks},
+            hits * size,
         )
+        self.find_part(job, match)
+        return match
 
     def _cause(self, name: Name, prefilling: Sequence[Job]) -> str:
         salt, tokens = name

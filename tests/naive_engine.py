@@ -38,6 +38,11 @@ class NaiveRun:
     evicted: int = 0
 
 
+def partial_reuse(config: CacheConfig) -> str:
+    """Return what may become of a block that is hit in part: "copy" or "steal", or "" for nothing."""
+    return ("copy" if config.copy_on_partial_reuse else "steal") if config.enable_partial_reuse else ""
+
+
 class NaiveEngine(NaivePreemption):
     """Continuous batching, a step at a time."""
 
@@ -75,7 +80,7 @@ class NaiveEngine(NaivePreemption):
         self.rows = self.run.requests
 
     def _make_cache(self, num_blocks: int, size: int, reuse: bool, config: CacheConfig) -> NaiveCache:
-        return NaiveCache(num_blocks, size, reuse, config.policy)
+        return NaiveCache(num_blocks, size, reuse, config.policy, partial_reuse(config))
 
     @staticmethod
     def _blank(request: Request) -> dict[str, object]:
@@ -167,25 +172,27 @@ class NaiveEngine(NaivePreemption):
             return max(arrived, key=lambda job: job.request.priority)
         if order == "shortest":
             return min(arrived, key=lambda job: job.request.prompt_tokens + job.request.output_tokens)
-        return max(
-            arrived[: self.considered], key=lambda job: len(self.cache.lookup(job, self.prefilling).hits)
-        )
+        return max(arrived[: self.considered], key=lambda job: self.cache.lookup(job, self.prefilling).tokens)
 
     def _first_chunk(self, job: Job, match: Match, chunk: int) -> int:
         """Return how many of so many tokens a job may start with; 0 if it has to wait."""
         return chunk if self._fits(job, match, chunk) else 0
 
     def _fits(self, job: Job, match: Match, chunk: int) -> bool:
-        cache, hits = self.cache, len(match.hits)
+        cache, hits, again = self.cache, len(match.hits), match.repeated
         idle_hits = sum(block.holders == 0 for block in match.hits)
         if not self.running:
-            first = cache.blocks_of(hits * cache.size + chunk)
-            return first - hits + idle_hits <= cache.available
+            first = cache.blocks_of(match.tokens + chunk)
+            return first - hits + idle_hits + match.kept <= cache.available
+        whole = cache.blocks_of(job.target) + match.kept
         if self.promises_the_end:
-            needed = self._final_blocks(job) + (match.repeated is not None and match.repeated.holders == 0)
+            stays_idle = again is None or again.holders or (match.stolen and again is match.part)
+            needed = self._final_blocks(job) + (not stays_idle)
+            if match.kept:
+                needed = max(needed, whole)
             promised = self._outstanding()
         else:
-            needed = cache.blocks_of(job.target)
+            needed = whole
             promised = sum(cache.blocks_of(other.target) - len(other.table) for other in self.prefilling)
         return needed - hits + idle_hits <= cache.available - promised - self.reserved
 
@@ -209,6 +216,7 @@ class NaiveEngine(NaivePreemption):
             if not prefills:
                 self._decode(now)
             decoders = [] if prefills else list(self.decoding)
+        cache.end_step()
         batch = StepBatch(len(decoders), sum(job.tokens for job in decoders))
         batch.prefills = [(tokens, job.tokens) for job, tokens in prefills]
         batch.copied_tokens = self.cache.copied_tokens
@@ -368,7 +376,7 @@ class NaiveEngine(NaivePreemption):
             job = self._first_waiting()
             branches = sum(other.samples for other in self.running)
             match = self.cache.lookup(job, self.prefilling)
-            left = job.target - len(match.hits) * self.cache.size
+            left = job.target - match.tokens
             chunk = min(left, budget)
             whole = chunk == left or self.engine.enable_chunked_prefill or job.preemptions
             if branches + job.samples > self.build.max_batch_size or not whole:
@@ -389,7 +397,7 @@ class NaiveEngine(NaivePreemption):
         assert isinstance(arrived_ps, int)
         job.wishes = wishes(self.retention, self.requests, job.request, size, arrived_ps, now)
         self.cache.begin(job, match)
-        job.tokens = job.hit_tokens = len(match.hits) * size
+        job.tokens = job.hit_tokens = match.tokens
         job.computed = 0
         if job.preemptions:
             job.recomputed += max(0, job.written - job.hit_tokens)

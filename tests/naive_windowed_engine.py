@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from naive_cache import Block, Job, Match, NaiveCache, Name
-from naive_engine import NaiveEngine
+from naive_engine import NaiveEngine, partial_reuse
 from naive_windows import Attention
 
 from allocator.config import CacheConfig
@@ -25,13 +25,13 @@ class NaiveWindowedCache(NaiveCache):
         return self.idle
 
     def begin(self, job: Job, match: Match) -> None:
-        query = len(match.hits) * self.size
+        query = len(match.hits) * self.size  # what it needs serves a part behind it as well
         needed = [block if self.attention.needs(query, at) else None for at, block in enumerate(match.hits)]
         for at, block in enumerate(needed):
             if block is not None:
                 self.hold(block)
                 block.say(job.wishes(at))
-        job.table, job.path = list(needed), list(needed)
+        job.table, job.path = [*needed, *self.take_part(match)], list(needed)
 
     def leaving(self, job: Job) -> list[int]:
         """Return which blocks a job's next query, and all later ones, do not need."""
@@ -106,11 +106,21 @@ class NaiveWindowedCache(NaiveCache):
                     misses[cause] = end - reached
                     reached = end
         misses["unknown" if self.forgot else "cold"] = len(names) - reached
-        return Match(
+        match = Match(
             [self.cached.get(name) for name in names[:hits]],
             None,
             {cause: blocks for cause, blocks in misses.items() if blocks},
+            hits * size,
         )
+        self.find_part(job, match)
+        return match
+
+    def blocks_at_once(self, tokens: int) -> int:
+        whole = self.blocks_of(tokens)
+        return whole if whole <= self.num_blocks else self.attention.most_blocks(tokens)
+
+    def with_path(self, hits: list[Block], block: Block) -> list[Block]:
+        return [block]
 
     def _ahead(self, job: Job, names: list[Name]) -> int:
         """Return up to which of these blocks a job whose prompt is not complete will compute some; 0 if none."""
@@ -126,7 +136,7 @@ class NaiveWindowedEngine(NaiveEngine):
 
     def _make_cache(self, num_blocks: int, size: int, reuse: bool, config: CacheConfig) -> NaiveCache:
         assert config.window is not None
-        cache = NaiveWindowedCache(num_blocks, size, reuse, config.policy)
+        cache = NaiveWindowedCache(num_blocks, size, reuse, config.policy, partial_reuse(config))
         cache.attention = Attention(config.window, config.num_sinks, size)
         return cache
 
@@ -175,7 +185,7 @@ class NaiveWindowedEngine(NaiveEngine):
     def _first_chunk(self, job: Job, match: Match, chunk: int) -> int:
         cache, hits = self.cache, len(match.hits)
         held = [block for at, block in enumerate(match.hits) if cache.attention.needs(hits * cache.size, at)]
-        idle = sum(block.holders == 0 for block in held)
+        idle = sum(block.holders == 0 for block in held) + match.kept
         may_split = self.engine.enable_chunked_prefill or bool(job.preemptions)
         blocks = cache.available - idle
         if self.running:
@@ -190,7 +200,7 @@ class NaiveWindowedEngine(NaiveEngine):
             if needed > spare:
                 return 0
             blocks = min(blocks, most)
-        fits = blocks * cache.size
+        fits = (hits + blocks) * cache.size - match.tokens
         return max(min(chunk, fits), 0) if fits >= chunk or may_split else 0
 
     # ------------------------------------------------------------ a step

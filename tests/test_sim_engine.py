@@ -180,13 +180,23 @@ def test_skipping_equals_stepping_on_larger_workloads(scenario: Scenario) -> Non
     assert_identical(scenario.run(), scenario.run(skipping=False))
 
 
-@given(scenarios(), st.booleans())
-def test_skipping_equals_stepping_with_partial_reuse(scenario: Scenario, copy: bool) -> None:
+@settings(max_examples=2 * settings().max_examples)
+@given(scenarios(), st.booleans(), st.sampled_from([None, None, 2, 4, 9]), st.sampled_from([0, 1]))
+def test_equals_the_naive_engine_with_partial_reuse(
+    scenario: Scenario, copy: bool, window: int | None, num_sinks: int
+) -> None:
     cache = dataclasses.replace(
-        scenario.cache, enable_block_reuse=True, enable_partial_reuse=True, copy_on_partial_reuse=copy
+        scenario.cache,
+        enable_block_reuse=True,
+        enable_partial_reuse=True,
+        copy_on_partial_reuse=copy,
+        window=window,
+        num_sinks=0 if window is None else num_sinks,
     )
-    scenario = dataclasses.replace(scenario, cache=cache)
-    assert_identical(scenario.run(), scenario.run(skipping=False))
+    build = scenario.build
+    if window is not None:
+        build = dataclasses.replace(build, enable_paged_kv_cache=True)
+    _check(dataclasses.replace(scenario, cache=cache, build=build))
 
 
 def test_a_rerun_is_identical() -> None:
