@@ -93,11 +93,18 @@ def retaining(draw: st.DrawFn) -> Scenario:
         engine=engine,
         retention=options,
     )
-    try:
-        options.check(build, cache, has_host=False)
-    except ValueError:
+    if _is_refused(scenario):
         return dataclasses.replace(scenario, retention=RetentionOptions(prompt_priority=90))
     return scenario
+
+
+def _is_refused(scenario: Scenario) -> bool:
+    assert scenario.retention is not None
+    try:
+        scenario.retention.check(scenario.build, scenario.cache, has_host=scenario.num_host_blocks > 0)
+    except ValueError:
+        return True
+    return False
 
 
 def _check(scenario: Scenario) -> RunResult:
@@ -269,7 +276,7 @@ def test_skipping_equals_stepping_on_several_replicas(scenario: Scenario, replic
     if apart:
         cluster = ClusterConfig(replicas + 1, "longest_prefix", 1)
         retention = dataclasses.replace(retention, session_priority=None)
-        if retention.priorities == {35}:
+        if _is_refused(dataclasses.replace(scenario, retention=retention)):
             retention = RetentionOptions(output_priority=20)
         if scenario.engine.admission == "static_batch":
             fields["engine"] = dataclasses.replace(scenario.engine, admission="max_utilization")
@@ -364,9 +371,20 @@ KEPT = RetentionOptions(prompt_priority=90)
             RetentionOptions(prompt_priority=90, output_priority=90),
             {},
             {},
-            "prompt_priority (90) needs a part with another priority: all blocks would have the same",
+            "prompt_priority (90) needs a part that is kept otherwise: all would be kept alike",
         ),
-        (RetentionOptions(session_priority=35), {}, {}, "session_priority (35) needs a part with another"),
+        (
+            RetentionOptions(session_priority=35),
+            {},
+            {},
+            "session_priority (35) needs a part that is kept otherwise",
+        ),
+        (
+            RetentionOptions(4, 90, 2.0, 90, 2.0, 90, 2.0),
+            {},
+            {},
+            "head_priority (90) needs a part that is kept otherwise",
+        ),
         (RetentionOptions(session_priority=80), {}, {}, "session_priority (80) needs a trace with sessions"),
     ],
 )
@@ -384,6 +402,24 @@ def test_what_makes_no_difference_is_refused(
         scenario.run()
 
 
+@settings(max_examples=2 * settings().max_examples)
+@given(retaining(), st.sampled_from([36, 90]), st.sampled_from([None, 1, 14, 25, 60]), st.integers(0, 9))
+def test_where_all_is_kept_alike_it_is_as_if_nothing_were_said(
+    scenario: Scenario, priority: int, duration_ps: int | None, head_tokens: int
+) -> None:
+    """Why that is refused: what is used last is over last."""
+    wish = (priority, _seconds(duration_ps))
+    head = wish if head_tokens else (None, None)
+    retention = RetentionOptions(head_tokens, *head, *wish, *wish)
+    assert _is_refused(dataclasses.replace(scenario, retention=retention))
+    silent = dataclasses.replace(scenario, retention=None).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RetentionOptions, "check", lambda *_, **__: None)
+        heard = dataclasses.replace(scenario, retention=retention).run()
+    for name, column in silent.requests.items():
+        assert column.tolist() == heard.requests[name].tolist()
+
+
 def test_host_memory_takes_what_is_kept_dearly_whatever_the_policy() -> None:
     """A's two blocks are evicted for B's three. Host memory takes the first, of 90, and not the other, below 50."""
     requests = [_says(0, 0, "Aa"), _says(1, 20, "Bbc"), _says(2, 40, "Aac")]
@@ -395,7 +431,7 @@ def test_host_memory_takes_what_is_kept_dearly_whatever_the_policy() -> None:
     said = dataclasses.replace(scenario, retention=RetentionOptions(head_tokens=4, head_priority=90))
     assert said.run().requests["hit_tokens"].tolist() == [0, 0, 4]
     low = dataclasses.replace(scenario, retention=RetentionOptions(head_tokens=4, head_priority=40))
-    message = "head_priority (40) needs policy priority, or offload_min_priority (50) between 35 and 40: lru looks at"
+    message = "head_priority (40) needs policy priority, or offload_min_priority (50) between it and 35: lru looks at"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         low.run()
 

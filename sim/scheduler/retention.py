@@ -97,9 +97,17 @@ class RetentionOptions:
         return found | {each for each in (self.head_priority, self.session_priority) if each is not None}
 
     @property
-    def _expires(self) -> bool:
-        durations = (self.head_duration_s, self.prompt_duration_s, self.output_duration_s)
-        return any(each is not None for each in durations) or self.session_priority is not None
+    def _keeps_all_alike(self) -> bool:
+        """Whether the order in which blocks go is the one in which they were used, as if nothing were said.
+
+        So it is with one priority for all, be it that it sinks after one and the same duration.
+        """
+        if len(self.priorities) > 1 or self.session_priority not in (None, DEFAULT_PRIORITY):
+            return False
+        durations = {self.prompt_duration_s, self.output_duration_s}
+        if self.head_priority is not None:
+            durations.add(self.head_duration_s)
+        return len(durations) == 1 and (None in durations or min(self.priorities) > DEFAULT_PRIORITY)
 
     def check(self, build: BuildConfig, cache: CacheConfig, *, has_host: bool) -> None:
         """Raise ValueError where what is said makes no difference: the cache keeps nothing, its policy looks at other
@@ -111,22 +119,21 @@ class RetentionOptions:
         if given is None:
             return
         said = f"{given[0]} ({given[1]})"
-        if not build.enable_paged_kv_cache:
-            raise ValueError(f"{said} needs enable_paged_kv_cache: without, nothing is kept")
-        if not cache.enable_block_reuse:
-            raise ValueError(f"{said} needs enable_block_reuse: without, nothing is kept")
-        priorities = self.priorities | ({DEFAULT_PRIORITY} if self._expires else set())
-        if len(priorities) == 1:
-            raise ValueError(f"{said} needs a part with another priority: all blocks would have the same")
+        for name in ("enable_paged_kv_cache", "enable_block_reuse"):
+            if not getattr(build, name, True) or not getattr(cache, name, True):
+                raise ValueError(f"{said} needs {name}: without, nothing is kept")
         least = cache.offload_min_priority
-        if cache.policy not in POLICIES or cache.policy == "priority":
-            return
-        if not has_host:
-            raise ValueError(f"{said} needs policy priority: {cache.policy} looks at other things")
-        if not min(priorities) < least <= max(priorities):
+        usual = least <= DEFAULT_PRIORITY
+        if has_host and any((priority >= least) != usual for priority in self.priorities):
+            return  # host memory takes other blocks
+        if cache.policy in POLICIES and cache.policy != "priority":
+            other = (
+                f", or offload_min_priority ({least}) between it and {DEFAULT_PRIORITY}" if has_host else ""
+            )
+            raise ValueError(f"{said} needs policy priority{other}: {cache.policy} looks at other things")
+        if cache.policy == "priority" and self._keeps_all_alike:
             raise ValueError(
-                f"{said} needs policy priority, or offload_min_priority ({least}) between {min(priorities)} and "
-                f"{max(priorities)}: {cache.policy} looks at other things"
+                f"{said} needs a part that is kept otherwise: all would be kept alike, as if nothing were said"
             )
 
 
