@@ -100,14 +100,18 @@ class RetentionOptions:
     def _keeps_all_alike(self) -> bool:
         """Whether the order in which blocks go is the one in which they were used, as if nothing were said.
 
-        So it is with one priority for all, be it that it sinks after one and the same duration.
+        So it is with one priority for all, be it that it sinks after one and the same duration. Where that is the usual
+        one, to say so changes nothing either, but is meant to: other values are to be compared with it.
         """
-        if len(self.priorities) > 1 or self.session_priority not in (None, DEFAULT_PRIORITY):
+        if len(self.priorities) > 1 or self.session_priority is not None:
             return False
         durations = {self.prompt_duration_s, self.output_duration_s}
         if self.head_priority is not None:
             durations.add(self.head_duration_s)
-        return len(durations) == 1 and (None in durations or min(self.priorities) > DEFAULT_PRIORITY)
+        (priority,) = self.priorities
+        return len(durations) == 1 and (
+            priority > DEFAULT_PRIORITY or (None in durations and priority < DEFAULT_PRIORITY)
+        )
 
     def check(self, build: BuildConfig, cache: CacheConfig, *, has_host: bool) -> None:
         """Raise ValueError where what is said makes no difference: the cache keeps nothing, its policy looks at other
