@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import sim.style
 from allocator.fuzz import run_machine
 from experiments import __main__ as experiments_main
 from experiments import demo, memory_savings
+from experiments.tools import sweep
 from sim.replay import main as replay
 from sim.style import words
 
@@ -148,6 +150,17 @@ def test_the_policy_is_compared_from_a_folder_of_ones_own(policy_folder: Path) -
     assert list(hits) == ["lru", "my_policy:MRU", "belady", "weighted_belady", "offline bound"]
     assert 0 < hits["my_policy:MRU"] <= hits["offline bound"]
     assert hits["lru"] < hits["my_policy:MRU"]  # prefixes that come round in a fixed order
+
+
+def test_what_keeping_system_prompts_brings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = re.findall(
+        r"-m experiments\.tools\.sweep (--vary head_priority.*?)\n```", TEXT, flags=re.DOTALL
+    )
+    arguments = shlex.split(command.replace("\\\n", " ").replace("results/kept", str(tmp_path)))
+    assert sweep.main(["--jobs", "1", "--no-figures", *arguments]) == 0
+    printed = capsys.readouterr().out.split()
+    shown = block("retention").split()
+    assert [word for word in printed if word in shown] == shown
 
 
 @pytest.mark.parametrize("name", ["requests", "timeline"])

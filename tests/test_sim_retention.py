@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,10 @@ from hypothesis import strategies as st
 
 from allocator.config import BuildConfig, CacheConfig
 from allocator.eviction import POLICIES
+from experiments.tools import sweep
 from sim.cluster.config import ClusterConfig
 from sim.records import RunResult
+from sim.replay import main
 from sim.request import PS_PER_S, Request
 from sim.scheduler.retention import RetentionOptions
 from sim.workload import WorkloadConfig, generate
@@ -445,3 +450,102 @@ def test_sessions_are_not_pinned_where_prefill_is_apart() -> None:
         ValueError, match=r"^session_priority \(80\) must not be given with prefill_replicas: "
     ):
         scenario.run()
+
+
+# ------------------------------------------------------------------ from the command line
+
+RUN = ["synthetic", "--num-requests", "60", "--requests-per-s", "20", "--user-tokens-max", "400"]
+RUN += ["--output-tokens-max", "60", "--turns-mean", "3", "--think-s-mean", "1", "--system-prompts", "3"]
+RUN += [
+    "--session-tokens-max",
+    "2048",
+    "--max-seq-len",
+    "4096",
+    "--num-blocks",
+    "300",
+    "--tokens-per-block",
+    "16",
+]
+KEEPING = [
+    "--policy",
+    "priority",
+    "--head-tokens",
+    "512",
+    "--head-priority",
+    "90",
+    "--session-priority",
+    "80",
+]
+KEEPING += ["--output-priority", "20", "--output-duration-s", "0.5"]
+TABLES = ("requests.parquet", "timeline.parquet")
+
+
+def _replay(out: Path, *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--no-figures", "--out", str(out)]) == 0
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def test_flags_reach_the_run_and_its_manifest(tmp_path: Path) -> None:
+    silent = _replay(tmp_path / "silent", *RUN, "--policy", "priority")
+    kept = _replay(tmp_path / "kept", *RUN, *KEEPING)
+    assert kept["hit_tokens"] != silent["hit_tokens"]
+    said = json.loads((tmp_path / "kept" / "manifest.json").read_text())["config"]["retention"]
+    assert said == dataclasses.asdict(
+        RetentionOptions(512, 90, output_priority=20, output_duration_s=0.5, session_priority=80)
+    )
+    _replay(tmp_path / "again", "--from-manifest", str(tmp_path / "kept" / "manifest.json"))
+    _replay(tmp_path / "stepped", *RUN, *KEEPING, "--no-event-skipping")
+    for name in TABLES:
+        kept_bytes = (tmp_path / "kept" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == kept_bytes
+        assert (tmp_path / "stepped" / name).read_bytes() == kept_bytes
+
+
+def test_flags_vary_in_a_sweep(tmp_path: Path) -> None:
+    flags = ["--jobs", "1", "--no-figures", "--vary", "session_priority=35,80", "--out", str(tmp_path)]
+    assert sweep.main([*flags, "--", *RUN, "--policy", "priority"]) == 0
+    with (tmp_path / sweep.TABLE).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["session_priority"] for row in rows] == ["35", "80"]
+    assert rows[0]["hit_tokens"] != rows[1]["hit_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--head-tokens", "512", "--head-priority", "90"],
+            "head_priority (90) needs policy priority: lru looks at",
+        ),
+        (["--policy", "priority", "--head-tokens", "512"], "head_tokens (512) needs head_priority"),
+        (
+            ["--policy", "priority", "--prompt-priority", "80", "--output-priority", "80"],
+            "prompt_priority (80) needs a part that is kept otherwise",
+        ),
+        (
+            ["--policy", "priority", "--session-priority", "80", "--turns-mean", "1"],
+            "session_priority (80) needs a trace with sessions",
+        ),
+        (
+            [
+                "--policy",
+                "priority",
+                "--session-priority",
+                "80",
+                "--num-replicas",
+                "2",
+                "--prefill-replicas",
+                "1",
+            ],
+            "session_priority (80) must not be given with prefill_replicas",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, *flags, "--no-figures", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1
