@@ -99,9 +99,7 @@ def make_manager(
     if build.enable_paged_kv_cache:
         policy = None
         if engine.protect_waiting_hits:
-            if cache.window is not None:
-                raise ValueError(f"protect_waiting_hits (True) must be False with a window ({cache.window})")
-            policy = protecting(make_policy(cache.policy))
+            policy = protecting(make_policy(cache.policy), windowed=cache.window is not None)
         return KVCacheManager(
             num_blocks,
             build.tokens_per_block,

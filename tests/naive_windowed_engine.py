@@ -33,6 +33,10 @@ class NaiveWindowedCache(NaiveCache):
                 block.say(job.wishes(at))
         job.table, job.path = [*needed, *self.take_part(match)], list(needed)
 
+    def guard(self, job: Job, blocks: list[Block]) -> None:
+        query = len(blocks) * self.size
+        super().guard(job, [block for at, block in enumerate(blocks) if self.attention.needs(query, at)])
+
     def leaving(self, job: Job) -> list[int]:
         """Return which blocks a job's next query, and all later ones, do not need."""
         return [at for at, _ in self.table(job) if not self.attention.needs(job.tokens, at)]

@@ -89,17 +89,43 @@ def test_protection_equals_the_naive_engine_skipping_or_not(scenario: Scenario, 
         _check(dataclasses.replace(scenario, engine=engine))
 
 
+@settings(max_examples=3 * settings().max_examples)
+@given(
+    scenarios(),
+    st.sampled_from([1, 2, 16]),
+    st.sampled_from([1, 2, 3, 4, 5, 8, 16]),
+    st.sampled_from([0, 0, 1, 5]),
+    st.sampled_from([0.3, 0.6, 1.0]),
+)
+def test_protection_equals_the_naive_engine_in_windowed_caches(
+    scenario: Scenario, jobs: int, window: int, num_sinks: int, share: float
+) -> None:
+    """What a waiting request hits there are the blocks that its next query needs, and no others are protected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sim.scheduler.protection.PROTECTED", jobs)
+        patch.setattr("naive_engine.NaiveEngine.protected", jobs)
+        changes: dict[str, Any] = {
+            "cache": dataclasses.replace(scenario.cache, window=window, num_sinks=num_sinks),
+            "engine": dataclasses.replace(scenario.engine, protect_waiting_hits=True),
+            "build": dataclasses.replace(scenario.build, enable_paged_kv_cache=True),
+            "num_blocks": max(1, round(share * scenario.num_blocks)),
+        }
+        _check(dataclasses.replace(scenario, **changes))
+
+
+@settings(max_examples=2 * settings().max_examples)
 @given(
     scenarios(),
     st.sampled_from(sorted(POLICIES)),
     st.sampled_from(["", "host", "partial"]),
     st.integers(1, 12),
+    st.sampled_from([None, None, 2, 3, 6]),
 )
 def test_protection_skips_as_it_steps_in_every_kind_of_cache(
-    scenario: Scenario, policy: str, kind: str, host: int
+    scenario: Scenario, policy: str, kind: str, host: int, window: int | None
 ) -> None:
     build = dataclasses.replace(scenario.build, enable_paged_kv_cache=True)
-    cache = CacheConfig(policy=policy, enable_partial_reuse=kind == "partial")
+    cache = CacheConfig(policy=policy, enable_partial_reuse=kind == "partial", window=window)
     engine = dataclasses.replace(scenario.engine, protect_waiting_hits=True)
     if kind == "host":
         engine = dataclasses.replace(engine, preemption="swap")
@@ -124,13 +150,25 @@ def test_it_pays_where_sessions_wait() -> None:
     assert hits[1] > 1.05 * hits[0]
 
 
-def test_a_windowed_cache_has_no_protection() -> None:
-    build = BuildConfig(4, 16, 64, tokens_per_block=4)
-    scenario = Scenario([Request(0, 0, 4, 4)], build, 8, CacheConfig(window=16), PROTECT)
-    with pytest.raises(
-        ValueError, match=r"^protect_waiting_hits \(True\) must be False with a window \(16\)$"
-    ):
-        scenario.run()
+@pytest.mark.parametrize("num_blocks", [4, 6])
+@pytest.mark.parametrize("protect", [False, True])
+def test_of_what_is_hit_only_the_window_is_protected(protect: bool, num_blocks: int) -> None:
+    """Blocks of 4, a window of 4 tokens, one request at a time. A leaves 3 blocks, then B 2; D says what A said.
+
+        a step takes 10 ps, and 1 for each prompt token
+        A (0, 22), B (22, 40), C's prompt (40, 54) and 9 tokens (54, 144), D
+
+    To go on behind A's 12 tokens, D needs A's third block alone. C takes 4 blocks in all. Of 6, one is free; then
+    A's go, the first first, and the third is the fourth that C takes: or B's first, if it is kept for D. Of 4, B has
+    taken A's first already; C takes the second, and then the third, or B's and what has left its own window.
+    """
+    requests = [_says(0, 0, 12, 1, 0), _says(1, 20, 8, 1, 1), Request(2, 40, 4, 10), _says(3, 45, 16, 1, 0)]
+    build = BuildConfig(1, 16, 64, tokens_per_block=4)
+    engine = EngineConfig(protect_waiting_hits=protect)
+    cost = LinearCost(10, prefill=1)
+    result = _check(Scenario(requests, build, num_blocks, CacheConfig(window=4), engine, cost))
+    assert result.requests["hit_tokens"].tolist() == [0, 0, 0, 12 if protect else 0]
+    assert result.requests["finish_ps"].tolist() == [22, 40, 144, 144 + 10 + (4 if protect else 16)]
 
 
 # ------------------------------------------------------------------ the policy alone
@@ -169,12 +207,16 @@ def test_protected_blocks_go_last_whatever_the_policy(name: str) -> None:
 
 @settings(max_examples=2 * settings().max_examples)
 @given(
-    st.sampled_from(sorted(POLICIES)), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60)), max_size=40)
+    st.sampled_from(sorted(POLICIES)),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60)), max_size=40),
+    st.sampled_from([None, 1, 3, 4]),
 )
-def test_any_order_of_protecting_and_using(name: str, moves: list[tuple[int, int]]) -> None:
+def test_any_order_of_protecting_and_using(
+    name: str, moves: list[tuple[int, int]], window: int | None
+) -> None:
     """Prompts of two symbols come, go and are protected; what is protected stays while another block could go."""
-    policy = protecting(make_policy(name))
-    manager = KVCacheManager(8, 2, policy=policy)
+    policy = protecting(make_policy(name), windowed=window is not None)
+    manager = KVCacheManager(8, 2, CacheConfig(window=window), policy=policy)
     running: list[Any] = []
     wanted: dict[int, TokenContent] = {}
     for move, number in moves:

@@ -12,16 +12,17 @@ class Protecting(EvictionPolicy):
     """Another policy, which believes that protected extents are referenced, so that it does not choose them.
 
     They are evictable all the same: nothing that counts blocks knows of it. Whoever protects an extent has to protect
-    those above it as well, as referencing does. If nothing else is left to be taken, all protection ends, that of the
-    last `protect` first.
+    those above it as well, as referencing does, unless the cache is windowed: there, each block stands for itself. If
+    nothing else is left to be taken, all protection ends, that of the last `protect` first.
 
         evictable, protected      referenced to the other policy
         evictable                 released to it, and exposed if nothing cached hangs below
         referenced                referenced to it
     """
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, *, windowed: bool = False) -> None:
         self._policy = policy
+        self._windowed = windowed
         self._guards: dict[Extent, dict[Hashable, None]] = {}
         self._keys: dict[Hashable, None] = {}
         self._exposed: dict[Extent, None] = {}  # what the other policy can choose
@@ -78,7 +79,7 @@ class Protecting(EvictionPolicy):
             del self._guards[extent]
             if not extent.references:
                 self._policy.released(extent)
-                if not extent.live_children:
+                if not extent.live_children or self._windowed:
                     self.exposed(extent)
 
     # ---------------------------------------------------------------- what the pool tells
@@ -132,7 +133,7 @@ class _Noting(Protecting):
         self._policy.cached(extent, num_blocks)
 
 
-def protecting(policy: EvictionPolicy) -> Protecting:
-    """Return a policy that chooses as `policy` does among what is not protected."""
+def protecting(policy: EvictionPolicy, *, windowed: bool = False) -> Protecting:
+    """Return a policy that chooses as `policy` does among what is not protected, in a cache with windows or without."""
     notes = type(policy).cached is not EvictionPolicy.cached
-    return _Noting(policy) if notes else Protecting(policy)
+    return (_Noting if notes else Protecting)(policy, windowed=windowed)

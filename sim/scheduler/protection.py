@@ -84,7 +84,7 @@ class Protection:
         path = []
         for extent, blocks in match.path:
             if not extent.ids:
-                break  # in host memory, as all below
+                continue  # in host memory; so is all below, if there are no windows
             if blocks * extent.width < len(extent.keys):
                 extent = self._manager.pool.split(extent, blocks)
             path.append(extent)
