@@ -94,6 +94,17 @@ CORNERS = {
         _build(2, 2, tokens_per_block=4),
         num_blocks=9,
     ),
+    # The third copies from a block that nobody holds and another builds on: it needs that one, too, for a step.
+    "a copy keeps its source from whoever was promised it": Scenario(
+        [
+            *alike((0, 8, 1)),
+            Request(1, 20, 3, 4),
+            Request(2, 25, 3, 1, np.array([0, 0, 1]), granularity=1, named_tokens=3),
+        ],
+        _build(4, 8, tokens_per_block=4),
+        num_blocks=3,
+        cache=CacheConfig(enable_partial_reuse=True),
+    ),
 }
 
 
