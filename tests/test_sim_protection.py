@@ -171,6 +171,28 @@ def test_of_what_is_hit_only_the_window_is_protected(protect: bool, num_blocks: 
     assert result.requests["finish_ps"].tolist() == [22, 40, 144, 144 + 10 + (4 if protect else 16)]
 
 
+def test_what_admission_looks_up_in_a_step_that_fills_a_block_is_protected_from_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three blocks of 2, a window of 1, one request protected. C, from 60 to 130, generates what D says.
+
+    In the step at 70, C fills the block that D will hit. Admission sees it in that very step, but has no room for D.
+    C lets go of the block at 90, and takes another at 100 and 120: its own second one, not the one kept for D.
+    """
+    for name in ("sim.scheduler.protection.PROTECTED", "naive_engine.NaiveEngine.protected"):
+        monkeypatch.setattr(name, 1)
+    story = np.zeros(11, dtype=np.int64)
+    rows = [(0, 1, 1), (0, 1, 6), (0, 1, 7), (30, 3, 8)]
+    requests = [
+        Request(row, at, prompt, output, story[: prompt + output], 1, named_tokens=prompt + output)
+        for row, (at, prompt, output) in enumerate(rows)
+    ]
+    build = BuildConfig(3, 3, 32, tokens_per_block=2)
+    result = _check(Scenario(requests, build, 3, CacheConfig(window=1), PROTECT))
+    assert result.requests["admit_ps"].tolist() == [0, 0, 60, 130]
+    assert result.requests["hit_blocks"].tolist() == [0, 0, 0, 1]
+
+
 # ------------------------------------------------------------------ the policy alone
 
 

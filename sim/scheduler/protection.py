@@ -32,7 +32,7 @@ class Protection:
         self._policy = policy
         self._waiting = waiting
         self._look_up = look_up
-        self._held: dict[Job, None] = {}
+        self._held: dict[Job, PrefixMatch | None] = {}  # with the hits that are protected
 
     def __len__(self) -> int:
         return len(self._held)
@@ -48,10 +48,13 @@ class Protection:
         return len(self._waiting) < PROTECTED or self._waiting.arrivals_may_lead
 
     def is_settled(self) -> bool:
-        """Return whether the first of those who wait are protected, as far as they hit anything when last looked up."""
-        held, protects = self._held, self._policy.protects
-        return self._waiting.first_few(PROTECTED) == list(held) and all(
-            job.swapped or protects(job) for job in held
+        """Return whether the first of those who wait are protected, as far as they hit anything when last looked up.
+
+        Whoever looked them up: admission may have, after the step filled a block.
+        """
+        protects = self._policy.protects
+        return self._waiting.first_few(PROTECTED) == list(self._held) and all(
+            job.swapped or (match is job.match and protects(job)) for job, match in self._held.items()
         )
 
     def is_current(self) -> bool:
@@ -72,7 +75,8 @@ class Protection:
         self._held = dict.fromkeys(first)
         for job in first:
             if not job.swapped:
-                self._policy.protect(job, self._cut(self._look_up(job)))
+                self._held[job] = match = self._look_up(job)
+                self._policy.protect(job, self._cut(match))
 
     def release(self, job: Job) -> None:
         """Let go of what is protected for a job that starts, or is not among the first any more."""
