@@ -126,7 +126,7 @@ class Scenario:
         windowed = self.cache.window is not None and self.build.enable_paged_kv_cache
         naive = NaiveWindowedEngine if windowed else NaiveEngine
         args = (self.requests, self.build, self.cache, self.engine, self.num_blocks, self.cost)
-        return naive(*args, self.retention).simulate()
+        return naive(*args, self.retention, self.num_host_blocks).simulate()
 
     @property
     def pool(self) -> tuple[int, int]:
@@ -169,6 +169,9 @@ def assert_as_naive(result: RunResult, naive: NaiveRun) -> None:
     assert list(zip(*pauses, strict=True)) == naive.pauses
     assert {cause: blocks for cause, blocks in result.cache.miss_blocks.items() if blocks} == naive.misses
     assert result.cache.evicted_blocks == naive.evicted
+
+    for name, blocks in naive.host.items():
+        assert getattr(result.cache.host, name) == blocks, name
 
     rows = result.timeline
     names = naive.steps[0] if naive.steps else ()

@@ -60,6 +60,10 @@ class Job:
     """Tokens that were computed since the last admission until the prompt was complete."""
     last_token_ps: int | None = None
     paused_ps: int = -1  # when it was preempted last
+    swapped: bool = False
+    """It waits in host memory, where the content of these names is, and some blocks that are its own."""
+    names: list[Name] = field(default_factory=list)
+    own_blocks: int = 0
     group: list[Job] = field(default_factory=list)
     """The beams of its search, itself among them, while they decode."""
     wishes: Said = nothing
@@ -98,6 +102,8 @@ class Match:
     repeated: Block | None
     misses: dict[str, int]
     tokens: int
+    names: list[Name] = field(default_factory=list)
+    """Of the blocks hit. Those that only host memory holds are None among the hits."""
     part: Block | None = None
     part_tokens: int = 0
     stolen: bool = False
@@ -132,6 +138,7 @@ class NaiveCache:
         self.evicted = 0
         self.numbers = 0
         self.copied_tokens = 0
+        self.moved = 0  # blocks between here and host memory
         self.now = 0
 
     @property
@@ -192,11 +199,18 @@ class NaiveCache:
         assert block.name is not None
         self.idle.remove(block)
         del self.cached[block.name]
-        self.ghosts[block.name] = None
+        self.remember(block.name)
+        block.name = block.wish = block.ends = None
+
+    def remember(self, name: Name) -> None:
+        """Remember what was evicted."""
+        self.ghosts[name] = None
         while len(self.ghosts) > 16 * self.num_blocks:
             del self.ghosts[next(iter(self.ghosts))]
             self.forgot = True
-        block.name = block.wish = block.ends = None
+
+    def is_cached(self, name: Name) -> bool:
+        return name in self.cached
 
     def pass_time(self, now: int) -> None:
         """Let it be `now`: what was to be kept until then becomes like any other that has just been given back."""
@@ -300,6 +314,12 @@ class NaiveCache:
         self.copied_tokens += match.part_tokens
         return [self.take()]
 
+    def move(self) -> None:
+        """Let what has to move between here and host memory do so: nothing."""
+
+    def host_counts(self) -> dict[str, int]:
+        return {}
+
     def end_step(self) -> None:
         """Let the copies be made: what they read is let go of, and what the step has filled can be read next."""
         for held in self.sources:
@@ -396,7 +416,7 @@ class NaiveCache:
         story = job.story(job.target)
         names = [(salt, story[:end]) for end in range(size, len(story) + 1, size)]
         live = 0
-        while live < len(names) and names[live] in self.cached:
+        while live < len(names) and self.is_cached(names[live]):
             live += 1
         hits = min(live, (job.target - 1) // size)
         misses = {"last_token": live - hits, "short_of_block": int(len(story) % size > 0)}
@@ -404,19 +424,23 @@ class NaiveCache:
             cause = self._cause(name, prefilling)
             misses[cause] = misses.get(cause, 0) + 1
         match = Match(
-            [self.cached[name] for name in names[:hits]],
-            self.cached[names[hits]] if live > hits else None,
+            [self.cached.get(name) for name in names[:hits]],
+            self.cached.get(names[hits]) if live > hits else None,
             {cause: blocks for cause, blocks in misses.items() if blocks},
             hits * size,
+            names[:hits],
         )
         self.find_part(job, match)
         return match
+
+    def salts(self) -> set[str]:
+        return {salt for salt, _ in self.cached}
 
     def _cause(self, name: Name, prefilling: Sequence[Job]) -> str:
         salt, tokens = name
         if not self.reuse:
             return "cold"
-        if any(other != salt and (other, tokens) in self.cached for other, _ in self.cached):
+        if any(other != salt and self.is_cached((other, tokens)) for other in self.salts()):
             return "isolated"
         for job in prefilling:
             prompt_blocks = job.target // self.size * self.size

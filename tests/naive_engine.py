@@ -9,10 +9,10 @@ engine's, as plain data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from naive_cache import Block, Job, Match, NaiveCache
-from naive_preemption import NaivePreemption
+from naive_host import NaiveHostCache
+from naive_preemption import NaivePreemption, NaiveRun
 from naive_retention import wishes
 
 from allocator.config import BuildConfig, CacheConfig
@@ -21,21 +21,6 @@ from sim.request import Request
 from sim.scheduler.beams import beam_parents
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.retention import RetentionOptions
-
-
-@dataclass
-class NaiveRun:
-    """What happened: a dict for each request and each step, and the inter-token gaps around preemptions.
-
-    Of each preemption, when it was over: the request, which sample, and from when to when it paused.
-    """
-
-    requests: list[dict[str, object]]
-    steps: list[dict[str, int]] = field(default_factory=list)
-    gaps: list[int] = field(default_factory=list)
-    pauses: list[tuple[int, int, int, int]] = field(default_factory=list)
-    misses: dict[str, int] = field(default_factory=dict)
-    evicted: int = 0
 
 
 def partial_reuse(config: CacheConfig) -> str:
@@ -60,6 +45,7 @@ class NaiveEngine(NaivePreemption):
         num_blocks: int,
         cost: StepCost,
         retention: RetentionOptions | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         self.retention = retention
         self.build, self.engine, self.cost = build, engine, cost
@@ -67,6 +53,9 @@ class NaiveEngine(NaivePreemption):
         if not build.enable_paged_kv_cache:
             num_blocks, size, reuse = num_blocks * size // build.max_seq_len, build.max_seq_len, False
         self.cache = self._make_cache(num_blocks, size, reuse, cache)
+        if num_host_blocks:
+            self.cache = NaiveHostCache(num_blocks, size, reuse, cache.policy)
+            self.cache.attach(num_host_blocks)
         self.reserved = int(engine.watermark * num_blocks)
         self.requests = requests
         self.due = [(request.arrival_ps, request.request_id) for request in requests if request.parent < 0]
@@ -101,6 +90,7 @@ class NaiveEngine(NaivePreemption):
                 now = min(self.due)[0]
             else:
                 self.run.evicted = self.cache.evicted
+                self.run.host = self.cache.host_counts()
                 return self.run
 
     # ------------------------------------------------------------ arrivals
@@ -162,6 +152,10 @@ class NaiveEngine(NaivePreemption):
         growth = sum(self._final_blocks(job) - len(job.table) for job in self.running)
         return growth + sum(block.holders - 1 for block in tails)
 
+    def _unfinished(self) -> int:
+        """Return the blocks that prompts which are not complete will still take."""
+        return sum(self.cache.blocks_of(job.target) - len(job.table) for job in self.prefilling)
+
     def _first_waiting(self) -> Job:
         """Return who is to start next, by looking at all that wait: preempted ones first, the latest of them."""
         order = self.engine.queue_order
@@ -180,7 +174,8 @@ class NaiveEngine(NaivePreemption):
 
     def _fits(self, job: Job, match: Match, chunk: int) -> bool:
         cache, hits, again = self.cache, len(match.hits), match.repeated
-        idle_hits = sum(block.holders == 0 for block in match.hits)
+        # What is hit on the host takes a block, what is hit and idle cannot be taken for others any more.
+        idle_hits = sum(block is None or block.holders == 0 for block in match.hits)
         if not self.running:
             first = cache.blocks_of(match.tokens + chunk)
             return first - hits + idle_hits + match.kept <= cache.available
@@ -193,7 +188,7 @@ class NaiveEngine(NaivePreemption):
             promised = self._outstanding()
         else:
             needed = whole
-            promised = sum(cache.blocks_of(other.target) - len(other.table) for other in self.prefilling)
+            promised = self._unfinished()
         return needed - hits + idle_hits <= cache.available - promised - self.reserved
 
     # ------------------------------------------------------------ a step
@@ -202,7 +197,7 @@ class NaiveEngine(NaivePreemption):
         cache = self.cache
         cache.pass_time(now)
         evicted = cache.evicted
-        cache.copied_tokens = 0
+        cache.copied_tokens = cache.moved = 0
         if self.engine.protect_waiting_hits:
             self._protect()
         self._preempted = 0
@@ -216,16 +211,18 @@ class NaiveEngine(NaivePreemption):
             if not prefills:
                 self._decode(now)
             decoders = [] if prefills else list(self.decoding)
+        cache.move()
         cache.end_step()
         batch = StepBatch(len(decoders), sum(job.tokens for job in decoders))
         batch.prefills = [(tokens, job.tokens) for job, tokens in prefills]
-        batch.copied_tokens = self.cache.copied_tokens
+        batch.copied_tokens = cache.copied_tokens
+        batch.swapped_tokens = cache.moved * cache.size
         batch.window_keys = tuple(
             sum(min(job.tokens, window) for job in decoders) for window in getattr(self.cost, "windows", ())
         )
         end = now + self.cost.step(batch)
         on_time = 0
-        for job in self.decoding:
+        for job in decoders or (self.decoding if prefills else ()):  # who decodes, or who has to wait
             if not decoders:
                 job.last_token_ps = now if job.last_token_ps is None else job.last_token_ps
             elif job.last_token_ps is None:
@@ -379,7 +376,13 @@ class NaiveEngine(NaivePreemption):
             left = job.target - match.tokens
             chunk = min(left, budget)
             whole = chunk == left or self.engine.enable_chunked_prefill or job.preemptions
-            if branches + job.samples > self.build.max_batch_size or not whole:
+            if branches + job.samples > self.build.max_batch_size:
+                break
+            if job.swapped:
+                if not self._swap_in(job, now):
+                    break
+                continue
+            if not whole:
                 break
             chunk = self._first_chunk(job, match, chunk)
             if not chunk:

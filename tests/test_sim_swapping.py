@@ -7,6 +7,7 @@ Every step takes 10 ps, and a token that is swapped 1 ps, unless said otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_cases import LinearCost, Scenario, alike, assert_identical, scenarios, unlike
+from engine_cases import LinearCost, Scenario, alike, assert_as_naive, assert_identical, scenarios, unlike
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from naive_host import Unclear
 
 from allocator.config import BuildConfig, CacheConfig
 from allocator.model import ModelSpec
@@ -134,19 +136,27 @@ def test_evicted_content_comes_back_from_the_host() -> None:
     st.sampled_from(["recompute", "swap", "swap", "cheaper"]),
     st.integers(1, 30),
     st.sampled_from([0, 1, 3]),
+    st.sampled_from([True, True, True, False]),
 )
-def test_skipping_equals_stepping_with_host_memory(
-    scenario: Scenario, preemption: Any, host: int, swap: int
+def test_equals_the_naive_engine_with_host_memory(
+    scenario: Scenario, preemption: Any, host: int, swap: int, greedy: bool
 ) -> None:
+    """All three agree, the naive engine as far as it says what becomes of a prefix when the host is full."""
     assume(scenario.build.enable_paged_kv_cache)
+    admission = "max_utilization" if greedy else scenario.engine.admission
     scenario = dataclasses.replace(
         scenario,
-        engine=dataclasses.replace(scenario.engine, preemption=preemption, events=False),
+        engine=dataclasses.replace(
+            scenario.engine, admission=admission, preemption=preemption, watermark=0.0, events=False
+        ),
         cost=dataclasses.replace(scenario.cost, swap=swap),
         num_host_blocks=host,
     )
     result = scenario.run()
     assert_identical(result, scenario.run(skipping=False))
+    if scenario.cache.enable_block_reuse:
+        with contextlib.suppress(Unclear):
+            assert_as_naive(result, scenario.naive())
 
 
 @given(
