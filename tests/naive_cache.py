@@ -305,6 +305,7 @@ class NaiveCache:
         if self.is_free_leaf(part):
             self._forget(part)
             part.holders = 1
+            part.wish = part.ends = None  # what it will hold is not what was to be kept
             self._note_usable()
             return [part]
         held = self.with_path(match.hits, part)

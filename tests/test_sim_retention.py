@@ -84,7 +84,13 @@ def retaining(draw: st.DrawFn) -> Scenario:
     scenario = draw(scenarios())
     requests = draw(_conversations(scenario.requests))
     options = draw(_options(any(request.parent >= 0 for request in requests)))
-    cache = dataclasses.replace(scenario.cache, policy="priority", enable_block_reuse=True)
+    cache = dataclasses.replace(
+        scenario.cache,
+        policy="priority",
+        enable_block_reuse=True,
+        enable_partial_reuse=draw(st.sampled_from([False, False, True])),
+        copy_on_partial_reuse=draw(st.booleans()),
+    )
     build = dataclasses.replace(scenario.build, enable_paged_kv_cache=True)
     engine = dataclasses.replace(
         scenario.engine, protect_waiting_hits=draw(st.sampled_from([False, False, True]))
@@ -263,7 +269,6 @@ def _variants(draw: st.DrawFn) -> Scenario:
     if host:
         cache = dataclasses.replace(cache, offload_min_priority=draw(st.sampled_from([0, 30, 35, 50])))
         engine = dataclasses.replace(engine, preemption=draw(st.sampled_from(["recompute", "swap"])))
-    cache = dataclasses.replace(cache, enable_partial_reuse=draw(st.booleans()))
     return dataclasses.replace(scenario, engine=engine, cache=cache, num_host_blocks=host)
 
 
