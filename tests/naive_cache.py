@@ -195,9 +195,11 @@ class NaiveCache:
         self._note_usable()
 
     def _forget(self, block: Block) -> None:
-        """Take an idle block out of the cache."""
+        """Take a block that nobody holds out of the cache."""
         assert block.name is not None
-        self.idle.remove(block)
+        for blocks in (self.idle, self.guarded, *self.guards.values()):
+            if block in blocks:
+                blocks.remove(block)
         del self.cached[block.name]
         self.remember(block.name)
         block.name = block.wish = block.ends = None
@@ -305,7 +307,6 @@ class NaiveCache:
         if self.is_free_leaf(part):
             self._forget(part)
             part.holders = 1
-            part.wish = part.ends = None  # what it will hold is not what was to be kept
             self._note_usable()
             return [part]
         held = self.with_path(match.hits, part)
