@@ -1,4 +1,4 @@
-"""Preempted jobs in host memory, and what moves between the tiers: golden schedules, and skipping = stepping.
+"""Preempted jobs in host memory, and what moves between the tiers: golden schedules, and against the naive engine.
 
 Every step takes 10 ps, and a token that is swapped 1 ps, unless said otherwise. A row of the timeline is written as
 
@@ -128,6 +128,18 @@ def test_evicted_content_comes_back_from_the_host() -> None:
         (42, 42 + 10 + 8 + 12, 1, 0, 4, 1, 0),  # B's 3 last blocks out, A's first 2 back
     ]
     assert _run(requests, EngineConfig(), host=0).requests["hit_tokens"].tolist() == [0, 0, 0]
+
+
+def test_a_hit_on_the_host_takes_a_block_as_a_miss_does() -> None:
+    """Five blocks. B hits two of its three on the host, and waits for C, which was promised four."""
+    a, b = alike((0, 8, 1), (45, 9, 1))
+    b = dataclasses.replace(b, request_id=3)
+    others = [Request(1, 20, 20, 1), Request(2, 40, 3, 14)]  # the first of these has A's two blocks offloaded
+    scenario = Scenario([a, *others, b], BuildConfig(8, 100, 100, tokens_per_block=4), 5, num_host_blocks=10)
+    result = scenario.run()
+    assert_as_naive(result, scenario.naive())
+    assert result.requests["admit_ps"].tolist() == [0, 20, 40, 180]
+    assert result.requests["hit_tokens"].tolist() == [0, 0, 0, 8]
 
 
 @settings(max_examples=3 * settings().max_examples)
