@@ -191,6 +191,6 @@ def test_a_warm_up_is_taken_off_replicas_apart(apart: Path) -> None:
 
 
 def test_what_cannot_be_apart_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*APART, "--admission", "static_batch", "--out", str(tmp_path / "x")]) == 2
+    assert main([*APART, "--window", "64", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
-    assert said == "error: admission (static_batch) must not be static_batch with prefill_replicas\n"
+    assert said == "error: window (64) must be None with prefill_replicas\n"

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from experiments.tools import serial_replay, sweep
 from sim.replay import main
@@ -176,6 +177,7 @@ def test_what_does_not_fit_is_found_out_before_the_run(
 
 
 def test_other_commands_say_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    get_reusable_executor().shutdown()  # workers of an earlier sweep do not look into this one's folder
     replay = ["synthetic", "--num-requests", "60", "--num-blocks", "40"]
     arguments = ["--out", str(tmp_path / "sweep"), "--vary", "policy=lru,theirs:Policy", "--", *replay]
     assert sweep.main(arguments) == 2
