@@ -19,7 +19,7 @@ def with_field_docs(kind: type[T]) -> type[T]:
     when somebody asks for the docstring, not before: it takes a while. Where there is none, the docstring is as it was.
     """
     if kind.__doc__ is not None:
-        setattr(kind, "__doc__", _LazyDoc(kind.__doc__))  # noqa: B010 - not a str, but it becomes one
+        type.__setattr__(kind, "__doc__", _LazyDoc(kind.__doc__))  # becomes a str when it is asked for
     return kind
 
 

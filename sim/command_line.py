@@ -120,11 +120,14 @@ def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T |
     if option_value(arguments, "--out") == "":
         raise ValueError("out ('') must name a place: an empty path is the working directory")
     given: Any = default
-    parsed: Any = parse_plainly(
-        prog,
-        lambda: tyro.cli(kind, prog=prog, args=arguments, default=given, config=(tyro.conf.OmitArgPrefixes,)),
-    )
-    return parsed  # type: ignore[no-any-return]
+
+    def parse() -> T:
+        parsed: T = tyro.cli(
+            kind, prog=prog, args=arguments, default=given, config=(tyro.conf.OmitArgPrefixes,)
+        )
+        return parsed
+
+    return parse_plainly(prog, parse)
 
 
 def parse_plainly(prog: str, parse: Callable[[], T]) -> T:

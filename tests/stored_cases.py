@@ -32,6 +32,13 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sim.export, "_ROW_GROUP", 16)
 
 
+def pieces_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so many rows be packed, written and read at a time."""
+    monkeypatch.setattr(sim.rows, "_ROWS", rows)
+    monkeypatch.setattr(sim.recorder, "_MOST_LIFETIMES", rows)
+    monkeypatch.setattr(sim.stored, "_CHUNK", rows)
+
+
 def stream_of(requests: Sequence[Request]) -> RequestStream:
     return RequestStream(lambda: iter(requests), len(requests), 0, True)
 

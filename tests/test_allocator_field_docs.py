@@ -50,10 +50,11 @@ def test_help_shows_what_stands_below_each_field(kind: type) -> None:
     assert doc is not None
     own, _, listed = doc.partition("\n\nAttributes:\n")
     assert " ".join(own.split()) in " ".join(source.split())  # as it is written
-    entries = dict(
-        re.fullmatch(r"    (\w+): (.*)", " ".join(entry.split(" ", 3)), re.DOTALL).groups()  # type: ignore[union-attr]
-        for entry in re.split(r"\n(?=    \w)", listed)
-    )
+    entries = {}
+    for entry in re.split(r"\n(?=    \w)", listed):
+        name, colon, said = entry.strip().partition(": ")
+        assert colon
+        entries[name] = said
     names = [each.name for each in dataclasses.fields(kind)]
     assert list(entries) == [name for name in names if name in entries]
     for name, text in below.items():

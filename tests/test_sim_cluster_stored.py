@@ -23,9 +23,8 @@ from cluster_cases import (
 from engine_cases import LinearCost
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stored_cases import assert_equal, small_pieces, stream_of, told
+from stored_cases import assert_equal, pieces_of, small_pieces, stream_of, told
 
-import sim.recorder
 import sim.rows
 import sim.runner
 import sim.stored
@@ -89,8 +88,7 @@ def test_all_that_is_made_of_them_is_the_same(
     assert len(found.lifetimes["lifetime"].tables) == 3
     _assert_same(found, expected)
     assert told(found, tmp_path) == told(expected, tmp_path)
-    for warm_up in ({"warm_up_requests": 40}, {"warm_up_s": 1.5}):
-        engine = EngineConfig(**warm_up)  # type: ignore[arg-type]
+    for engine in (EngineConfig(warm_up_requests=40), EngineConfig(warm_up_s=1.5)):
         figures = [summarise(result, engine) for result in (found, expected)]
         for each in figures:
             del each["wall_s"]
@@ -155,9 +153,7 @@ def _peak_bytes(count: int, folder: Path | None, cluster: ClusterConfig) -> tupl
 
 def test_memory_grows_by_a_few_columns_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run holds 12 bytes a request and, as it merges, three columns of two rows; in memory, some 1,700 bytes."""
-    monkeypatch.setattr(sim.rows, "_ROWS", 256)
-    monkeypatch.setattr(sim.recorder, "_MOST_LIFETIMES", 256)
-    monkeypatch.setattr(sim.stored, "_CHUNK", 256)
+    pieces_of(256, monkeypatch)
     cluster = ClusterConfig(3)
     growth = []
     for folder, small in ((tmp_path / "3000", tmp_path / "1000"), (None, None)):

@@ -13,11 +13,9 @@ from engine_cases import LinearCost, scenarios
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from stored_cases import assert_equal, small_pieces, stream_of, told
+from stored_cases import assert_equal, pieces_of, small_pieces, stream_of, told
 
 import sim.export
-import sim.recorder
-import sim.rows
 import sim.runner
 import sim.stored
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
@@ -257,9 +255,7 @@ def _peak_bytes(count: int, folder: Path | None) -> int:
 
 def test_memory_grows_by_a_few_columns_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request leaves 16 numbers of its own, and three steps of 22: 656 bytes, of which disk runs hold few."""
-    monkeypatch.setattr(sim.rows, "_ROWS", 256)
-    monkeypatch.setattr(sim.recorder, "_MOST_LIFETIMES", 256)
-    monkeypatch.setattr(sim.stored, "_CHUNK", 256)
+    pieces_of(256, monkeypatch)
     growth = [
         (_peak_bytes(4000, folder) - _peak_bytes(1000, small)) / 3000
         for folder, small in ((tmp_path / "4000", tmp_path / "1000"), (None, None))

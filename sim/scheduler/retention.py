@@ -79,7 +79,7 @@ class RetentionOptions:
 
     @property
     def is_given(self) -> bool:
-        """Whether anything is said at all."""
+        """Return whether anything is said at all."""
         return self._first_given is not None
 
     @property
@@ -91,14 +91,14 @@ class RetentionOptions:
 
     @property
     def priorities(self) -> set[int]:
-        """The priorities that blocks can have as long as no duration is over."""
+        """Return the priorities that blocks can have as long as no duration is over."""
         others = [self.prompt_priority, self.output_priority]
         found = {DEFAULT_PRIORITY if priority is None else priority for priority in others}
         return found | {each for each in (self.head_priority, self.session_priority) if each is not None}
 
     @property
     def _keeps_all_alike(self) -> bool:
-        """Whether the order in which blocks go is the one in which they were used, as if nothing were said.
+        """Return whether the order in which blocks go is the one in which they were used, as if nothing were said.
 
         So it is with one priority for all, be it that it sinks after one and the same duration. Where that is the usual
         one, to say so changes nothing either, but is meant to: other values are to be compared with it.
@@ -123,8 +123,12 @@ class RetentionOptions:
         if given is None:
             return
         said = f"{given[0]} ({given[1]})"
-        for name in ("enable_paged_kv_cache", "enable_block_reuse"):
-            if not getattr(build, name, True) or not getattr(cache, name, True):
+        needed = {
+            "enable_paged_kv_cache": build.enable_paged_kv_cache,
+            "enable_block_reuse": cache.enable_block_reuse,
+        }
+        for name, is_on in needed.items():
+            if not is_on:
                 raise ValueError(f"{said} needs {name}: without, nothing is kept")
         least = cache.offload_min_priority
         usual = least <= DEFAULT_PRIORITY
