@@ -79,6 +79,15 @@ def test_what_is_cached_while_it_waits_is_protected_too() -> None:
         assert result.requests["hit_tokens"].tolist() == [0, 0, 8, 8]
 
 
+def test_nobody_is_looked_up_for_a_batch_that_is_full() -> None:
+    """Else the step in which two beams fill a block renews the match of the prompt that waits, and ends the row."""
+    requests = [dataclasses.replace(_says(0, 0, 3, 8, 0), beam_width=2), _says(1, 0, 2, 1, 0)]
+    build = BuildConfig(2, 5, 32, tokens_per_block=4)
+    engine = dataclasses.replace(PROTECT, queue_order="longest_prefix")
+    scenario = Scenario(requests, build, 8, CacheConfig(window=2), engine, LinearCost(10))
+    assert _check(scenario).timeline["steps"].tolist() == [1, 1, 1, 1, 1, 2, 1, 1]
+
+
 @settings(max_examples=3 * settings().max_examples)
 @given(scenarios(), st.sampled_from([1, 2, 16]))
 def test_protection_equals_the_naive_engine_skipping_or_not(scenario: Scenario, jobs: int) -> None:

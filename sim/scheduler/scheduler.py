@@ -200,8 +200,8 @@ class Scheduler(StepsAlike):
             if self._batch_goes_on():
                 return
             self._closed = False
-        while waiting and budget > 0:
-            job = waiting.first
+        while waiting and budget > 0 and self.sequences < self.max_batch_size:
+            job = waiting.first  # which may have to look prompts up: not for a batch that is full
             if self.sequences + job.samples > self.max_batch_size:
                 return
             if job.swapped:
