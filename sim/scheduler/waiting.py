@@ -9,7 +9,11 @@ from itertools import chain, islice
 from operator import itemgetter
 from typing import Protocol
 
+from sim.scheduler.backlog import Backlog, is_fresh
 from sim.scheduler.job import Job
+
+UNPACKED = 1 << 14
+"""Jobs that a queue of first come, first served holds as such; those behind them are packed."""
 
 CONSIDERED = 128
 """Jobs among which the longest cached prefix is looked for: SGLang gives up the search in longer queues, too."""
@@ -22,6 +26,8 @@ class Waiting(Protocol):
     """Whether a job that arrives can go before those that wait."""
     order_follows_cache: bool
     """Whether the order changes with what is cached."""
+    packed: int
+    """How many jobs wait beside those that `len` counts, behind all of them."""
 
     def __len__(self) -> int: ...
 
@@ -48,20 +54,48 @@ class Waiting(Protocol):
 
 
 class FirstCome(deque[Job]):
-    """First come, first served. Each call is O(1)."""
+    """First come, first served. Each call is O(1), averaged over calls.
+
+    The deque holds UNPACKED jobs, and those that were put back; if there are more, they are in a backlog.
+    """
 
     arrivals_may_lead = False
     order_follows_cache = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = 0
+        self._backlog = Backlog()
 
     first = property(itemgetter(0))  # asked in every step: there is no Python function to call
 
     def first_few(self, count: int) -> list[Job]:
         return list(islice(self, count))
 
+    def append(self, job: Job) -> None:
+        if not self.packed and len(self) < UNPACKED:
+            super().append(job)
+        elif is_fresh(job):
+            self._backlog.append(job)
+            self.packed += 1
+        else:  # it cannot be packed, nor go before those that are
+            while self.packed:
+                self._unpack()
+            super().append(job)
+
     def put_back(self, job: Job) -> None:
         self.appendleft(job)
 
-    pop_first = deque[Job].popleft
+    def pop_first(self) -> Job:
+        job = self.popleft()
+        if self.packed and len(self) <= UNPACKED // 2:
+            self._unpack()
+        return job
+
+    def _unpack(self) -> None:
+        jobs = self._backlog.take()
+        self.extend(jobs)
+        self.packed -= len(jobs)
 
 
 class Least:
@@ -69,6 +103,7 @@ class Least:
 
     arrivals_may_lead = True
     order_follows_cache = False
+    packed = 0
 
     def __init__(self, key: Callable[[Job], int]) -> None:
         self._key = key
@@ -105,6 +140,7 @@ class LongestPrefix:
 
     arrivals_may_lead = True
     order_follows_cache = True
+    packed = 0
 
     def __init__(self, hit_tokens: Callable[[Job], int]) -> None:
         self._hit_tokens = hit_tokens
