@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from machine_cases import different_programs
 
 from allocator import event_log
 from allocator.config import CacheConfig
@@ -27,13 +27,11 @@ from allocator.events import (
 from allocator.fuzz import EventsMachine, TierEventsMachine, WindowEventsMachine, WindowTierEventsMachine
 from allocator.manager import KVCacheManager
 
-TestEvents = EventsMachine.TestCase
-TestTierEvents = TierEventsMachine.TestCase
-TestWindowEvents = WindowEventsMachine.TestCase
-TestWindowTierEvents = WindowTierEventsMachine.TestCase
 # Rebuilding the state after every step takes four times as long as what the other machines check.
-for each in (TestEvents, TestTierEvents, TestWindowEvents, TestWindowTierEvents):
-    each.settings = settings(max_examples=settings().max_examples // 3)
+TestEvents = different_programs(EventsMachine, share=4)
+TestTierEvents = different_programs(TierEventsMachine, share=4)
+TestWindowEvents = different_programs(WindowEventsMachine, share=4)
+TestWindowTierEvents = different_programs(WindowTierEventsMachine, share=4)
 
 
 def scenario() -> KVCacheManager:

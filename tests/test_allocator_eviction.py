@@ -18,7 +18,7 @@ from allocator.rules.policies import PolicyRules
 def test_contract_and_reference(policy: str) -> None:
     for bases, steps in (
         ((PolicyMachine,), 500),
-        ((PolicyRules, AllocatorMachine), 300),
+        ((PolicyRules, AllocatorMachine), 500),
         ((PolicyRules, WindowMachine), 300),
     ):
         machine = type("Witnessed", bases, {"policies": (policy,)})

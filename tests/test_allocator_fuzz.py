@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 from hypothesis import strategies as st
+from machine_cases import different_programs
 
 from allocator.fuzz import (
     AllocatorMachine,
@@ -28,21 +29,21 @@ from allocator.fuzz import (
 from allocator.rules.operation import operation
 
 # Collected by pytest; `--hypothesis-profile=deep` runs them for as long as there is patience.
-TestAllocator = AllocatorMachine.TestCase
-TestReuse = ReuseMachine.TestCase
-TestPartial = PartialMachine.TestCase
-TestSharing = SharingMachine.TestCase
-TestTier = TierMachine.TestCase
-TestTierPartial = TierPartialMachine.TestCase
-TestBatch = BatchMachine.TestCase
-TestWindow = WindowMachine.TestCase
-TestWindowPartial = WindowPartialMachine.TestCase
-TestWindowRetention = WindowRetentionMachine.TestCase
-TestWindowTier = WindowTierMachine.TestCase
-TestQuota = QuotaMachine.TestCase
-TestPolicy = PolicyMachine.TestCase
-TestRetention = RetentionMachine.TestCase
-TestRetentionSharing = RetentionSharingMachine.TestCase
+TestAllocator = different_programs(AllocatorMachine)
+TestReuse = different_programs(ReuseMachine)
+TestPartial = different_programs(PartialMachine)
+TestSharing = different_programs(SharingMachine)
+TestTier = different_programs(TierMachine)
+TestTierPartial = different_programs(TierPartialMachine)
+TestBatch = different_programs(BatchMachine)
+TestWindow = different_programs(WindowMachine)
+TestWindowPartial = different_programs(WindowPartialMachine)
+TestWindowRetention = different_programs(WindowRetentionMachine)
+TestWindowTier = different_programs(WindowTierMachine)
+TestQuota = different_programs(QuotaMachine)
+TestPolicy = different_programs(PolicyMachine)
+TestRetention = different_programs(RetentionMachine)
+TestRetentionSharing = different_programs(RetentionSharingMachine)
 
 
 def test_a_run_counts_what_it_did() -> None:

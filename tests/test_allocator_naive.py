@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import naive_manager
 import pytest
 from hypothesis.stateful import invariant
+from machine_cases import different_programs
 from naive_manager import NaiveManager, NaiveSequence
 
 from allocator.batch import Batch
@@ -261,7 +262,7 @@ def test_another_policy_is_noticed() -> None:
         run_machine(WithAnotherPolicy, 6000)
 
 
-TestBesideNaive = BesideNaive.TestCase
-TestReuseBesideNaive = ReuseBesideNaive.TestCase
-TestPartialBesideNaive = PartialBesideNaive.TestCase
-TestSharingBesideNaive = SharingBesideNaive.TestCase
+TestBesideNaive = different_programs(BesideNaive)
+TestReuseBesideNaive = different_programs(ReuseBesideNaive)
+TestPartialBesideNaive = different_programs(PartialBesideNaive)
+TestSharingBesideNaive = different_programs(SharingBesideNaive)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import settings
+from machine_cases import different_programs
 from naive_windows import Attention, NaiveWindowedManager
 from test_allocator_naive import BesideNaive
 
@@ -67,8 +67,6 @@ def test_another_window_is_noticed() -> None:
         run_machine(WithSmallerWindow, 6000)
 
 
-TestWindowBesideNaive = WindowBesideNaive.TestCase
-TestWindowReuseBesideNaive = WindowReuseBesideNaive.TestCase
-TestWindowReuseBesideNaive.settings = settings(max_examples=settings().max_examples // 2)
-TestWindowPartialBesideNaive = WindowPartialBesideNaive.TestCase
-TestWindowPartialBesideNaive.settings = settings(max_examples=settings().max_examples // 2)
+TestWindowBesideNaive = different_programs(WindowBesideNaive)
+TestWindowReuseBesideNaive = different_programs(WindowReuseBesideNaive, share=4)
+TestWindowPartialBesideNaive = different_programs(WindowPartialBesideNaive, share=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from random import Random
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from allocator.fuzz import AllocatorMachine, run_machine
 from allocator.manager import KVCacheManager, OutOfBlocks
 from allocator.retention import Retention, RetentionConfig
 from allocator.rules import references
+from allocator.rules.policies import PolicyRules
 from allocator.rules.references import REFERENCES, Reference
 from allocator.rules.retention import RETENTIONS, make_retention
 from allocator.sequence import KVSequence
@@ -282,14 +284,12 @@ def test_weighing_saves_more_where_the_next_to_be_used_is_cheap() -> None:
         WeightedBelady(-1)
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-@pytest.mark.parametrize("other", sorted(CLASSES))
+@pytest.mark.parametrize(("name", "other"), permutations(sorted(CLASSES), 2))
 def test_no_policy_is_another(name: str, other: str) -> None:
-    found = [
-        disagreement(program, CLASSES[name](), REFERENCES[other](program.num_blocks))
+    assert any(
+        disagreement(program, CLASSES[name](), REFERENCES[other](program.num_blocks)) is not None
         for program in map(random_program, range(8))
-    ]
-    assert any(at is not None for at in found) == (name != other)
+    )
 
 
 def test_every_policy_has_a_reference() -> None:
@@ -330,12 +330,12 @@ def beside_reference(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_forks_beams_and_truncation_change_nothing(name: str) -> None:
-    tally = run_machine(beside_reference(name), 700, seed_=2)
+    tally = run_machine(beside_reference(name), 500, seed_=2)
     assert tally.evictions > 20
     assert tally.copies > 0
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-def test_policies_survive_the_fuzz_machine(name: str) -> None:
-    machine = type("Fuzzed", (AllocatorMachine,), {"policies": (CLASSES[name],)})
+def test_belady_survives_the_fuzz_machine() -> None:
+    """The others do, each with a witness, in test_allocator_eviction."""
+    machine = type("Fuzzed", (PolicyRules, AllocatorMachine), {"policies": (Belady,)})
     assert run_machine(machine, 800, seed_=4).evictions > 20

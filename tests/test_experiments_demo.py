@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import kernel_replay
 from experiments.demo import BLOCK_SIZES, POOL_TOKENS, WORKLOAD, comparison, demo, replay_all, report
 from sim.replay import main as replay_main
 
@@ -89,8 +91,18 @@ def test_the_command_prints_the_report(
     monkeypatch.setattr(
         "experiments.demo.replay_all", lambda out, draw: replay_all(out, draw=draw, workload=TINY)
     )
+    # What the kernels compute is tested elsewhere, and the line itself with the README.
+    checked: list[kernel_replay.Config] = []
+
+    def run(config: kernel_replay.Config) -> SimpleNamespace:
+        checked.append(config)
+        return SimpleNamespace(last_line="kernels: checked")
+
+    monkeypatch.setattr(kernel_replay, "run", run)
     demo(["--out", str(tmp_path), "--no-figures"])
     said = capsys.readouterr().out
+    assert checked == [kernel_replay.Config()]
+    assert said.endswith("\nkernels: checked\n")
     assert "tokens_per_block" in said
     assert f"Results in {tmp_path}" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-128", "block-16", "block-64"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def imported(source: str) -> Iterator[str]:
                 yield str(argument.value).partition(".")[0]
 
 
+@cache
+def imported_by(path: Path) -> frozenset[str]:
+    return frozenset(imported(path.read_text()))
+
+
 def breaches(package: str, allowed: set[str], except_in: dict[str, set[str]] | None = None) -> list[str]:
     """Return "module imports name" for all that is neither allowed nor of the standard library."""
     found = []
@@ -50,14 +56,14 @@ def breaches(package: str, allowed: set[str], except_in: dict[str, set[str]] | N
         fine = allowed.union({package}, *extra)
         found += [
             f"{package}/{name} imports {other}"
-            for other in imported(path.read_text())
+            for other in sorted(imported_by(path))
             if other not in fine and other not in sys.stdlib_module_names
         ]
     return found
 
 
 def of_ours(package: str) -> set[str]:
-    return {name for path in modules(package) for name in imported(path.read_text())} & set(PACKAGES)
+    return {name for path in modules(package) for name in imported_by(path)} & set(PACKAGES)
 
 
 def test_kernels_know_no_other_package() -> None:
@@ -73,7 +79,7 @@ def test_the_simulator_knows_the_allocator_and_no_kernel() -> None:
 
 
 def test_in_the_simulator_only_the_engine_knows_simpy() -> None:
-    users = [path.name for path in modules("sim") if "simpy" in set(imported(path.read_text()))]
+    users = [path.name for path in modules("sim") if "simpy" in imported_by(path)]
     assert users == ["engine.py"]
 
 

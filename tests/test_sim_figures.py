@@ -26,29 +26,33 @@ def run() -> RunResult:
     return NaiveEngine(1, 60).run()
 
 
-def test_every_figure_is_written_and_again_with_the_same_bytes(run: RunResult, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(run: RunResult, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return figures.write_figures(run, EngineConfig(), tmp_path_factory.mktemp("figures"))
+
+
+def test_every_figure_is_written_and_again_with_the_same_bytes(
+    run: RunResult, written: list[Path], tmp_path: Path
+) -> None:
     names = {
         f"{name}.{ending}" for name in ("utilization", "latency", "block_map") for ending in ("png", "svg")
     }
-    written = [figures.write_figures(run, EngineConfig(), tmp_path / name) for name in ("a", "b")]
-    assert {path.name for path in written[0]} == names
-    for first, second in zip(*written, strict=True):
+    assert {path.name for path in written} == names
+    again = figures.write_figures(run, EngineConfig(), tmp_path)
+    for first, second in zip(written, again, strict=True):
         assert first.read_bytes() == second.read_bytes(), first.name
         assert first.stat().st_size > 5000
-    svg = (tmp_path / "a" / "latency.svg").read_text()
+    svg = (tmp_path / "latency.svg").read_text()
     assert "<dc:date>" not in svg
 
 
-def test_no_global_state_is_left_behind(run: RunResult, tmp_path: Path) -> None:
+def test_no_global_state_is_left_behind(run: RunResult, written: list[Path], tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 31.0, "axes.grid": False}):
         before = dict(matplotlib.rcParams)
-        figures.write_figures(run, EngineConfig(), tmp_path / "a")
+        found = figures.write_figures(run, EngineConfig(), tmp_path)
         assert dict(matplotlib.rcParams) == before
-    figures.write_figures(run, EngineConfig(), tmp_path / "b")
-    for path in (tmp_path / "a").iterdir():
-        assert (
-            path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-        )  # the user's settings do not show
+    for path, other in zip(found, written, strict=True):
+        assert path.read_bytes() == other.read_bytes()  # the user's settings do not show
 
 
 @given(results())
@@ -115,9 +119,9 @@ def test_the_title_says_how_full_the_pool_was(
     assert figures._utilization_title(result, mean) == title
 
 
-def test_a_picture_says_in_words_what_it_shows(run: RunResult, tmp_path: Path) -> None:
-    figures.write_figures(run, EngineConfig(), tmp_path)
-    with Image.open(tmp_path / "utilization.png") as picture:
+def test_a_picture_says_in_words_what_it_shows(run: RunResult, written: list[Path]) -> None:
+    (path,) = [path for path in written if path.name == "utilization.png"]
+    with Image.open(path) as picture:
         said = picture.text["Description"].splitlines()
     use = summarise(run, EngineConfig())["kv_utilization"]["block"]["mean"]
     assert said[0].startswith(f"Sequences hold {use:.0%} of the pool on average")

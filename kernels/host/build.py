@@ -174,15 +174,17 @@ def build(
     if compiler.family == "zig":
         flags = [*flags, "-fno-sanitize=undefined"]  # zig's default
     includes = find_includes(source, include_dirs)
-    target = cache_dir() / f"{stem}-{_key(source, includes.digest(), flags, link, libraries)}{suffix}"
+    # What is in the kernel's own headers matters, not where they lie; to NVIDIA's headers neither does, so that all
+    # kernels share what is precompiled.
+    own = {f"-I{folder}" for folder in include_dirs}
+    anywhere = tuple(flag for flag in flags if flag not in own)
+    target = cache_dir() / f"{stem}-{_key(source, includes.digest(), anywhere, link, libraries)}{suffix}"
     if target.is_file():
         return target
     front: list[str] = []
     slow = tuple(name for name in _SLOW_HEADERS if name in includes.others)
     if slow and compiler.family == "gcc":
-        # The kernel's own folders do not matter to NVIDIA's headers: all kernels share what is precompiled.
-        own = {f"-I{folder}" for folder in include_dirs}
-        front = _precompiled(slow, tuple(flag for flag in flags if flag not in own))
+        front = _precompiled(slow, anywhere)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="build-") as scratch:
         unit = Path(scratch) / f"{stem}.cpp"
         unit.write_text(source)
