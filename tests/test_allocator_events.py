@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from machine_cases import different_programs
+from different_cases import different_programs
 
 from allocator import event_log
 from allocator.config import CacheConfig
@@ -28,10 +28,10 @@ from allocator.fuzz import EventsMachine, TierEventsMachine, WindowEventsMachine
 from allocator.manager import KVCacheManager
 
 # Rebuilding the state after every step takes four times as long as what the other machines check.
-TestEvents = different_programs(EventsMachine, share=4)
-TestTierEvents = different_programs(TierEventsMachine, share=4)
-TestWindowEvents = different_programs(WindowEventsMachine, share=4)
-TestWindowTierEvents = different_programs(WindowTierEventsMachine, share=4)
+TestEvents = different_programs(EventsMachine, share=0.25)
+TestTierEvents = different_programs(TierEventsMachine, share=0.25)
+TestWindowEvents = different_programs(WindowEventsMachine, share=0.25)
+TestWindowTierEvents = different_programs(WindowTierEventsMachine, share=0.25)
 
 
 def scenario() -> KVCacheManager:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
+from different_cases import different_programs
 from hypothesis import strategies as st
-from machine_cases import different_programs
 
 from allocator.fuzz import (
     AllocatorMachine,

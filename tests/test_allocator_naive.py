@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import naive_manager
 import pytest
+from different_cases import different_programs
 from hypothesis.stateful import invariant
-from machine_cases import different_programs
 from naive_manager import NaiveManager, NaiveSequence
 
 from allocator.batch import Batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
-from machine_cases import different_programs
+from different_cases import different_programs
 from naive_windows import Attention, NaiveWindowedManager
 from test_allocator_naive import BesideNaive
 
@@ -68,5 +68,5 @@ def test_another_window_is_noticed() -> None:
 
 
 TestWindowBesideNaive = different_programs(WindowBesideNaive)
-TestWindowReuseBesideNaive = different_programs(WindowReuseBesideNaive, share=4)
-TestWindowPartialBesideNaive = different_programs(WindowPartialBesideNaive, share=4)
+TestWindowReuseBesideNaive = different_programs(WindowReuseBesideNaive, share=0.25)
+TestWindowPartialBesideNaive = different_programs(WindowPartialBesideNaive, share=0.25)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from different_cases import different_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_manager import Identity, NaiveSequence, Refused
@@ -189,6 +190,7 @@ def disagreement(program: Program, policy: EvictionPolicy, reference: Reference)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
+@different_examples()
 @given(program=programs)
 def test_every_eviction_is_the_references(name: str, program: Program) -> None:
     assert disagreement(program, CLASSES[name](), REFERENCES[name](program.num_blocks)) is None
@@ -284,7 +286,7 @@ def test_weighing_saves_more_where_the_next_to_be_used_is_cheap() -> None:
         WeightedBelady(-1)
 
 
-@pytest.mark.parametrize(("name", "other"), permutations(sorted(CLASSES), 2))
+@pytest.mark.parametrize(("name", "other"), list(permutations(sorted(CLASSES), 2)))
 def test_no_policy_is_another(name: str, other: str) -> None:
     assert any(
         disagreement(program, CLASSES[name](), REFERENCES[other](program.num_blocks)) is not None

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, assert_as_naive, assert_identical, scenarios, unlike
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
@@ -212,12 +213,13 @@ def searches(draw: st.DrawFn) -> Scenario:
     return dataclasses.replace(scenario, requests=requests, num_blocks=max(num_blocks, scenario.num_blocks))
 
 
-@settings(max_examples=3 * settings().max_examples)
+@different_examples(1.5)
 @given(searches())
 def test_beams_equal_the_naive_engine_skipping_or_not(scenario: Scenario) -> None:
     _check(scenario)
 
 
+@different_examples()
 @given(searches(), st.sampled_from(["window", "partial", "host"]), st.integers(1, 12))
 def test_beams_skip_as_they_step_in_every_kind_of_cache(scenario: Scenario, kind: str, number: int) -> None:
     build = dataclasses.replace(scenario.build, enable_paged_kv_cache=True)

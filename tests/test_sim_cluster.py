@@ -16,8 +16,9 @@ from cluster_cases import (
     session_scenario,
     steps_of,
 )
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, assert_identical, unlike
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 
 from allocator.config import BuildConfig
 from sim.cluster.config import ClusterConfig
@@ -29,12 +30,13 @@ from sim.scheduler.beams import beam_parents
 # ------------------------------------------------------------------ exactness
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(cluster_scenarios())
 def test_skipping_equals_stepping(scenario: ClusterScenario) -> None:
     assert_same_cluster(scenario.run(), scenario.run(skipping=False))
 
 
+@different_examples()
 @given(cluster_scenarios(routing="cluster_cases:Spy"))
 def test_policies_see_the_same_skipping_or_not(scenario: ClusterScenario) -> None:
     Spy.seen.clear()
@@ -45,7 +47,7 @@ def test_policies_see_the_same_skipping_or_not(scenario: ClusterScenario) -> Non
     assert skipped == Spy.seen
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(cluster_scenarios())
 def test_each_replica_is_an_engine_of_its_own(scenario: ClusterScenario) -> None:
     """What a replica did is what the plain engine does with the requests that the replica got, when it got them."""
@@ -77,6 +79,7 @@ def _check_engines_of_their_own(scenario: ClusterScenario) -> None:
                 assert column.tolist() == part.timeline[name].tolist(), name
 
 
+@different_examples()
 @given(cluster_scenarios())
 def test_one_replica_behind_a_router_is_the_plain_engine(scenario: ClusterScenario) -> None:
     cluster = dataclasses.replace(scenario.cluster, num_replicas=1)

@@ -16,8 +16,9 @@ from cluster_cases import (
     session_scenario,
     steps_of,
 )
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, unlike
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.config import BuildConfig, CacheConfig
@@ -38,13 +39,13 @@ def _check(scenario: ClusterScenario) -> RunResult:
     return result
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(disaggregated_scenarios())
 def test_skipping_equals_stepping(scenario: ClusterScenario) -> None:
     _check(scenario)
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(
     disaggregated_scenarios(),
     st.sampled_from(["recompute", "swap", "swap", "cheaper"]),
@@ -72,6 +73,7 @@ def test_skipping_equals_stepping_with_host_memory_and_partial_reuse(
         assert sum(part.cache.host.swapped_out_blocks for part in result.replicas if part.cache.host) == 0
 
 
+@different_examples()
 @given(disaggregated_scenarios())
 def test_policies_see_the_same_skipping_or_not(scenario: ClusterScenario) -> None:
     cluster = dataclasses.replace(scenario.cluster, num_replicas=4, prefill_replicas=2)
@@ -108,6 +110,7 @@ def _roomy(scenario: ClusterScenario) -> ClusterScenario:
     return dataclasses.replace(scenario, num_blocks=2 * tokens, build=build, engine=engine)
 
 
+@different_examples()
 @given(disaggregated_scenarios())
 def test_prefill_replicas_serve_requests_of_one_token(scenario: ClusterScenario) -> None:
     """With room, what a prefill replica does is what the plain engine does with the prompts alone.
@@ -191,6 +194,7 @@ def _naive_decodes(
     return [(starts[request], done[request]) for request in range(len(handed))]
 
 
+@different_examples()
 @given(disaggregated_scenarios(), st.sampled_from([0, 1, 7]))
 def test_decode_replicas_go_on_as_a_naive_one_does(scenario: ClusterScenario, key: int) -> None:
     """With room: transfers one after the other, each sequence from the first step after its own has ended."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, alike, assert_as_naive, assert_identical, scenarios, unlike
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ def _check(scenario: Scenario) -> RunResult:
 # ------------------------------------------------------------------ skipping = stepping = the naive engine
 
 
-@settings(max_examples=5 * settings().max_examples)  # the one test that all of sim rests on
+@different_examples(2.5)  # the one test that all of sim rests on
 @given(scenarios())
 def test_equals_the_naive_engine_skipping_or_not(scenario: Scenario) -> None:
     _check(scenario)
@@ -113,7 +114,7 @@ def test_corners_that_random_scenarios_seldom_reach(name: str) -> None:
     _check(CORNERS[name])
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(
     scenarios(),
     st.sampled_from([1, 2, 3, 3, 4, 5, 8, 16]),
@@ -191,7 +192,7 @@ def test_skipping_equals_stepping_on_larger_workloads(scenario: Scenario) -> Non
     assert_identical(scenario.run(), scenario.run(skipping=False))
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(scenarios(), st.booleans(), st.sampled_from([None, None, 2, 4, 9]), st.sampled_from([0, 1]))
 def test_equals_the_naive_engine_with_partial_reuse(
     scenario: Scenario, copy: bool, window: int | None, num_sinks: int

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, assert_as_naive, assert_identical, scenarios
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
@@ -88,7 +89,7 @@ def test_nobody_is_looked_up_for_a_batch_that_is_full() -> None:
     assert _check(scenario).timeline["steps"].tolist() == [1, 1, 1, 1, 1, 2, 1, 1]
 
 
-@settings(max_examples=3 * settings().max_examples)
+@different_examples(1.5)
 @given(scenarios(), st.sampled_from([1, 2, 16]))
 def test_protection_equals_the_naive_engine_skipping_or_not(scenario: Scenario, jobs: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +99,7 @@ def test_protection_equals_the_naive_engine_skipping_or_not(scenario: Scenario, 
         _check(dataclasses.replace(scenario, engine=engine))
 
 
-@settings(max_examples=3 * settings().max_examples)
+@different_examples(1.5)
 @given(
     scenarios(),
     st.sampled_from([1, 2, 16]),
@@ -122,7 +123,7 @@ def test_protection_equals_the_naive_engine_in_windowed_caches(
         _check(dataclasses.replace(scenario, **changes))
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(
     scenarios(),
     st.sampled_from(sorted(POLICIES)),
@@ -236,7 +237,7 @@ def test_protected_blocks_go_last_whatever_the_policy(name: str) -> None:
     assert manager.available_blocks == 12
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(
     st.sampled_from(sorted(POLICIES)),
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60)), max_size=40),

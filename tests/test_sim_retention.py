@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from cluster_cases import ClusterScenario, assert_same_cluster
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, assert_as_naive, assert_identical
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from retention_cases import is_refused, retaining, says
 
@@ -138,13 +139,13 @@ def test_a_stretch_ends_where_a_retention_was_to_be_over_that_its_first_step_evi
 # ------------------------------------------------------------------ at random
 
 
-@settings(max_examples=3 * settings().max_examples)
+@different_examples(1.5)
 @given(retaining())
 def test_equals_the_naive_engine_skipping_or_not(scenario: Scenario) -> None:
     _check(scenario)
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(retaining(), st.integers(1, 12), st.integers(0, 5))
 def test_windows_equal_the_naive_engine_skipping_or_not(
     scenario: Scenario, window: int, num_sinks: int
@@ -170,13 +171,13 @@ def _variants(draw: st.DrawFn) -> Scenario:
     return dataclasses.replace(scenario, engine=engine, cache=cache, num_host_blocks=host)
 
 
-@settings(max_examples=3 * settings().max_examples)
+@different_examples(1.5)
 @given(_variants())
 def test_skipping_equals_stepping_whatever_else_there_is(scenario: Scenario) -> None:
     assert_identical(scenario.run(), scenario.run(skipping=False))
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(retaining(), st.sampled_from([1, 2, 3]), st.booleans())
 def test_skipping_equals_stepping_on_several_replicas(scenario: Scenario, replicas: int, apart: bool) -> None:
     fields = {each.name: getattr(scenario, each.name) for each in dataclasses.fields(scenario)}
@@ -194,6 +195,7 @@ def test_skipping_equals_stepping_on_several_replicas(scenario: Scenario, replic
     assert_same_cluster(several.run(), several.run(skipping=False))
 
 
+@different_examples()
 @given(retaining())
 def test_a_replica_alone_is_the_plain_engine(scenario: Scenario) -> None:
     scenario = dataclasses.replace(scenario, cost=dataclasses.replace(scenario.cost, base=7))

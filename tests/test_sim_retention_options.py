@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from cluster_cases import ClusterScenario
+from different_cases import different_examples
 from engine_cases import Scenario
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from retention_cases import is_refused, retaining, says, seconds
 
@@ -90,7 +91,7 @@ def test_what_makes_no_differenceis_refused(
         scenario.run()
 
 
-@settings(max_examples=2 * settings().max_examples)
+@different_examples(1)
 @given(retaining(), st.sampled_from([36, 90, 20]), st.sampled_from([None, 1, 14, 25, 60]), st.integers(0, 9))
 def test_where_all_is_kept_alike_it_is_as_if_nothing_were_said(
     scenario: Scenario, priority: int, duration_ps: int | None, head_tokens: int

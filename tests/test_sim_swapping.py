@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, alike, assert_as_naive, assert_identical, scenarios, unlike
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from naive_host import Unclear
 
@@ -142,7 +143,7 @@ def test_a_hit_on_the_host_takes_a_block_as_a_miss_does() -> None:
     assert result.requests["hit_tokens"].tolist() == [0, 0, 0, 8]
 
 
-@settings(max_examples=3 * settings().max_examples)
+@different_examples(1.5)
 @given(
     scenarios(),
     st.sampled_from(["recompute", "swap", "swap", "cheaper"]),
