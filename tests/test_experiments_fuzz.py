@@ -86,7 +86,7 @@ def test_what_is_hardly_done_is_pointed_out() -> None:
 
 
 def test_coverage_is_reported_by_module() -> None:
-    flags = ["--steps", "200", "--coverage-steps", "200", "--jobs", "1"]
+    flags = ["--steps", "80", "--coverage-steps", "80", "--jobs", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.tools.fuzz", *flags], capture_output=True, text=True, timeout=120
     )
