@@ -91,7 +91,7 @@ def test_the_command_prints_the_report(
     monkeypatch.setattr(
         "experiments.demo.replay_all", lambda out, draw: replay_all(out, draw=draw, workload=TINY)
     )
-    # What the kernels compute is tested elsewhere, and the line itself with the README.
+    # What the kernels compute is tested in test_experiments_kernel_replay.
     checked: list[kernel_replay.Config] = []
 
     def run(config: kernel_replay.Config) -> SimpleNamespace:
