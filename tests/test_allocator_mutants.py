@@ -6,11 +6,12 @@ a process of their own. Text that is no longer there fails the test: the mutant 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ STEPS = 20_000
 """Per machine, at most; nearly all bugs are found within some hundreds."""
 
 RUNNER = """
-import sys
 from pathlib import Path
 from allocator import fuzz
 
@@ -39,6 +39,24 @@ for name in sys.argv[2:]:
 else:
     print("survived")
 """
+
+SERVER = """
+import json, os, signal, sys
+import hypothesis.stateful, numpy  # they take time to import, and no mutant changes them
+
+for folder, *arguments in map(json.loads, sys.stdin):
+    if os.fork() == 0:
+        signal.alarm(300)
+        os.chdir(folder)
+        said = os.open("said", os.O_CREAT | os.O_WRONLY)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        runner, sys.argv[1:] = sys.argv[1], arguments
+        exec(runner)
+        break
+    print(os.wait()[1], flush=True)
+"""
+"""Answers each line, a folder and the runner's arguments, with the exit status of a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -831,18 +849,32 @@ def test_every_mutant_follows_the_code() -> None:
     assert not stale, "the texts that these change do not occur once"
 
 
-def _run(folder: Path, *arguments: str) -> str:
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run the machines of the package in a folder: the arguments are that folder and the runner's."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, *arguments],
-        cwd=folder,
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, RUNNER],
         env=environment | {"PYTHONHASHSEED": "0"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    with server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def ask(folder: Path, *arguments: str) -> str:
+            print(json.dumps([str(folder), *arguments]), file=server.stdin, flush=True)
+            status = server.stdout.readline().strip()
+            said = (folder / "said").read_text()
+            assert status == "0", said
+            return said.strip()
+
+        yield ask
 
 
 def _copy(folder: Path) -> Path:
@@ -861,7 +893,7 @@ def _cases() -> list[object]:
 
 @pytest.mark.parametrize("mutant", _cases())
 def test_a_planted_bug_is_found(
-    mutant: Mutant, tmp_path: Path, record_property: Callable[[str, object], None]
+    mutant: Mutant, tmp_path: Path, run: Run, record_property: Callable[[str, object], None]
 ) -> None:
     path = _copy(tmp_path) / mutant.file
     text = path.read_text()
@@ -869,11 +901,11 @@ def test_a_planted_bug_is_found(
         f"the text that {mutant.name} changes occurs {text.count(mutant.old)} times"
     )
     path.write_text(text.replace(mutant.old, mutant.new))
-    outcome = _run(tmp_path, str(STEPS), *mutant.machines.split())
+    outcome = run(tmp_path, str(STEPS), *mutant.machines.split())
     record_property("planted bug", f"{mutant.name}: {outcome}")  # conftest prints it in the summary
     assert outcome.startswith("killed by"), f"{mutant.name} {outcome}"
 
 
-def test_the_package_itself_survives(tmp_path: Path) -> None:
+def test_the_package_itself_survives(tmp_path: Path, run: Run) -> None:
     _copy(tmp_path)
-    assert _run(tmp_path, "300", "AllocatorMachine") == "survived"
+    assert run(tmp_path, "300", "AllocatorMachine") == "survived"
