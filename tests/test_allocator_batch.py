@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from different_cases import different_examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator.batch import Batch
@@ -159,7 +160,7 @@ def said(sequence: KVSequence) -> list[int]:
 _STEPS = ["name"] * 6 + ["swap"] * 3 + ["read", "blank", "several", "fork"]
 
 
-@settings(max_examples=150)
+@different_examples(2)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     size=st.sampled_from([1, 2, 4, 8]),

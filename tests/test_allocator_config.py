@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from different_cases import different_examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -615,6 +616,7 @@ JUNK = st.one_of(
 )
 
 
+@different_examples()
 @given(data=st.data(), name=st.sampled_from(sorted(PUBLISHED_CONFIGS)))
 def test_a_damaged_config_is_refused_or_read_but_never_crashes(data: st.DataObject, name: str) -> None:
     config = dict(PUBLISHED_CONFIGS[name][0])

@@ -17,6 +17,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from different_cases import different_examples
 from hypothesis import given
 from hypothesis import strategies as st
 from trace_cases import as_values, write
@@ -247,6 +248,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("make", [azure, burstgpt, csv, mooncake, bailian, sharegpt])
 def test_what_was_written_comes_back(make: Callable[[], st.SearchStrategy[Made]]) -> None:
+    @different_examples()
     @given(make())
     def check(made: Made) -> None:
         with TemporaryDirectory() as folder:
