@@ -17,8 +17,8 @@ from allocator.rules.policies import PolicyRules
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_contract_and_reference(policy: str) -> None:
     for bases, steps in (
-        ((PolicyMachine,), 500),
-        ((PolicyRules, AllocatorMachine), 500),
+        ((PolicyMachine,), 400),
+        ((PolicyRules, AllocatorMachine), 400),
         ((PolicyRules, WindowMachine), 300),
     ):
         machine = type("Witnessed", bases, {"policies": (policy,)})
