@@ -50,8 +50,8 @@ class Batch(Sequence[KVSequence]):
 
     What a step does for everyone is done by array: member i has a row, in which stand its last slot and, in the
     ring, its latest token ids. Slots are kept from the first `append` on (a simulation, which only advances,
-    never asks for them). Token ids stay in the ring until the member's block is full or somebody reads its
-    history; then they are *settled*, written to the history.
+    never asks for them). Token ids stay in the ring until it is full or somebody reads the member's history; then
+    they are *settled*, written to the history. Of who is released before, nobody ever writes them.
     """
 
     def __init__(
@@ -74,11 +74,14 @@ class Batch(Sequence[KVSequence]):
         self.unready: dict[KVSequence, None] = {}  # to be looked at before the next write: may have to copy
         self.nameless = 0  # members whose content cannot name tokens one by one
         self.members: dict[KVSequence, int] = {}  # and the row of each
-        self._buckets: dict[int, Bucket] = {}
+        self.buckets: dict[int, Bucket] = {}
         self._free_rows: list[int] = []
         self._num_rows = 0  # given out so far, free ones included
-        self._since: dict[KVSequence, int] = {}  # the tick from which on the ring is to be settled, if later
-        self._order: Rows | None = None  # the members' rows, unless they have changed since
+        # Of whom the ring holds less than its latest steps: the tick from which on its ids are to be settled, and
+        # whose last block began before.
+        self._since: dict[KVSequence, int] = {}
+        self._late: dict[KVSequence, None] = {}
+        self.order: Rows | None = None  # the members' rows; None if they have changed since
         self._pack = Struct("").pack  # packs a step's ids
         self.slots: LastSlots | None = None  # None until somebody asks for them
         self.coasted = False  # whether members may have to catch up
@@ -127,20 +130,22 @@ class Batch(Sequence[KVSequence]):
         sequence.base_tokens = tokens - self.tick
         residue = (self.tick - tokens) % self.tokens_per_block
         self.members[sequence] = row
-        self._order = None
-        bucket = self._buckets.get(residue)
+        self.order = None
+        bucket = self.buckets.get(residue)
         if bucket is None:
-            bucket = self._buckets[residue] = Bucket()
+            bucket = self.buckets[residue] = Bucket()
         bucket[sequence] = row
         if not sequence.settled_history.nameable:
             self.nameless += 1
         if self.windowed:
             self.unready[sequence] = None
+        if self.ring.named:
+            self._since[sequence] = self.tick
         if tokens % self.tokens_per_block:
             if self.shared or sequence.anchor.end == sequence.left + len(sequence.table):
                 self.unready[sequence] = None
             if self.ring.named:
-                self._since[sequence] = self.tick
+                self._late[sequence] = None
             if self.slots is not None:
                 self.place(sequence)
         if self.log is not None:
@@ -159,17 +164,18 @@ class Batch(Sequence[KVSequence]):
         sequence.batch = None
         sequence.base_tokens += self.tick
         self._free_rows.append(self.members.pop(sequence))
-        self._order = None
-        bucket = self._buckets[residue]
+        self.order = None
+        bucket = self.buckets[residue]
         del bucket[sequence]
         if not bucket:
-            del self._buckets[residue]
+            del self.buckets[residue]
         if not sequence.settled_history.nameable:
             self.nameless -= 1
         if self.unready:
             self.unready.pop(sequence, None)
         if self._since:
             self._since.pop(sequence, None)
+            self._late.pop(sequence, None)
         if not self.members:  # so that rows are handed out in order again
             self._free_rows.clear()
             self._num_rows = 0
@@ -178,25 +184,23 @@ class Batch(Sequence[KVSequence]):
             self.log.add(LEFT, sequence.number, self.number)
         return bucket
 
-    def _arrange(self) -> Rows:
-        """Return the members' rows in the order of addition, and make room for them."""
-        order = self._order
-        if order is None:
+    def arrange(self) -> None:
+        """Note the members' rows in the order of addition, if they have changed, and make room for them."""
+        if self.order is None:
             members = len(self.members)
             rows = list(self.members.values())
             in_order = rows == list(range(members))
-            order = self._order = slice(0, members) if in_order else np.array(rows, dtype=np.intp)
+            self.order = slice(0, members) if in_order else np.array(rows, dtype=np.intp)
             self._pack = Struct(f"<{members}I").pack
             self.ring.reserve(self._num_rows)
             if self.slots is not None:
                 self.slots.reserve(self._num_rows)
-        return order
 
     # -------------------------------------------------------- one tick
 
     def starting(self) -> Bucket:
         """Return who starts a block at the next tick; after a tick, that is who has just filled one."""
-        return self._buckets.get(self.tick % self.tokens_per_block, _NONE)
+        return self.buckets.get(self.tick % self.tokens_per_block, _NONE)
 
     def start_blocks(self, starting: Bucket, blocks: array[int]) -> None:
         """Give each member that starts a block at the next tick its block."""
@@ -210,11 +214,15 @@ class Batch(Sequence[KVSequence]):
             last_slots[row] = block * size - 1  # the one before the slot that it is about to get
 
     def step(self, ids: NDArray[np.int32] | None) -> None:
-        """Go on by a tick, in which the members' token ids (None if unknown) are written."""
-        if ids is not None:
-            self.ring.write(self._arrange(), ids)
-        else:
+        """Go on by a tick, in which the members' token ids (None if unknown) are written, in arranged rows."""
+        if ids is None:
             self.settle_all()
+        else:
+            rows, ring = self.order, self.ring
+            assert rows is not None
+            if not ring.left:
+                self._rewind()
+            ring.write(rows, ids)
         self.tick += 1
         if self.slots is not None:
             self.slots.advance()
@@ -223,12 +231,10 @@ class Batch(Sequence[KVSequence]):
 
     def keep_slots(self) -> None:
         """Know the members' last slots from now on."""
-        if self.slots is None:
-            self.slots = LastSlots()
-            self.slots.reserve(self._num_rows)
-            for sequence in self.members:
-                self.place(sequence)
-        self._arrange()
+        self.slots = LastSlots()
+        self.slots.reserve(self._num_rows)
+        for sequence in self.members:
+            self.place(sequence)
 
     def place(self, sequence: KVSequence) -> None:
         """Note where a member's last token lies, if slots are kept: it has come in or changed its last block."""
@@ -238,15 +244,18 @@ class Batch(Sequence[KVSequence]):
             self.slots.by_row[row] = sequence.table[-1] * size + (sequence.num_tokens - 1) % size
 
     def last_slots(self) -> NDArray[np.int64]:
-        """Return the slots of all members' last tokens, int64 [len(self)]; `keep_slots` must have been called."""
-        assert self.slots is not None
-        return self.slots.of(self._arrange())
+        """Return the slots of all members' last tokens, int64 [len(self)], if they are kept and arranged."""
+        rows, slots = self.order, self.slots
+        assert rows is not None
+        assert slots is not None
+        return slots.of(rows)
 
     # -------------------------------------------------------- token ids
 
     def packed(self, tokens: Sequence[Sequence[int]] | Sequence[int]) -> NDArray[np.int32] | None:
         """Return one id a member as int32 [len(self)], or None if `tokens` is not simply that."""
-        self._arrange()
+        if self.order is None:
+            self.arrange()
         try:
             packed: bytes = self._pack(*tokens)
         except StructError:
@@ -257,26 +266,23 @@ class Batch(Sequence[KVSequence]):
         """Let every member catch up, and forget when their blocks were filled."""
         for sequence in self.members:
             self.catch_up(sequence)
-        for bucket in self._buckets.values():
+        for bucket in self.buckets.values():
             del bucket.dates[:]
         self.coasted = False
 
     def bucket_of(self, sequence: KVSequence) -> Bucket:
         """Return the bucket of a member."""
-        return self._buckets[-sequence.base_tokens % self.tokens_per_block]
+        return self.buckets[-sequence.base_tokens % self.tokens_per_block]
 
     def settle(self, sequence: KVSequence) -> None:
         """Write a member's token ids that are still in the ring to its history."""
         if self.coasted:
             self.catch_up(sequence)
         if self.ring.named:
-            tokens = sequence.num_tokens
-            count = min(
-                tokens % self.tokens_per_block, self.ring.named, self.tick - self._since.get(sequence, 0)
-            )
+            count = min(self.ring.named, self.tick - self._since.get(sequence, 0))
             if count:
                 latest = self.ring.latest(self.members[sequence], count)
-                sequence.settled_history.record_packed(tokens - count, latest)
+                sequence.settled_history.record_packed(sequence.num_tokens - count, latest)
             self._since[sequence] = self.tick
 
     def settle_all(self) -> None:
@@ -285,42 +291,40 @@ class Batch(Sequence[KVSequence]):
             for sequence in self.members:
                 self.settle(sequence)
             self._since.clear()
+            self._late.clear()
             self.ring.named = 0
 
-    def settle_blocks(self, filled: Bucket) -> list[bytes]:
-        """Settle the blocks that members have just filled, and return the blocks' keys."""
-        ring, size, since = self.ring, self.tokens_per_block, self._since
-        named = min(ring.named, size)
-        if named == size and since.keys().isdisjoint(filled):  # as a rule
-            keys = ring.blocks(filled.values())
-            started = self.tick - size
-            for sequence, key in zip(filled, keys, strict=True):
-                sequence.settled_history.record_packed(sequence.base_tokens + started, key)
-            return keys
+    def _rewind(self) -> None:
+        """Settle every member, as the ring is full."""
+        for sequence in self.members:
+            self.settle(sequence)
+        self.ring.rewind()
+
+    def keys_of_filled(self, filled: Bucket) -> list[bytes]:
+        """Return the keys of the blocks that members have just filled."""
+        ring, late = self.ring, self._late
+        if ring.named >= self.tokens_per_block and (not late or late.keys().isdisjoint(filled)):  # as a rule
+            return ring.blocks(filled.values())
         keys = []
-        for sequence, row in filled.items():
-            history, last = sequence.settled_history, sequence.left + len(sequence.table) - 1
-            count = named
-            if sequence in since:
-                count = min(named, self.tick - since.pop(sequence))
-            if count:
-                key = ring.latest(row, count)
-                history.record_packed((last + 1) * size - count, key)
-            if count < size:
-                key = history.keys(last, last + 1)
-            keys.append(key)
+        for sequence in filled:
+            self.settle(sequence)
+            late.pop(sequence, None)
+            last = sequence.left + len(sequence.table) - 1
+            keys.append(sequence.settled_history.keys(last, last + 1))
         return keys
 
     def replace_history(self, sequence: KVSequence, history: History) -> None:
         """Note that a member is about to go on with another history, up to the same length."""
         self.settle(sequence)
+        if self.ring.named:
+            self._late[sequence] = None
         self.nameless += sequence.settled_history.nameable - history.nameable
 
     # -------------------------------------------------------- many ticks
 
     def starting_in(self, ticks: int) -> Bucket:
         """Return the members that start a block at the tick that is `ticks` after the next, or before it."""
-        return self._buckets.get((self.tick + ticks) % self.tokens_per_block, _NONE)
+        return self.buckets.get((self.tick + ticks) % self.tokens_per_block, _NONE)
 
     def growth(self, num_tokens: int) -> int:
         """Return how many blocks the next `num_tokens` ticks take, copies apart."""
@@ -331,7 +335,7 @@ class Batch(Sequence[KVSequence]):
 
     def growing(self, num_tokens: int) -> Iterator[tuple[Bucket, int]]:
         """Yield the buckets that start blocks in the next `num_tokens` ticks, and how many each member does."""
-        for residue, bucket in self._buckets.items():
+        for residue, bucket in self.buckets.items():
             offset = (residue - self.tick) % self.tokens_per_block
             if offset < num_tokens:
                 yield bucket, 1 + (num_tokens - 1 - offset) // self.tokens_per_block
@@ -344,13 +348,13 @@ class Batch(Sequence[KVSequence]):
     def ticks_until_fill(self) -> int:
         """Return after how many ticks a member next fills a block (0 for an empty batch)."""
         size, tick = self.tokens_per_block, self.tick
-        return min(((residue - tick - 1) % size + 1 for residue in self._buckets), default=0)
+        return min(((residue - tick - 1) % size + 1 for residue in self.buckets), default=0)
 
     def starts(self, num_tokens: int) -> tuple[list[Bucket], int, int]:
         """Return the buckets that start blocks in the next ticks, in the order in which they first do, and how many
         blocks that are: altogether, and at the first tick.
         """
-        size, tick, buckets = self.tokens_per_block, self.tick, self._buckets
+        size, tick, buckets = self.tokens_per_block, self.tick, self.buckets
         turn = tick % size
         now = buckets.get(turn)
         first = 0 if now is None else len(now)
@@ -372,7 +376,7 @@ class Batch(Sequence[KVSequence]):
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""
         size, tick = self.tokens_per_block, self.tick
-        order = sorted(((residue - tick) % size, bucket) for residue, bucket in self._buckets.items())
+        order = sorted(((residue - tick) % size, bucket) for residue, bucket in self.buckets.items())
         for cycle in range(0, num_tokens + 1, size):
             for offset, bucket in order:
                 when = cycle + offset

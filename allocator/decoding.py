@@ -54,9 +54,7 @@ class Decoding(ManagerState):
         that cannot name tokens; and while the block to be copied from is itself still to be copied into.
         """
         if isinstance(sequences, Batch) and num_tokens == 1:
-            sequences.keep_slots()
-            self._advance_batch(sequences, 1, tokens)
-            return sequences.last_slots()
+            return self._append_to_batch(sequences, tokens)
         if isinstance(sequences, KVSequence):
             raise ValueError(f"sequences ({sequences}) must be a list of them, or a Batch")
         firsts = [sequence.num_tokens for sequence in sequences]
@@ -66,6 +64,16 @@ class Decoding(ManagerState):
         return np.concatenate(
             [s.slots(first, first + num_tokens) for s, first in zip(sequences, firsts, strict=True)]
         )
+
+    def _append_to_batch(
+        self, batch: Batch, tokens: Sequence[Sequence[int]] | Sequence[int] | None
+    ) -> NDArray[np.int64]:
+        if batch.slots is None:
+            batch.keep_slots()
+        if tokens is None or not self._tick_plainly(batch, tokens):
+            batch.arrange()
+            self._advance_batch(batch, 1, tokens)
+        return batch.last_slots()
 
     def advance(
         self,
@@ -313,6 +321,36 @@ class Decoding(ManagerState):
         if self.events is not None:
             self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)
 
+    def _tick_plainly(self, batch: Batch, tokens: Sequence[Sequence[int]] | Sequence[int]) -> bool:
+        """Do what `_advance_batch` does for one tick with token ids, if who starts or fills a block is all there is
+        to look at; else return False. Most ticks are of this kind, and most of what a tick costs is to find out.
+        """
+        if (
+            batch.unready
+            or batch.nameless
+            or batch.coasted
+            or batch.live is not self.sequences
+            or self.steps_count
+        ):
+            return False
+        ids = batch.packed(tokens)
+        if ids is None:
+            return False
+        buckets, size, tick = batch.buckets, self.tokens_per_block, batch.tick
+        starting = buckets.get(tick % size)
+        if starting is not None:
+            growth = len(starting)
+            if growth > self.pool.num_free + self.pool.num_evictable:
+                return False
+            batch.start_blocks(starting, self.pool.take(growth))
+            self.logical_blocks += growth
+        batch.step(ids)
+        filled = buckets.get((tick + 1) % size)
+        if filled is not None and self.indexes_full:
+            self.tables.index_filled(batch, filled)
+        self.logical_tokens += len(batch.members)
+        return True
+
     def _tick(self, batch: Batch, ids: NDArray[np.int32] | None) -> None:
         """Let a batch go on by one tick, in which it writes `ids`."""
         starting = batch.starting()
@@ -325,10 +363,8 @@ class Decoding(ManagerState):
                     self.events.add_block(TAKEN, sequence.number, -1, 0, block)
         batch.step(ids)
         filled = batch.starting()
-        if filled:
-            keys = batch.settle_blocks(filled)
-            if self.indexes_full:
-                self.tables.index_filled(filled, keys)
+        if filled and self.indexes_full:
+            self.tables.index_filled(batch, filled)
 
     def _ticks(self, batch: Batch, num_tokens: int) -> None:
         """Let a batch go on by several ticks at once, in the order in which single ones would do it."""
@@ -348,7 +384,7 @@ class Decoding(ManagerState):
                         events.add_block(TAKEN, sequence.number, -1, 0, block)
                 self.logical_blocks += len(bucket)
             elif self.indexes_full:
-                self.tables.index_filled(bucket, batch.settle_blocks(bucket))
+                self.tables.index_filled(batch, bucket)
         batch.tick += num_tokens
 
     def end_step(self) -> None:

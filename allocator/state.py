@@ -101,12 +101,11 @@ class ManagerState:
     def _note_features(self) -> None:
         """Note what is switched on, so that what is called often has to look at one thing only."""
         pool = self.pool
+        self.steps_count = (  # for more than the blocks that start and fill in them
+            self.windowed is not None or self.quotas is not None or self.events is not None
+        )
         self.steps_matter = (  # to somebody, so that many must not be taken as one
-            pool.notes_cached
-            or pool.partial is not None
-            or self.windowed is not None
-            or self.quotas is not None
-            or self.events is not None
+            self.steps_count or pool.notes_cached or pool.partial is not None
         )
 
     def _start_log(self) -> None:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+from allocator.batch import Batch, Bucket
 from allocator.copies import PendingCopies
 from allocator.event_log import (
     BRANCHED,
@@ -56,11 +57,11 @@ class Tables:
 
     # -------------------------------------------------------- caching what is full
 
-    def index_filled(self, sequences: Iterable[KVSequence], keys: Iterable[bytes]) -> None:
-        """Put the last block of each sequence, which has just filled up and has this key, into the index."""
+    def index_filled(self, batch: Batch, filled: Bucket) -> None:
+        """Put the block that each of these members of a batch has just filled into the index."""
         note_cached, events = self.pool.cached, self.events
         is_noted = self.pool.notes_growth
-        for sequence, key in zip(sequences, keys, strict=True):
+        for sequence, key in zip(filled, batch.keys_of_filled(filled), strict=True):
             anchor, table = sequence.anchor, sequence.table
             # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
             if anchor.references == 1 and not anchor.sealed and not anchor.children:
@@ -71,6 +72,7 @@ class Tables:
                 if is_noted:
                     note_cached(anchor, 1)
             else:
+                batch.settle(sequence)
                 self.index_full(sequence, len(table))
         self.index.version += 1
 

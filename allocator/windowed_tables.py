@@ -96,8 +96,8 @@ class WindowedTables(Tables):
 
     # -------------------------------------------------------- caching what is full
 
-    def index_filled(self, sequences: Iterable[KVSequence], keys: Iterable[bytes]) -> None:
-        for sequence, key in zip(sequences, keys, strict=True):
+    def index_filled(self, batch: Batch, filled: Bucket) -> None:
+        for sequence, key in zip(filled, batch.keys_of_filled(filled), strict=True):
             self._index(sequence, key)
 
     def index_full(

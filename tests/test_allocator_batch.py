@@ -165,11 +165,18 @@ _STEPS = ["name"] * 6 + ["swap"] * 3 + ["read", "blank", "several", "fork"]
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     size=st.sampled_from([1, 2, 4, 8]),
     steps=st.lists(st.tuples(st.sampled_from(_STEPS), st.integers(0, 5)), min_size=15, max_size=60),
+    kept=st.sampled_from([1, 5, 256]),
 )
 def test_a_batch_says_what_its_members_would_say_alone(
-    lengths: list[int], size: int, steps: list[tuple[str, int]]
+    lengths: list[int], size: int, steps: list[tuple[str, int]], kept: int
 ) -> None:
-    """Token ids wait in the batch until a block is full or somebody asks: nobody can tell."""
+    """Token ids wait in the batch until there is no room for more, or somebody asks: nobody can tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("allocator.ring._STEPS", kept)
+        _check_what_is_said(lengths, size, steps)
+
+
+def _check_what_is_said(lengths: list[int], size: int, steps: list[tuple[str, int]]) -> None:
     together, alone = KVCacheManager(4000, size), KVCacheManager(4000, size)
     members, loose = running(together, lengths), running(alone, lengths)
     batch = batch_of(together, members)
@@ -203,6 +210,10 @@ def test_a_batch_says_what_its_members_would_say_alone(
         positions = np.arange(s.num_tokens)
         assert s.slots(0, s.num_tokens).tolist() == [s.table[p // size] * size + p % size for p in positions]
         assert s.num_tokens == other.num_tokens
+        named = [token for token in said(s) if token >= 0]
+        hits = [manager.lookup(TokenContent(named)).hit_blocks for manager in (together, alone)]
+        assert hits[0] == hits[1]
+    assert together.stats() == alone.stats()
     together.check_invariants()
 
 
@@ -240,3 +251,16 @@ def test_beams_that_change_places_get_the_slots_of_their_new_blocks() -> None:
     manager.reorder_beams(beams, [1, 0])
     slots = manager.append(batch, [7, 8])
     assert slots.tolist() == [14, 6] == [int(beam.slots(6, 7)[0]) for beam in beams]
+
+
+def test_beams_that_change_places_cache_what_they_say_now() -> None:
+    """The batch still has the ids of what each beam said before."""
+    manager = KVCacheManager(8, 4)
+    beams = [manager.admit(TokenContent([symbol]), 1) for symbol in (1, 2)]
+    batch = batch_of(manager, beams)
+    for _ in range(6):
+        manager.append(batch, [7, 8])
+    manager.reorder_beams(beams, [1, 0])
+    manager.append(batch, [5, 6])
+    for said in ([2, 8, 8, 8, 8, 8, 8, 5], [1, 7, 7, 7, 7, 7, 7, 6]):
+        assert manager.lookup(TokenContent([*said, 0])).hit_blocks == 2
