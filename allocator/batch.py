@@ -22,13 +22,16 @@ from allocator.sequence import KVSequence
 class Bucket(dict[KVSequence, int]):
     """Members that start their blocks at the same ticks, and the row of each.
 
+    eager  those of them whose blocks go into the index as soon as they are full; the others prolong extents of their
+           own, and catch up when somebody looks
     dates  lifetimes: when the blocks were filled before which they started others while coasting, the latest last
     """
 
-    __slots__ = ("dates",)
+    __slots__ = ("dates", "eager")
 
     def __init__(self) -> None:
         super().__init__()
+        self.eager: dict[KVSequence, int] = {}
         self.dates = array("q")
 
 
@@ -134,7 +137,7 @@ class Batch(Sequence[KVSequence]):
         bucket = self.buckets.get(residue)
         if bucket is None:
             bucket = self.buckets[residue] = Bucket()
-        bucket[sequence] = row
+        bucket[sequence] = bucket.eager[sequence] = row
         if not sequence.settled_history.nameable:
             self.nameless += 1
         if self.windowed:
@@ -167,6 +170,7 @@ class Batch(Sequence[KVSequence]):
         self.order = None
         bucket = self.buckets[residue]
         del bucket[sequence]
+        bucket.eager.pop(sequence, None)
         if not bucket:
             del self.buckets[residue]
         if not sequence.settled_history.nameable:
@@ -275,9 +279,13 @@ class Batch(Sequence[KVSequence]):
         return self.buckets[-sequence.base_tokens % self.tokens_per_block]
 
     def settle(self, sequence: KVSequence) -> None:
-        """Write a member's token ids that are still in the ring to its history."""
-        if self.coasted:
+        """Let history and index have all of a member's tokens and full blocks."""
+        self.settle_ids(sequence)
+        if self.coasted or sequence.anchor.grower is not None:
             self.catch_up(sequence)
+
+    def settle_ids(self, sequence: KVSequence) -> None:
+        """Write a member's token ids that are still in the ring to its history."""
         if self.ring.named:
             count = min(self.ring.named, self.tick - self._since.get(sequence, 0))
             if count:
@@ -295,19 +303,19 @@ class Batch(Sequence[KVSequence]):
             self.ring.named = 0
 
     def _rewind(self) -> None:
-        """Settle every member, as the ring is full."""
+        """Have room in the ring again: it is full of ids."""
         for sequence in self.members:
-            self.settle(sequence)
+            self.settle_ids(sequence)
         self.ring.rewind()
 
-    def keys_of_filled(self, filled: Bucket) -> list[bytes]:
-        """Return the keys of the blocks that members have just filled."""
+    def keys_of_filled(self, filled: dict[KVSequence, int]) -> list[bytes]:
+        """Return the keys of the blocks that members, given with their rows, have just filled."""
         ring, late = self.ring, self._late
         if ring.named >= self.tokens_per_block and (not late or late.keys().isdisjoint(filled)):  # as a rule
             return ring.blocks(filled.values())
         keys = []
         for sequence in filled:
-            self.settle(sequence)
+            self.settle_ids(sequence)
             late.pop(sequence, None)
             last = sequence.left + len(sequence.table) - 1
             keys.append(sequence.settled_history.keys(last, last + 1))

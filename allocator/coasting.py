@@ -95,13 +95,17 @@ class Coasting(Decoding):
             rest -= len(bucket)
 
     def catch_up(self, sequence: KVSequence) -> None:
-        """Put the blocks that filled while a member of a batch coasted into the index. O(blocks filled).
+        """Put the blocks that a member of a batch has filled, and the index has not, into it. O(blocks filled).
 
-        The manager does so whenever it matters.
+        Its token ids must have been settled. The manager does so whenever it matters.
         """
         batch = sequence.batch
         assert batch is not None
-        self._index_coasted(sequence, batch, batch.bucket_of(sequence), sequence.base_tokens + batch.tick)
+        bucket = batch.bucket_of(sequence)
+        if sequence.anchor.grower is not None:
+            sequence.anchor.grower = None
+            bucket.eager[sequence] = bucket[sequence]
+        self._index_coasted(sequence, batch, bucket, sequence.base_tokens + batch.tick)
 
     def _index_coasted(self, sequence: KVSequence, batch: Batch, bucket: Bucket, tokens: int) -> None:
         """Put what filled while a sequence of so many tokens coasted, in that bucket of a batch, into the index."""

@@ -71,7 +71,6 @@ class Decoding(ManagerState):
         if batch.slots is None:
             batch.keep_slots()
         if tokens is None or not self._tick_plainly(batch, tokens):
-            batch.arrange()
             self._advance_batch(batch, 1, tokens)
         return batch.last_slots()
 
@@ -353,6 +352,8 @@ class Decoding(ManagerState):
 
     def _tick(self, batch: Batch, ids: NDArray[np.int32] | None) -> None:
         """Let a batch go on by one tick, in which it writes `ids`."""
+        if batch.slots is not None or ids is not None:
+            batch.arrange()
         starting = batch.starting()
         if starting:
             blocks = self.pool.take(len(starting))

@@ -23,7 +23,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from allocator.retention import Retention
@@ -34,6 +34,13 @@ _MERGED_GHOST_BYTES = 4096
 
 _NO_BLOCKS = array("i")
 """Of what has lost all its blocks: replaced, never added to, once it has some again."""
+
+
+class Grower(Protocol):
+    """A sequence that prolongs an extent which nobody else holds, and tells the index only when somebody looks."""
+
+    def catch_up(self) -> None:
+        """Let the index have all blocks that it has filled; from now on it is the extent's grower no longer."""
 
 
 class Extent:
@@ -51,11 +58,14 @@ class Extent:
                     has no blocks, always is)
     retention       how its blocks are to be kept while nobody references them, None if nobody asked
     born, touched   lifetimes: when each block was filled, when the extent was last used (caller's clock)
+    grower          the sequence that prolongs it, if not all that it has filled is here; whoever reads keys or ids
+                    lets it catch up before
     """
 
     __slots__ = (
         "born",
         "children",
+        "grower",
         "host",
         "host_references",
         "ids",
@@ -85,6 +95,7 @@ class Extent:
         self.retention: Retention | None = None
         self.born: array[int] | None = None
         self.touched = 0
+        self.grower: Grower | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -197,6 +208,8 @@ class PrefixIndex:
             child = node.children.get(keys[base : base + width])
             if child is None:
                 break
+            if child.grower is not None:
+                child.grower.catch_up()
             whole = len(child.keys)
             if not keys.startswith(child.keys, base):
                 path.append((child, common_blocks(child.keys, keys, base // width, width)))
@@ -252,6 +265,8 @@ class PrefixIndex:
             if child is None:
                 yield self.attach(anchor, keys[at * width :], ids[at:]), True
                 return
+            if child.grower is not None:
+                child.grower.catch_up()
             is_ghost = not child.ids
             if self.draining is not None and (child is self.draining or is_ghost):
                 self.settle()
@@ -425,6 +440,8 @@ class PrefixIndex:
         stack: list[Extent] = [root for salts in self.roots.values() for root in salts.values()]
         while stack:
             node = stack.pop()
+            if node.grower is not None:
+                node.grower.catch_up()
             if node.parent is not None:
                 yield node
             if node.children:

@@ -102,6 +102,11 @@ class KVSequence:
         self.held = _NOT_WINDOWED
         self.root: Extent | None = None
 
+    def catch_up(self) -> None:
+        """Let the index have all blocks that it has filled while it is in a batch."""
+        if self.batch is not None:
+            self.batch.settle(self)
+
     @property
     def history(self) -> History:
         """Return what it says, complete up to its last token."""
@@ -147,6 +152,8 @@ class KVSequence:
     @property
     def anchored(self) -> int:
         """Return how many of its blocks, from the first on, the prefix index knows."""
+        if self.anchor.grower is not None:
+            self.catch_up()
         return self.anchor.end
 
     @property

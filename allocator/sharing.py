@@ -43,8 +43,7 @@ class Sharing(Admission):
         return self._fork(sequence, n)
 
     def _fork(self, sequence: KVSequence, n: int) -> list[KVSequence]:
-        if sequence.batch is not None and sequence.batch.coasted:
-            self.catch_up(sequence)
+        sequence.catch_up()
         tokens = sequence.num_tokens
         if not self.indexes_full and tokens // self.tokens_per_block > sequence.anchor.end:
             self.tables.index_full(sequence, tokens // self.tokens_per_block)
@@ -157,9 +156,13 @@ class Sharing(Admission):
             return
         batch = sequence.batch
         if batch is not None:
-            coasted = batch.coasted
+            behind = batch.coasted
+            if sequence.anchor.grower is not None:
+                behind = True
+                sequence.anchor.grower = None
+                batch.settle_ids(sequence)
             bucket = batch.discard(sequence)
-            if coasted:
+            if behind:
                 self._index_coasted(sequence, batch, bucket, sequence.base_tokens)
         if self.events is not None:
             self.events.add(FREED, sequence.number)

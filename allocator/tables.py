@@ -58,12 +58,23 @@ class Tables:
     # -------------------------------------------------------- caching what is full
 
     def index_filled(self, batch: Batch, filled: Bucket) -> None:
-        """Put the block that each of these members of a batch has just filled into the index."""
+        """Put the block that each of these members of a batch has just filled into the index.
+
+        Decoding mostly prolongs an extent that is the sequence's own: what is not noted in other places as well then
+        follows when somebody looks.
+        """
+        self.index.version += 1
+        eager = filled.eager
+        if not eager:
+            return
+        # In the order of the batch, whoever caught up when: of those who fill the same, the first one's block is kept.
+        turn = (
+            eager.copy() if len(eager) == 1 else {each: row for each, row in filled.items() if each in eager}
+        )
         note_cached, events = self.pool.cached, self.events
         is_noted = self.pool.notes_growth
-        for sequence, key in zip(filled, batch.keys_of_filled(filled), strict=True):
+        for sequence, key in zip(turn, batch.keys_of_filled(turn), strict=True):
             anchor, table = sequence.anchor, sequence.table
-            # Decoding mostly prolongs an extent that is this sequence's own, so that case is spelled out.
             if anchor.references == 1 and not anchor.sealed and not anchor.children:
                 if events is not None:
                     events.add_block(STORED, sequence.number, anchor.ids[-1], len(table) - 1, table[-1])
@@ -72,9 +83,14 @@ class Tables:
                 if is_noted:
                     note_cached(anchor, 1)
             else:
-                batch.settle(sequence)
+                batch.settle_ids(sequence)
                 self.index_full(sequence, len(table))
-        self.index.version += 1
+                anchor = sequence.anchor
+                if anchor.references > 1 or anchor.sealed or anchor.children:
+                    continue
+            if events is None and not is_noted and sequence.retention is None:
+                anchor.grower = sequence
+                del eager[sequence]
 
     def index_full(
         self, sequence: KVSequence, full: int, dates: array[int] | None = None, *, alike: bool = False

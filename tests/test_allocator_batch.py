@@ -264,3 +264,12 @@ def test_beams_that_change_places_cache_what_they_say_now() -> None:
     manager.append(batch, [5, 6])
     for said in ([2, 8, 8, 8, 8, 8, 8, 5], [1, 7, 7, 7, 7, 7, 7, 6]):
         assert manager.lookup(TokenContent([*said, 0])).hit_blocks == 2
+
+
+def test_who_joins_a_batch_that_was_empty_has_a_place_for_its_slots() -> None:
+    manager = KVCacheManager(8, 4)
+    batch = manager.batch()
+    assert manager.append(batch).tolist() == []
+    batch.add(*running(manager, [4]))
+    manager.advance(batch)
+    assert manager.append(batch).tolist() == [5]
