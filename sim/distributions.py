@@ -98,13 +98,14 @@ class Progressions:
         """Build from values that count once each."""
         return cls.weighted(values, np.ones_like(values))
 
-    def __add__(self, other: Progressions) -> Progressions:
-        """Join two multisets."""
-        return Progressions(
-            np.concatenate((self.first, other.first)),
-            np.concatenate((self.increment, other.increment)),
-            np.concatenate((self.steps, other.steps)),
-            np.concatenate((self.weight, other.weight)),
+    @classmethod
+    def joined(cls, parts: Sequence[Progressions]) -> Progressions:
+        """Join multisets, at least one."""
+        return cls(
+            np.concatenate([part.first for part in parts]),
+            np.concatenate([part.increment for part in parts]),
+            np.concatenate([part.steps for part in parts]),
+            np.concatenate([part.weight for part in parts]),
         )
 
     @property
@@ -138,8 +139,8 @@ class Progressions:
     def percentile(self, percent: int) -> int | None:
         """Return the nearest-rank percentile: the smallest x with at least percent % of the numbers ≤ x.
 
-        Bisects on the value. A row that lies wholly beside the bracket is settled and leaves, so the work
-        shrinks with the bracket: a few passes over the rows in all.
+        Bisects on the value. A row that lies wholly beside the bracket is settled, and leaves with the others when
+        they are half of all, so the work shrinks with the bracket: a few passes over the rows in all.
         """
         if not 0 < percent <= 100:
             raise ValueError(f"percent ({percent}) must be in 1..100")
@@ -158,17 +159,18 @@ class Progressions:
         low, high = int(first.min()) - 1, int(last.max())  # invariant: count(≤ low) < rank ≤ count(≤ high)
         while high - low > 1:
             middle = (low + high) // 2
-            reached = np.clip((middle - first) // increment + 1, 0, steps)
-            enough = below + int(np.dot(reached, weight)) >= rank
-            if enough:
+            reached = middle - first
+            reached //= increment
+            reached += 1
+            np.clip(reached, 0, steps, out=reached)
+            if below + int(np.dot(reached, weight)) >= rank:
                 high = middle
-                open_rows = first <= middle
             else:
                 low = middle
-                open_rows = last > middle
-                settled = ~open_rows
+            open_rows = (first <= high) & (last > low)
+            if 2 * int(open_rows.sum()) <= open_rows.size:
+                settled = last <= low
                 below += int(np.dot(steps[settled], weight[settled]))
-            if not open_rows.all():
                 first, increment, steps, weight, last = (
                     first[open_rows],
                     increment[open_rows],
@@ -187,3 +189,25 @@ class Progressions:
             found[f"p{percent}"] = None if value is None else value / scale
         found["max"] = None if largest is None else largest / scale
         return found
+
+
+class Levels:
+    """A multiset of weighted integers in the making, each value kept once: levels that a quantity comes back to."""
+
+    def __init__(self) -> None:
+        self._values: Ints = np.empty(0, np.int64)
+        self._weights: Ints = np.empty(0, np.int64)
+
+    def add(self, values: Ints, weights: Ints) -> None:
+        """Add values, not negative, that count `weights` times each; all weights together must fit in 63 bits."""
+        values = np.concatenate((self._values, values))
+        weights = np.concatenate((self._weights, weights))
+        order = np.argsort(values, kind="stable")
+        values = values[order]
+        starts = np.flatnonzero(np.diff(values, prepend=-1))
+        self._values = values[starts]
+        self._weights = np.add.reduceat(weights[order], starts) if starts.size else weights
+
+    def progressions(self) -> Progressions:
+        """Return them all."""
+        return Progressions.weighted(self._values, self._weights)

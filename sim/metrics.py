@@ -8,16 +8,17 @@ Percentiles are nearest-rank. A statistic of nothing is None, never NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.bounds import CacheBound
 from sim.cluster.summary import cluster_figures
-from sim.distributions import Ints, Progressions, exact_dot, exact_sum, summary_of_values
+from sim.distributions import Ints, Levels, Progressions, exact_dot, exact_sum, summary_of_values
 from sim.records import REJECTED, Columns, RunResult, finished_mask
 from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
@@ -31,6 +32,15 @@ def int_column(columns: Columns, name: str) -> Ints:
     """Return a column as int64 [rows], the caller's own."""
     # What comes from disk is nobody else's.
     return np.asarray(columns[name]).astype(np.int64, copy=not isinstance(columns, StoredColumns))
+
+
+def _parts(columns: Columns, names: Sequence[str]) -> Iterator[tuple[Ints, ...]]:
+    """Yield these columns as `int_column` returns them, some rows at a time if they are on disk."""
+    if not isinstance(columns, StoredColumns):
+        yield tuple(int_column(columns, name) for name in names)
+        return
+    for first, last in columns.spans():
+        yield tuple(columns.part(name, first, last).astype(np.int64, copy=False) for name in names)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,9 @@ class Latencies:
 
 def _tpot_s(decode_ps: Ints, decode_tokens: Ints) -> NDArray[np.float64]:
     several = decode_tokens > 0
-    found = decode_ps[several] / decode_tokens[several]
+    if not several.all():
+        decode_ps, decode_tokens = decode_ps[several], decode_tokens[several]
+    found = decode_ps / decode_tokens
     found /= PS_PER_S
     found.sort()
     return found
@@ -84,14 +96,9 @@ def inter_token_gaps(result: RunResult) -> Progressions:
     Step j of a stretch lasts first_step_ps + j · step_increment_ps and is the gap of `itl_tokens` tokens;
     gaps that span a preemption are listed apart.
     """
-    rows = result.timeline
-    within = Progressions.of(
-        int_column(rows, "first_step_ps"),
-        int_column(rows, "step_increment_ps"),
-        int_column(rows, "steps"),
-        int_column(rows, "itl_tokens"),
-    )
-    return within + Progressions.plain(result.gaps_ps.astype(np.int64))
+    names = ("first_step_ps", "step_increment_ps", "steps", "itl_tokens")
+    within = [Progressions.of(*columns) for columns in _parts(result.timeline, names)]
+    return Progressions.joined([*within, Progressions.plain(result.gaps_ps.astype(np.int64))])
 
 
 def _between(result: RunResult, first: str, last: str, done: NDArray[np.bool_]) -> Ints:
@@ -135,8 +142,13 @@ def _float_summary(ascending: NDArray[np.float64]) -> dict[str, float | None]:
 
 def float_sum(values: NDArray[np.float64]) -> float:
     """Return the exactly rounded sum of floats, a piece of which at a time becomes a list."""
+    return math.fsum(_listed(values))
+
+
+def _listed(values: NDArray[np.float64]) -> Iterator[float]:
+    """Return the values one by one, a piece of which at a time becomes a list."""
     pieces = np.split(values, range(_PIECE, values.size, _PIECE))
-    return math.fsum(chain.from_iterable(map(np.ndarray.tolist, pieces)))
+    return chain.from_iterable(map(np.ndarray.tolist, pieces))
 
 
 @dataclass(frozen=True)
@@ -152,34 +164,80 @@ class _Stretches:
     sixfold_w0: Ints
     sixfold_w1: Ints
 
+    NAMES: ClassVar = ("steps", "start_ps", "end_ps", "first_step_ps", "step_increment_ps")
+
     @classmethod
-    def of(cls, rows: Columns) -> _Stretches:
-        steps = int_column(rows, "steps")
-        duration = int_column(rows, "end_ps") - int_column(rows, "start_ps")
-        first, increment = int_column(rows, "first_step_ps"), int_column(rows, "step_increment_ps")
+    def of(cls, steps: Ints, start: Ints, end: Ints, first: Ints, increment: Ints) -> _Stretches:
+        """Compute it from the columns of NAMES."""
+        duration = end - start
         w1 = steps * (
             3 * first + (2 * steps - 1) * increment
         )  # of a single step, any share: its ends are equal
         return cls(duration, 6 * duration - w1, w1)
 
-    def integral(self, at_first: Ints, at_last: Ints) -> float:
-        """Return ∫ value dt in value · picoseconds."""
-        return (exact_dot(self.sixfold_w0, at_first) + exact_dot(self.sixfold_w1, at_last)) / 6
+    @classmethod
+    def parts(cls, rows: Columns, names: Sequence[str] = ()) -> Iterator[tuple[_Stretches, list[Ints]]]:
+        """Yield the clock of some rows at a time, with these columns of theirs."""
+        for columns in _parts(rows, (*cls.NAMES, *names)):
+            count = len(cls.NAMES)
+            yield cls.of(*columns[:count]), list(columns[count:])
 
-    def mean_ratio(
-        self,
-        top: tuple[Ints, Ints],
-        bottom: tuple[Ints, Ints],
-    ) -> float | None:
-        """Return the time-weighted mean of top / bottom, (first, last) each, over the time bottom > 0."""
-        busy = bottom[1] > 0
+    def sixfold_integral(self, at_first: Ints, at_last: Ints) -> int:
+        """Return 6 · ∫ value dt, in value · picoseconds."""
+        return exact_dot(self.sixfold_w0, at_first) + exact_dot(self.sixfold_w1, at_last)
+
+    def ratio_terms(
+        self, top_first: Ints, top_last: Ints, bottom_first: Ints, bottom_last: Ints
+    ) -> Iterator[float]:
+        """Return terms that sum up to ∫ top / bottom dt over the time that bottom > 0, in picoseconds."""
+        busy = bottom_last > 0
         w0, w1 = self.sixfold_w0[busy] / 6, self.sixfold_w1[busy] / 6
-        time = exact_sum(self.duration[busy])
-        if not time:
-            return None
-        at_first = np.divide(top[0][busy], np.maximum(bottom[0][busy], 1))
-        at_last = np.divide(top[1][busy], bottom[1][busy])
-        return float_sum(w0 * at_first + w1 * at_last) / time
+        at_first = np.divide(top_first[busy], np.maximum(bottom_first[busy], 1))
+        at_last = np.divide(top_last[busy], bottom_last[busy])
+        return _listed(w0 * at_first + w1 * at_last)
+
+
+def _mean_ratio(rows: Columns, top: str, bottom: str) -> float | None:
+    """Return the time-weighted mean of top / bottom over the time bottom > 0; None if it never is."""
+    names = (f"{top}_first", top, f"{bottom}_first", bottom)
+    time = sum(
+        exact_sum(clock.duration[columns[-1] > 0]) for clock, columns in _Stretches.parts(rows, names[-1:])
+    )
+    terms = (clock.ratio_terms(*columns) for clock, columns in _Stretches.parts(rows, names))
+    return math.fsum(chain.from_iterable(terms)) / time if time else None
+
+
+def _over_time(rows: Columns, name: str, scale: int, span_ps: int, pools: int) -> dict[str, float | None]:
+    """Return mean, 99th percentile and maximum of a column over the time of so many pools, divided by `scale`."""
+    sixfold = busy = 0
+    levels = Levels()
+    for clock, (first, last) in _Stretches.parts(rows, (f"{name}_first", name)):
+        sixfold += clock.sixfold_integral(first, last)
+        busy += exact_sum(clock.duration)
+        levels.add(last, clock.duration)
+    levels.add(np.zeros(1, np.int64), np.array([max(0, span_ps * pools - busy)]))
+    peak = levels.progressions()
+    p99, largest = peak.percentile(99), peak.max()
+    return {
+        "mean": sixfold / 6 / (span_ps * pools) / scale if span_ps else None,
+        "p99": None if p99 is None else p99 / scale,
+        "max": None if largest is None else largest / scale,
+    }
+
+
+def _slots_at_the_end(result: RunResult, tokens_per_block: int) -> tuple[int, int]:
+    """Return how many slots of the tables of finished requests were left unused, and how many slots those had."""
+    done, first, unused, slots = finished_mask(result), 0, 0, 0
+    names = ("prompt_tokens", "output_tokens", "num_samples", "blocks")
+    for columns in _parts(result.requests, names):
+        counted = done[first : first + columns[0].size]
+        first += columns[0].size
+        prompt, output, samples, blocks = (column[counted] for column in columns)
+        tables = np.where(output == 1, 1, samples)  # one token: not forked
+        # In last blocks alone, whatever has left a window before.
+        unused += exact_sum(tables * (-(prompt + output - 1) % tokens_per_block))
+        slots += exact_sum(blocks) * tokens_per_block
+    return unused, slots
 
 
 def occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
@@ -190,46 +248,24 @@ def occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     rows, cache = result.timeline, result.cache
     pools = max(len(result.replicas), 1)
     num_blocks, tokens_per_block = cache.num_blocks // pools, cache.tokens_per_block
-    clock = _Stretches.of(rows)
-    idle = max(0, span_ps * pools - exact_sum(clock.duration))
-
-    def ends(name: str) -> tuple[Ints, Ints]:
-        return int_column(rows, f"{name}_first"), int_column(rows, name)
-
-    def over_time(first: Ints, last: Ints, scale: int) -> dict[str, float | None]:
-        peak = Progressions.weighted(np.append(last, 0), np.append(clock.duration, idle))
-        p99, largest = peak.percentile(99), peak.max()
-        return {
-            "mean": clock.integral(first, last) / (span_ps * pools) / scale if span_ps else None,
-            "p99": None if p99 is None else p99 / scale,
-            "max": None if largest is None else largest / scale,
-        }
-
-    # Columns come and go, so that few of them are in memory at once.
-    filled = clock.mean_ratio(ends("kv_tokens"), ends("referenced_blocks"))
-    by_block = over_time(*ends("referenced_blocks"), num_blocks)
-    by_token = over_time(*ends("kv_tokens"), num_blocks * tokens_per_block)
-    saved = int_column(rows, "saved_blocks")
-    done = finished_mask(result)
-    output = int_column(result.requests, "output_tokens")[done]
-    final = int_column(result.requests, "prompt_tokens")[done] + output - 1
-    tables = np.where(
-        output == 1, 1, int_column(result.requests, "num_samples")[done]
-    )  # one token: not forked
-    unused = tables * (-final % tokens_per_block)  # in last blocks alone, whatever has left a window before
-    slots = exact_sum(int_column(result.requests, "blocks")[done]) * tokens_per_block
+    filled = _mean_ratio(rows, "kv_tokens", "referenced_blocks")
+    sixfold_saved = most_saved = 0
+    for clock, (saved,) in _Stretches.parts(rows, ("saved_blocks",)):
+        sixfold_saved += clock.sixfold_integral(saved, saved)
+        most_saved = max(most_saved, int(saved.max(initial=0)))
+    unused, slots = _slots_at_the_end(result, tokens_per_block)
     return {
         "kv_utilization": {
-            "block": by_block,
-            "token": by_token,
+            "block": _over_time(rows, "referenced_blocks", num_blocks, span_ps, pools),
+            "token": _over_time(rows, "kv_tokens", num_blocks * tokens_per_block, span_ps, pools),
         },
         "internal_fragmentation": {
             "mean": None if filled is None else 1 - filled / tokens_per_block,
-            "final": exact_sum(unused) / slots if slots else None,
+            "final": unused / slots if slots else None,
         },
         "sharing_saved_blocks": {
-            "mean": clock.integral(saved, saved) / span_ps if span_ps else None,
-            "max": int(saved.max()) if saved.size else None,
+            "mean": sixfold_saved / 6 / span_ps if span_ps else None,
+            "max": most_saved,
         },
     }
 

@@ -132,10 +132,14 @@ class StoredColumns(Mapping[str, NDArray[np.generic]]):
         found: NDArray[np.generic] = np.array(texts, dtype=np.str_)[self.files.part(code, first, last)]
         return found
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield first and last + 1 of so many rows at a time as should be in memory at once."""
+        for first in range(0, self.num_rows, _CHUNK):
+            yield first, min(first + _CHUNK, self.num_rows)
+
     def parts(self) -> Iterator[dict[str, NDArray[np.generic]]]:
         """Yield all columns, some rows at a time."""
-        for first in range(0, self.num_rows, _CHUNK):
-            last = min(first + _CHUNK, self.num_rows)
+        for first, last in self.spans():
             yield {name: self.part(name, first, last) for name in self._names}
 
     def equals(self, name: str, text: str) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_cases import NaiveEngine, results
 
-from sim.distributions import Progressions, exact_dot, exact_sum
+from sim.distributions import Levels, Progressions, exact_dot, exact_sum
 from sim.metrics import inter_token_gaps, summarise
 from sim.records import RunResult
 from sim.scheduler.config import EngineConfig
@@ -330,6 +330,20 @@ def test_ten_million_steps_are_not_unfolded() -> None:
     assert found.count() == 100 * 100_000 * 256
     assert found.percentile(50) == 49 * 10**9 + 7 * 99_999
     assert found.percentile(100) == 99 * 10**9 + 7 * 99_999
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=6), max_size=4))
+def test_levels_are_their_values_however_they_come(parts: list[list[tuple[int, int]]]) -> None:
+    levels = Levels()
+    for part in parts:
+        levels.add(*np.array(part, dtype=np.int64).reshape(-1, 2).T)
+    found = levels.progressions()
+    unfolded = sorted(value for part in parts for value, weight in part for _ in range(weight))
+    assert found.count() == len(unfolded)
+    assert found.first.size == len(set(unfolded))
+    for percent in (1, 50, 99, 100):
+        rank = -(-percent * len(unfolded) // 100)
+        assert found.percentile(percent) == (unfolded[rank - 1] if unfolded else None)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**62), st.integers(0, 2**62)), max_size=6))
