@@ -225,7 +225,7 @@ class Batch(Sequence[KVSequence]):
             rows, ring = self.order, self.ring
             assert rows is not None
             if not ring.left:
-                self._rewind()
+                self.rewind()
             ring.write(rows, ids)
         self.tick += 1
         if self.slots is not None:
@@ -302,7 +302,7 @@ class Batch(Sequence[KVSequence]):
             self._late.clear()
             self.ring.named = 0
 
-    def _rewind(self) -> None:
+    def rewind(self) -> None:
         """Have room in the ring again: it is full of ids."""
         for sequence in self.members:
             self.settle_ids(sequence)
@@ -320,6 +320,15 @@ class Batch(Sequence[KVSequence]):
             last = sequence.left + len(sequence.table) - 1
             keys.append(sequence.settled_history.keys(last, last + 1))
         return keys
+
+    def pending_keys(self, sequence: KVSequence, first: int, last: int) -> bytes:
+        """Return the keys of blocks first … last − 1 of a member, which it has filled one after the other till now."""
+        ring, tokens = self.ring, sequence.base_tokens + self.tick
+        count = tokens - first * self.tokens_per_block
+        if count <= ring.named and count <= self.tick - self._since.get(sequence, 0):
+            return ring.latest(self.members[sequence], count)[: (last - first) * self.tokens_per_block * 4]
+        self.settle_ids(sequence)
+        return sequence.settled_history.keys(first, last)
 
     def replace_history(self, sequence: KVSequence, history: History) -> None:
         """Note that a member is about to go on with another history, up to the same length."""

@@ -101,9 +101,11 @@ class Coasting(Decoding):
         """
         batch = sequence.batch
         assert batch is not None
-        bucket = batch.bucket_of(sequence)
-        if sequence.anchor.grower is not None:
-            sequence.anchor.grower = None
+        bucket, anchor = batch.bucket_of(sequence), sequence.anchor
+        if anchor.grower is not None:
+            full = (sequence.base_tokens + batch.tick) // self.tokens_per_block
+            keys = sequence.settled_history.keys(anchor.start + len(anchor.ids), full)
+            self.tables.prolong(sequence, keys, full)
             bucket.eager[sequence] = bucket[sequence]
         self._index_coasted(sequence, batch, bucket, sequence.base_tokens + batch.tick)
 

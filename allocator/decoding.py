@@ -54,7 +54,13 @@ class Decoding(ManagerState):
         that cannot name tokens; and while the block to be copied from is itself still to be copied into.
         """
         if isinstance(sequences, Batch) and num_tokens == 1:
-            return self._append_to_batch(sequences, tokens)
+            slots = None if tokens is None else self._tick_plainly(sequences, tokens)
+            if slots is None:
+                if sequences.slots is None:
+                    sequences.keep_slots()
+                self._advance_batch(sequences, 1, tokens)
+                slots = sequences.last_slots()
+            return slots
         if isinstance(sequences, KVSequence):
             raise ValueError(f"sequences ({sequences}) must be a list of them, or a Batch")
         firsts = [sequence.num_tokens for sequence in sequences]
@@ -64,15 +70,6 @@ class Decoding(ManagerState):
         return np.concatenate(
             [s.slots(first, first + num_tokens) for s, first in zip(sequences, firsts, strict=True)]
         )
-
-    def _append_to_batch(
-        self, batch: Batch, tokens: Sequence[Sequence[int]] | Sequence[int] | None
-    ) -> NDArray[np.int64]:
-        if batch.slots is None:
-            batch.keep_slots()
-        if tokens is None or not self._tick_plainly(batch, tokens):
-            self._advance_batch(batch, 1, tokens)
-        return batch.last_slots()
 
     def advance(
         self,
@@ -320,35 +317,42 @@ class Decoding(ManagerState):
         if self.events is not None:
             self.events.add(ADVANCED, NOBODY, batch.number, num_tokens)
 
-    def _tick_plainly(self, batch: Batch, tokens: Sequence[Sequence[int]] | Sequence[int]) -> bool:
+    def _tick_plainly(
+        self, batch: Batch, tokens: Sequence[Sequence[int]] | Sequence[int]
+    ) -> NDArray[np.int64] | None:
         """Do what `_advance_batch` does for one tick with token ids, if who starts or fills a block is all there is
-        to look at; else return False. Most ticks are of this kind, and most of what a tick costs is to find out.
+        to look at, and return the slots; else return None. Most ticks are of this kind, and most of what a tick costs
+        is to find out.
         """
+        slots = batch.slots
         if (
-            batch.unready
+            slots is None
+            or batch.unready
             or batch.nameless
             or batch.coasted
-            or batch.live is not self.sequences
             or self.steps_count
+            or batch.live is not self.sequences
+            or (ids := batch.packed(tokens)) is None
         ):
-            return False
-        ids = batch.packed(tokens)
-        if ids is None:
-            return False
-        buckets, size, tick = batch.buckets, self.tokens_per_block, batch.tick
-        starting = buckets.get(tick % size)
+            return None
+        tick, size, ring, rows = batch.tick, self.tokens_per_block, batch.ring, batch.order
+        assert rows is not None
+        starting = batch.buckets.get(tick % size)
         if starting is not None:
-            growth = len(starting)
-            if growth > self.pool.num_free + self.pool.num_evictable:
-                return False
-            batch.start_blocks(starting, self.pool.take(growth))
+            pool, growth = self.pool, len(starting)
+            if growth > pool.num_free + pool.num_evictable:
+                return None
+            batch.start_blocks(starting, pool.take(growth))
             self.logical_blocks += growth
-        batch.step(ids)
-        filled = buckets.get((tick + 1) % size)
+        if not ring.left:
+            batch.rewind()
+        ring.write(rows, ids)
+        batch.tick = tick = tick + 1
+        filled = batch.buckets.get(tick % size)
         if filled is not None and self.indexes_full:
             self.tables.index_filled(batch, filled)
         self.logical_tokens += len(batch.members)
-        return True
+        return slots.advanced(rows)
 
     def _tick(self, batch: Batch, ids: NDArray[np.int32] | None) -> None:
         """Let a batch go on by one tick, in which it writes `ids`."""

@@ -42,6 +42,12 @@ class LastSlots:
         # take() needs half the time of an index
         return self._all[rows].copy() if isinstance(rows, slice) else self._all.take(rows)
 
+    def advanced(self, rows: Rows) -> NDArray[np.int64]:
+        """Go on by a token in every row, and return the slots of `rows`."""
+        slots = self._all
+        np.add(slots, _ONE, slots)
+        return slots[rows].copy() if isinstance(rows, slice) else slots.take(rows)
+
 
 class TokenRing:
     """Token ids, int32 [rows, columns]: a row for each member of a batch, a column for each step.

@@ -156,13 +156,13 @@ class Sharing(Admission):
             return
         batch = sequence.batch
         if batch is not None:
-            behind = batch.coasted
-            if sequence.anchor.grower is not None:
-                behind = True
-                sequence.anchor.grower = None
-                batch.settle_ids(sequence)
+            coasted, anchor = batch.coasted, sequence.anchor
+            if anchor.grower is not None:
+                full = sequence.num_tokens // self.tokens_per_block
+                keys = batch.pending_keys(sequence, anchor.start + len(anchor.ids), full)
+                self.tables.prolong(sequence, keys, full)
             bucket = batch.discard(sequence)
-            if behind:
+            if coasted:
                 self._index_coasted(sequence, batch, bucket, sequence.base_tokens)
         if self.events is not None:
             self.events.add(FREED, sequence.number)

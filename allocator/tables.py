@@ -92,6 +92,14 @@ class Tables:
                 anchor.grower = sequence
                 del eager[sequence]
 
+    def prolong(self, sequence: KVSequence, keys: bytes, full: int) -> None:
+        """Let an extent that this sequence grows have all blocks up to `full`; `keys` are those of what it lacks."""
+        extent = sequence.anchor
+        extent.grower = None
+        extent.ids.extend(sequence.table[extent.start + len(extent.ids) : full])
+        extent.keys += keys
+        self.index.version += 1
+
     def index_full(
         self, sequence: KVSequence, full: int, dates: array[int] | None = None, *, alike: bool = False
     ) -> None:

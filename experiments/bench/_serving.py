@@ -142,21 +142,22 @@ def serve(server: Server, workload: Workload) -> Run:
     run = Run()
     waiting = deque(workload.prompts)
     running: deque[tuple[Any, int]] = deque()  # handle, and the step after which it is done
-    start = now = perf_counter()
+    start = perf_counter()
     for step, tokens in enumerate(workload.steps, start=1):
-        while waiting and len(running) < workload.max_running:
-            request, hit = server.admit(waiting.popleft())
-            run.requests.append(request)
-            run.hits.append(hit)
-            running.append((request, step + OUTPUT_TOKENS - 1))
-        before, now = now, perf_counter()
-        run.admit_s += now - before
+        if waiting and len(running) < workload.max_running:
+            before = perf_counter()
+            while waiting and len(running) < workload.max_running:
+                request, hit = server.admit(waiting.popleft())
+                run.requests.append(request)
+                run.hits.append(hit)
+                running.append((request, step + OUTPUT_TOKENS - 1))
+            run.admit_s += perf_counter() - before
         run.slots.append(server.append(tokens))
-        before, now = now, perf_counter()
-        run.append_s += now - before
-        while running and running[0][1] == step:
-            server.free(running.popleft()[0])
-        before, now = now, perf_counter()
-        run.free_s += now - before
+        if running[0][1] == step:
+            before = perf_counter()
+            while running and running[0][1] == step:
+                server.free(running.popleft()[0])
+            run.free_s += perf_counter() - before
     run.total_s = perf_counter() - start
+    run.append_s = run.total_s - run.admit_s - run.free_s  # and what the loop takes
     return run
