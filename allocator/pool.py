@@ -93,11 +93,11 @@ class BlockPool(FreeBlocks):
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
         chosen = self.policy.victim(wanted)
-        if isinstance(chosen, tuple) and len(chosen) == 2:
+        if type(chosen) is tuple and len(chosen) == 2:
             extent, count = chosen
             if (
-                isinstance(extent, Extent)
-                and isinstance(count, int)
+                type(extent) is Extent
+                and type(count) is int
                 and 1 <= count <= wanted
                 and count <= len(extent.ids)
                 and not extent.references

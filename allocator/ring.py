@@ -13,7 +13,7 @@ Rows: TypeAlias = slice | NDArray[np.intp]
 """Which rows of an array are the members', in their order: all up to a number, or one by one."""
 
 _MIN_ROWS = 64
-_STEPS = 256
+_STEPS = 512
 """Steps that are to pass before histories have to take in what the ring holds."""
 _ONE = np.array(1)  # adding a Python number takes twice as long
 

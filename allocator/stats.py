@@ -45,8 +45,9 @@ class Lookups:
             self.hit_tokens += match.hit_tokens
             self.hit_blocks += match.hit_blocks
             self.partial_hits += match.partial is not None
+        misses = self.miss_blocks
         for cause, blocks in match.miss_blocks.items():
-            self.miss_blocks[cause] += blocks
+            misses[cause] += blocks
 
 
 @with_field_docs
