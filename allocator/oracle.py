@@ -355,6 +355,7 @@ class Oracle(Recount):
             self.hit_tokens += found.hit_tokens
             self.hit_blocks += found.hit_blocks
         story = Story(self.shadow, salt, list(prompt.tokens), prompt.num_tokens)
+        story.nameable = isinstance(prompt.content, TokenContent)
         self.stories[sequence] = story
         story.say(found.hit_tokens)
         self.note(sequence, self.manager.prefill_slots(sequence).tolist(), story.say(chunk))
@@ -405,7 +406,7 @@ class Oracle(Recount):
         self.settle(sequences)
         if not self.hold:
             self.hold = wait
-        if any(not isinstance(s.content(), TokenContent) for s in sequences):
+        if not all(self.stories[sequence].nameable for sequence in sequences):
             bits = None
         named = _named(bits, count)
         tokens = None if named is None else [named] * len(sequences)

@@ -173,6 +173,8 @@ class Story:
     """What it says of how its block at a position is to be kept, see `allocator.rules.retention`."""
     noted: int = 0
     """How many of its blocks' wishes have been noted."""
+    nameable: bool = False
+    """Whether its content can name tokens one by one."""
 
     def next_tokens(self, count: int, named: Sequence[int] | None = None) -> list[Hashable]:
         """Return the next `count` tokens: with these names, or those known before, or like no others."""
@@ -208,6 +210,7 @@ class Story:
             states,
             self.wish,
             self.noted,
+            self.nameable,
         )
 
     def truncate(self, length: int) -> None:
@@ -216,6 +219,15 @@ class Story:
         self.prompt = min(self.prompt, length)
         self.noted = min(self.noted, length // self.shadow.tokens_per_block)
         del self.tokens[length:], self.states[length:]
+
+    def named(self) -> list[int]:
+        """Return the token ids that it has said, up to the first that nobody named."""
+        said: list[int] = []
+        for token in self.tokens[: self.length]:
+            if not isinstance(token, int):
+                break
+            said.append(token)
+        return said
 
     def resumed(self, content: Content) -> Prompt:
         """Return all it has said as the prompt `content`, to be said again."""

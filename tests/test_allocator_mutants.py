@@ -805,6 +805,20 @@ MUTANTS = [
         "",
         "BatchMachine AllocatorMachine",
     ),
+    Mutant(
+        "walked_past_what_has_grown",
+        "prefix.py",
+        "            if child.grower is not None:\n                child.grower.catch_up()\n            whole",
+        "            whole",
+        "BatchMachine AllocatorMachine",
+    ),
+    Mutant(
+        "repeated_beside_what_has_grown",
+        "prefix.py",
+        "            if child.grower is not None:\n                child.grower.catch_up()\n            is_ghost",
+        "            is_ghost",
+        "BatchMachine AllocatorMachine",
+    ),
 ]
 
 

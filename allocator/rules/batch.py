@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from allocator.rules.base import FEW, INDEX, TOKEN_BITS, WAITS, ManagerMachine
+from hypothesis import strategies as st
+
+from allocator.blocks import OutOfBlocks
+from allocator.content import TokenContent
+from allocator.oracle import MAX_LIVE
+from allocator.rules.base import CHUNKS, FEW, INDEX, TOKEN_BITS, WAITS, ManagerMachine
 from allocator.rules.operation import operation
+from allocator.shadow import Prompt
 
 
 class BatchRules(ManagerMachine):
@@ -34,3 +40,32 @@ class BatchRules(ManagerMachine):
         """Decode the whole batch for a step or several."""
         self.append_to(self.batch, count, bits, wait)
         self.did("append batch")
+
+    @operation(
+        when=lambda self: len(self.batch) > 0 and len(self.stories) < MAX_LIVE,
+        index=INDEX,
+        count=st.integers(1, 9),
+        bits=st.sampled_from([None, *range(16)]),
+        chunk=CHUNKS,
+    )
+    def follow(self, index: int, count: int, bits: int | None, chunk: int) -> None:
+        """Decode the batch step by step while nobody looks; then admit a prompt that a member has just said."""
+        self.settle(self.batch)
+        self.flush()
+        if not all(self.stories[sequence].nameable for sequence in self.batch):
+            bits = None
+        for step in range(count):
+            named = None if bits is None else [bits >> step % 4 & 1]
+            try:
+                slots = self.manager.append(self.batch, named and named * len(self.batch))
+            except OutOfBlocks:
+                break
+            for sequence, slot in zip(self.batch, slots.tolist(), strict=True):
+                self.note(sequence, [slot], self.stories[sequence].say(1, named))
+            self.flush()
+        story = self.stories[self.batch[index % len(self.batch)]]
+        said = story.named()
+        if said:
+            prompt = self.learn(Prompt(TokenContent([*said, 0]), (*said, 0)))
+            self.admit_prompt(prompt, story.salt, chunk)
+        self.did("follow")
