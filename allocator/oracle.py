@@ -421,3 +421,26 @@ class Oracle(Recount):
         for sequence, row in zip(sequences, rows, strict=True):
             self.note(sequence, row, self.stories[sequence].say(count, named))
         return True
+
+    def append_unwatched(self, sequences: Sequence[KVSequence], count: int, bits: int | None) -> None:
+        """Append to some sequences, or to the batch, as long as there is room up to `count` tokens, one a step.
+
+        Nobody looks at the manager in between, as `refusing` does: what it puts off till then, it puts off.
+        """
+        self.settle(sequences)
+        self.flush()
+        if not all(self.stories[sequence].nameable for sequence in sequences):
+            bits = None
+        for step in range(count):
+            named = None if bits is None else [bits >> step % 4 & 1]
+            try:
+                slots = self.manager.append(sequences, named and named * len(sequences))
+            except OutOfBlocks:
+                break
+            for sequence, slot in zip(sequences, slots.tolist(), strict=True):
+                self.note(sequence, [slot], self.stories[sequence].say(1, named))
+            self.appended()
+            self.flush()
+
+    def appended(self) -> None:
+        """Note what a step of `append_unwatched` says of blocks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from allocator.blocks import OutOfBlocks
 from allocator.content import TokenContent
 from allocator.oracle import MAX_LIVE
 from allocator.rules.base import CHUNKS, FEW, INDEX, TOKEN_BITS, WAITS, ManagerMachine
@@ -50,19 +49,7 @@ class BatchRules(ManagerMachine):
     )
     def follow(self, index: int, count: int, bits: int | None, chunk: int) -> None:
         """Decode the batch step by step while nobody looks; then admit a prompt that a member has just said."""
-        self.settle(self.batch)
-        self.flush()
-        if not all(self.stories[sequence].nameable for sequence in self.batch):
-            bits = None
-        for step in range(count):
-            named = None if bits is None else [bits >> step % 4 & 1]
-            try:
-                slots = self.manager.append(self.batch, named and named * len(self.batch))
-            except OutOfBlocks:
-                break
-            for sequence, slot in zip(self.batch, slots.tolist(), strict=True):
-                self.note(sequence, [slot], self.stories[sequence].say(1, named))
-            self.flush()
+        self.append_unwatched(self.batch, count, bits)
         story = self.stories[self.batch[index % len(self.batch)]]
         said = story.named()
         if said:

@@ -227,6 +227,15 @@ class RetentionRules(ManagerMachine):
         self.take_notes()
         return runs
 
+    def append_unwatched(self, *arguments: Any) -> None:
+        """Append, and note after each step what that says of blocks."""
+        self.cached_before = self.cached_blocks()
+        super().append_unwatched(*arguments)
+
+    def appended(self) -> None:
+        """Note what a step says of blocks."""
+        self.take_notes()
+
     def take_notes(self) -> None:
         """Note what sequences have come to hold, or computed beside what is cached, by the last call."""
         said: dict[State, set[Retention]] = {}
