@@ -118,6 +118,7 @@ class Pair:
 
     def rows(self, sequences: Sequence[KVSequence], count: int, tokens: Any) -> list[Any]:
         named = [None] * len(sequences) if tokens is None else tokens
+        named = [[row] if isinstance(row, int) else row for row in named]
         return [
             self.machine.stories[s].next_tokens(count, row) for s, row in zip(sequences, named, strict=True)
         ]
@@ -154,6 +155,7 @@ class Pair:
             real.events,
             windowed=real.windowed is not None,
         )
+        batch.catch_up = real.catch_up
         batch.pair = self
         return batch
 
