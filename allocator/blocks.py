@@ -82,6 +82,13 @@ class FreeBlocks(ABC):
         self.num_free -= count
         return taken
 
+    def take_one(self) -> int:
+        """Return the one block of `take(1)`: a third of the time, if it is free."""
+        if len(self._freed) > self._stocked:
+            self.num_free -= 1
+            return self._freed.pop()
+        return self.take(1)[0]
+
     def _refill(self, count: int) -> None:
         """Put blocks below those on the stack, or free those of the stock, until the top `count` are free."""
         if count > self.num_free + self.num_evictable:

@@ -240,7 +240,10 @@ class Decoding(ManagerState):
         """Let a sequence that is in no batch have `num_tokens` more tokens, and the blocks for them."""
         tokens, table, events = sequence.base_tokens + num_tokens, sequence.table, self.events
         growth = -(-tokens // self.tokens_per_block) - sequence.left - len(table)
-        if growth:
+        if growth == 1 and events is None and sequence.tenant is None:
+            table.append(self.pool.take_one())
+            self.logical_blocks += 1
+        elif growth:
             blocks = self.pool.take(growth)
             table.extend(blocks)
             self.logical_blocks += growth
