@@ -249,10 +249,10 @@ def occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
     pools = max(len(result.replicas), 1)
     num_blocks, tokens_per_block = cache.num_blocks // pools, cache.tokens_per_block
     filled = _mean_ratio(rows, "kv_tokens", "referenced_blocks")
-    sixfold_saved = most_saved = 0
+    sixfold_saved, most_saved = 0, -1
     for clock, (saved,) in _Stretches.parts(rows, ("saved_blocks",)):
         sixfold_saved += clock.sixfold_integral(saved, saved)
-        most_saved = max(most_saved, int(saved.max(initial=0)))
+        most_saved = max(most_saved, int(saved.max(initial=-1)))
     unused, slots = _slots_at_the_end(result, tokens_per_block)
     return {
         "kv_utilization": {
@@ -265,7 +265,7 @@ def occupancy(result: RunResult, span_ps: int) -> dict[str, Any]:
         },
         "sharing_saved_blocks": {
             "mean": sixfold_saved / 6 / span_ps if span_ps else None,
-            "max": most_saved,
+            "max": None if most_saved < 0 else most_saved,
         },
     }
 

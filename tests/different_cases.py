@@ -47,7 +47,7 @@ def different_programs(machine: Any, share: float = 0.5) -> type[unittest.TestCa
             for _ in range(_batches(share)):
                 run_state_machine_as_test(machine, settings=settings(max_examples=BATCH))
 
-        runTest.is_hypothesis_test = True  # type: ignore[attr-defined]  # so that pytest shows its statistics
+        vars(runTest)["is_hypothesis_test"] = True  # so that pytest shows its statistics
 
     DifferentPrograms.__qualname__ = DifferentPrograms.__name__ = machine.__name__
     return DifferentPrograms

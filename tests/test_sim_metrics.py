@@ -301,6 +301,7 @@ def test_an_empty_run_has_no_statistics() -> None:
     found = summarise(empty, EngineConfig())
     assert found["requests"] == found["steps"] == 0
     assert found["itl_s"]["p99"] is None
+    assert found["sharing_saved_blocks"]["max"] is None
     assert found["throughput_tokens_per_s"] is None
     json.dumps(found, allow_nan=False)
 
