@@ -172,7 +172,7 @@ class Admission(Coasting):
             now = as_int("now", now, pool.now)
         new_blocks = -(-tokens // size) - hit_blocks
         needed = new_blocks + self._blocks_tied(match) if hit_tokens else new_blocks
-        if needed > pool.num_free + pool.num_evictable:
+        if needed > pool.available:
             raise OutOfBlocks(needed, pool.available)
         account = None
         if tenant is not None:

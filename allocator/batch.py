@@ -245,7 +245,8 @@ class Batch(Sequence[KVSequence]):
         if self.slots is not None:
             size, row = self.tokens_per_block, self.members[sequence]
             self.slots.reserve(row + 1)
-            self.slots.by_row[row] = sequence.table[-1] * size + (sequence.num_tokens - 1) % size
+            tokens = sequence.base_tokens + self.tick
+            self.slots.by_row[row] = sequence.table[-1] * size + (tokens - 1) % size
 
     def last_slots(self) -> NDArray[np.int64]:
         """Return the slots of all members' last tokens, int64 [len(self)], if they are kept and arranged."""
@@ -290,7 +291,8 @@ class Batch(Sequence[KVSequence]):
             count = min(self.ring.named, self.tick - self._since.get(sequence, 0))
             if count:
                 latest = self.ring.latest(self.members[sequence], count)
-                sequence.settled_history.record_packed(sequence.num_tokens - count, latest)
+                first = sequence.base_tokens + self.tick - count
+                sequence.settled_history.record_packed(first, latest)
             self._since[sequence] = self.tick
 
     def settle_all(self) -> None:

@@ -47,19 +47,30 @@ class FreeBlocks(ABC):
         if num_blocks > MAX_BLOCKS:
             raise ValueError(f"num_blocks ({num_blocks}) must be at most {MAX_BLOCKS}: block ids are int32")
         self.num_blocks = num_blocks
-        self.num_free = num_blocks  # without content worth keeping
-        self.num_evictable = 0
-        self.evicted_blocks = 0
+        self.available = num_blocks  # how many blocks `take` could give: free or evictable
         self.limbo: dict[int, None] = {}  # freed, but pinned by a copy or transfer that may still use them
         self._pins: dict[int, int] = {}
         self._freed = array("i")  # a stack
         self._stocked = 0  # the lowest of its blocks, which are a victim's and evictable till they are taken
+        self._stock = 0  # how many those were at first
+        self._tell_at = 0  # when only so many are left, the subclass is told
         self._fresh = 0  # blocks from here on have never been used
+        self._evicted = 0  # without those that are gone from the stock
 
     @property
-    def available(self) -> int:
-        """Return how many blocks `take` could give."""
-        return self.num_free + self.num_evictable
+    def num_free(self) -> int:
+        """Return how many blocks have no content worth keeping."""
+        return len(self._freed) - self._stocked + self.num_blocks - self._fresh
+
+    @property
+    def num_evictable(self) -> int:
+        """Return how many blocks have content that nobody references."""
+        return self.available - self.num_free
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Return how many blocks have lost their content for others, so far."""
+        return self._evicted + self._stock - self._stocked
 
     def free_ids(self) -> NDArray[np.int32]:
         """Return all free blocks, int32 [num_free], the next to be taken last."""
@@ -71,27 +82,27 @@ class FreeBlocks(ABC):
         freed = self._freed
         left = len(freed) - count
         if left < self._stocked:
-            if left > 0:
-                self._evict_stock(left)
+            if left > self._tell_at:
+                self._stocked = left
             else:
                 self._refill(count)
-            left = len(freed) - count
+                left = len(freed) - count
         taken = freed[left:]
         del freed[left:]
         taken.reverse()
-        self.num_free -= count
+        self.available -= count
         return taken
 
     def take_one(self) -> int:
         """Return the one block of `take(1)`: a third of the time, if it is free."""
         if len(self._freed) > self._stocked:
-            self.num_free -= 1
+            self.available -= 1
             return self._freed.pop()
         return self.take(1)[0]
 
     def _refill(self, count: int) -> None:
         """Put blocks below those on the stack, or free those of the stock, until the top `count` are free."""
-        if count > self.num_free + self.num_evictable:
+        if count > self.available:
             raise OutOfBlocks(count, self.available, self.name)
         freed = self._freed
         while (left := len(freed) - count) < self._stocked:
@@ -119,20 +130,20 @@ class FreeBlocks(ABC):
     def free_evicted(self, ids: array[int]) -> None:
         """Put blocks that have just lost their content below the free ones, the first of them to be taken first."""
         self._freed[:0] = ids[::-1]
-        self.num_free += len(ids)
+        self.available += len(ids)
 
     def give(self, ids: Sequence[int]) -> None:
         """Take back uncached blocks that nobody holds any more, the next to be reused last."""
         if not self._pins:
             self._freed.extend(ids)
-            self.num_free += len(ids)
+            self.available += len(ids)
             return
         for block in ids:
             if block in self._pins:
                 self.limbo[block] = None
             else:
                 self._freed.append(block)
-                self.num_free += 1
+                self.available += 1
 
     def pin(self, block: int) -> None:
         """Keep a block from being reused until `unpin`, whoever frees it."""
@@ -162,4 +173,4 @@ class FreeBlocks(ABC):
             elif block in limbo:
                 del limbo[block]
                 self._freed.append(block)
-                self.num_free += 1
+                self.available += 1

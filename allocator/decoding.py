@@ -343,7 +343,7 @@ class Decoding(ManagerState):
         starting = batch.buckets.get(tick % size)
         if starting is not None:
             pool, growth = self.pool, len(starting)
-            if growth > pool.num_free + pool.num_evictable:
+            if growth > pool.available:
                 return None
             batch.start_blocks(starting, pool.take(growth))
             self.logical_blocks += growth
@@ -353,7 +353,10 @@ class Decoding(ManagerState):
         batch.tick = tick = tick + 1
         filled = batch.buckets.get(tick % size)
         if filled is not None and self.indexes_full:
-            self.tables.index_filled(batch, filled)
+            if filled.eager:
+                self.tables.index_filled(batch, filled)
+            else:
+                self.index.version += 1
         self.logical_tokens += len(batch.members)
         return slots.advanced(rows)
 

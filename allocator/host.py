@@ -93,7 +93,7 @@ class HostPool(FreeBlocks):
         """Hold an extent and, unless the cache is windowed, all those above it."""
         for each in self.index.held_with(extent):
             if not each.host_references and each.host is not None and not each.ids:
-                self.num_evictable -= len(each.host)
+                self.available -= len(each.host)
                 self.order.pop(each, None)  # a head that was cut off was never listed itself
             each.host_references += 1
 
@@ -110,7 +110,7 @@ class HostPool(FreeBlocks):
         """Keep what only the host holds as cached, free what the GPU holds too."""
         assert extent.host is not None
         if not extent.ids and self.keep_cached:
-            self.num_evictable += len(extent.host)
+            self.available += len(extent.host)
             self._list(extent)
             return
         ids, extent.host = extent.host[::-1], None
@@ -137,7 +137,7 @@ class HostPool(FreeBlocks):
     def discard(self, extent: Extent) -> None:
         """Free the host blocks of an extent that nobody needs and that the GPU holds again."""
         assert extent.host is not None
-        self.num_evictable -= len(extent.host)
+        self.available -= len(extent.host)
         self.order.pop(extent, None)
         ids, extent.host = extent.host[::-1], None
         self._free(ids)
@@ -147,8 +147,8 @@ class HostPool(FreeBlocks):
         assert extent.host is not None
         if num_blocks == len(extent.host):
             del self.order[extent]
-        self.num_evictable -= num_blocks
-        self.evicted_blocks += num_blocks
+        self.available -= num_blocks
+        self._evicted += num_blocks
         parent = extent.parent
         ids = self.index.trim_host(extent, num_blocks)
         if self.partial is not None and parent is not None and parent.ids:

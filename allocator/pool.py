@@ -82,13 +82,15 @@ class BlockPool(FreeBlocks):
         index.draining = extent
         index.version += 1  # a match that leads through it is not current any more
         self._freed[:0] = ids
-        self._stocked = blocks = len(ids)
+        self._stock = self._stocked = blocks = len(ids)
         self._touched = extent.touched
         self._settle_at = 0
         ghosts = index.ghost_blocks + blocks
         if ghosts > index.ghost_capacity and not index.forgot:
             # When the first ghost has to be forgotten, everybody has to know.
             self._settle_at = max(0, ghosts - index.ghost_capacity - 1)
+        is_noted = self.lifetimes is not None or self.events is not None
+        self._tell_at = blocks if is_noted else self._settle_at
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
@@ -113,9 +115,6 @@ class BlockPool(FreeBlocks):
         """Note that the victim has only `left` blocks left; `settle` will tell index and policy."""
         count = self._stocked - left
         self._stocked = left
-        self.num_free += count
-        self.num_evictable -= count
-        self.evicted_blocks += count
         if self.lifetimes is not None:
             self.lifetimes.evictions.append((self.now, count, self._touched))
         if self.events is not None:
@@ -135,16 +134,17 @@ class BlockPool(FreeBlocks):
         self.index.draining = None
         if left:
             del self._freed[:left]
-            self._stocked = 0
-        gone = len(extent.ids) - left
+        gone = self._stock - left
+        self._evicted += gone
+        self._stock = self._stocked = 0
         if gone:
             self._trim(extent, gone)
 
     def _evict_from(self, extent: Extent, count: int) -> array[int]:
         if self.lifetimes is not None:
             self.lifetimes.evictions.append((self.now, count, extent.touched))
-        self.num_evictable -= count
-        self.evicted_blocks += count
+        self.available -= count
+        self._evicted += count
         ids = self._trim(extent, count)
         if self.events is not None:
             self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)
@@ -256,7 +256,7 @@ class BlockPool(FreeBlocks):
     def acquire(self, extent: Extent, references: int = 1) -> None:
         """Add references to an extent; an evictable one becomes referenced."""
         if not extent.references and extent.ids:
-            self.num_evictable -= len(extent.ids)
+            self.available -= len(extent.ids)
             if extent.retention is not None:
                 self.expiries.discard(extent)
             self.policy.referenced(extent)
@@ -282,7 +282,7 @@ class BlockPool(FreeBlocks):
         extent.sealed = True
         extent.touched = self.now
         if self.keep_cached:
-            self.num_evictable += len(extent.ids)
+            self.available += len(extent.ids)
             if extent.retention is not None:
                 self.expiries.released(extent, self.now)
             self.policy.released(extent)

@@ -217,10 +217,18 @@ class PrefixIndex:
             path.append((child, whole // width))
             base += whole
             node = child
-        if self.draining is not None and path and (path[-1][0] is self.draining or not path[-1][0].ids):
+        if self.draining is not None and path and self._is_behind(path):
             self.settle()
             return self.match(root, keys)
         return path
+
+    def _is_behind(self, path: list[tuple[Extent, int]]) -> bool:
+        """Return whether what is being evicted, and has not been settled, could change where a path leads."""
+        draining, last = self.draining, path[-1][0]
+        if last.ids:
+            return last is draining
+        # It ends at a ghost. Ghosts that are to come drive out others only where some have been driven out.
+        return self.forgot or any(extent is draining for extent, _ in path)
 
     def split(self, extent: Extent, at: int) -> Extent:
         """Cut `extent` after its first `at` blocks and return the new head; the object stays the tail."""
@@ -268,7 +276,7 @@ class PrefixIndex:
             if child.grower is not None:
                 child.grower.catch_up()
             is_ghost = not child.ids
-            if self.draining is not None and (child is self.draining or is_ghost):
+            if self.draining is not None and (child is self.draining or (is_ghost and self.forgot)):
                 self.settle()
                 continue
             matched = common_blocks(child.keys, keys, at, width)

@@ -158,7 +158,7 @@ class Sharing(Admission):
         if batch is not None:
             coasted, anchor = batch.coasted, sequence.anchor
             if anchor.grower is not None:
-                full = sequence.num_tokens // self.tokens_per_block
+                full = (sequence.base_tokens + batch.tick) // self.tokens_per_block
                 keys = batch.pending_keys(sequence, anchor.start + len(anchor.ids), full)
                 self.tables.prolong(sequence, keys, full)
             bucket = batch.discard(sequence)

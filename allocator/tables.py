@@ -61,7 +61,7 @@ class Tables:
         """Put the block that each of these members of a batch has just filled into the index.
 
         Decoding mostly prolongs an extent that is the sequence's own: what is not noted in other places as well then
-        follows when somebody looks.
+        waits until somebody looks.
         """
         self.index.version += 1
         eager = filled.eager
@@ -71,24 +71,23 @@ class Tables:
         turn = (
             eager.copy() if len(eager) == 1 else {each: row for each, row in filled.items() if each in eager}
         )
-        note_cached, events = self.pool.cached, self.events
-        is_noted = self.pool.notes_growth
-        for sequence, key in zip(turn, batch.keys_of_filled(turn), strict=True):
+        events, waits = self.events, self.events is None and not self.pool.notes_growth
+        keys = {} if waits else dict(zip(turn, batch.keys_of_filled(turn), strict=True))
+        for sequence, row in turn.items():
             anchor, table = sequence.anchor, sequence.table
-            if anchor.references == 1 and not anchor.sealed and not anchor.children:
-                if events is not None:
-                    events.add_block(STORED, sequence.number, anchor.ids[-1], len(table) - 1, table[-1])
-                anchor.keys += key
-                anchor.ids.append(table[-1])
-                if is_noted:
-                    note_cached(anchor, 1)
-            else:
+            if anchor.references > 1 or anchor.sealed or anchor.children:
                 batch.settle_ids(sequence)
                 self.index_full(sequence, len(table))
                 anchor = sequence.anchor
                 if anchor.references > 1 or anchor.sealed or anchor.children:
                     continue
-            if events is None and not is_noted and sequence.retention is None:
+            elif not waits or sequence.retention is not None:
+                if events is not None:
+                    events.add_block(STORED, sequence.number, anchor.ids[-1], len(table) - 1, table[-1])
+                anchor.keys += keys[sequence] if keys else batch.keys_of_filled({sequence: row})[0]
+                anchor.ids.append(table[-1])
+                self.pool.cached(anchor, 1)
+            if waits and sequence.retention is None:
                 anchor.grower = sequence
                 del eager[sequence]
 

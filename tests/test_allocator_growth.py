@@ -1,4 +1,6 @@
-"""Blocks that the index learns of late: nobody can tell from a manager whose index is told of each at once."""
+"""Blocks of which the index learns late that they are filled or gone: nobody can tell from a manager whose index is
+told of each at once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ UNKNOWN = -1
 
 
 class Watchful(LRU):
-    """LRU that wants to know of every block that fills, so that nothing may wait."""
+    """LRU that wants to know of every block that fills, and is asked for each to be taken: so nothing may wait."""
 
     def cached(self, extent: Extent, num_blocks: int) -> None:
         pass
@@ -28,9 +30,17 @@ class Watchful(LRU):
 class Life:
     """A manager, sequences in it with what they say, and all that was seen of them."""
 
-    def __init__(self, policy: EvictionPolicy, num_blocks: int, size: int, host_blocks: int) -> None:
-        config = CacheConfig()
-        self.manager = KVCacheManager(num_blocks, size, config, policy=policy, num_host_blocks=host_blocks)
+    def __init__(
+        self, policy: EvictionPolicy, num_blocks: int, size: int, host_blocks: int, ghost_blocks: int
+    ) -> None:
+        self.manager = KVCacheManager(
+            num_blocks,
+            size,
+            CacheConfig(),
+            policy=policy,
+            num_host_blocks=host_blocks,
+            ghost_blocks=ghost_blocks,
+        )
         self.batch = self.manager.batch()
         self.running: dict[KVSequence, list[int]] = {}
         self.texts: list[list[int]] = [[0], [1]]
@@ -184,14 +194,22 @@ def program(seed: int) -> list[tuple[str, int]]:
     st.sampled_from([1, 2, 2, 4]),
     st.sampled_from([16, 40, 200]),
     st.sampled_from([0, 0, 12]),
+    st.sampled_from([0, 3, 20, 1000]),
     st.sampled_from([2, 256]),
 )
 def test_nobody_can_tell_when_the_index_is_told(
-    operations: list[tuple[str, int]], size: int, num_blocks: int, host_blocks: int, steps: int
+    operations: list[tuple[str, int]],
+    size: int,
+    num_blocks: int,
+    host_blocks: int,
+    ghost_blocks: int,
+    steps: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("allocator.ring._STEPS", steps)
-        late, early = (Life(policy, num_blocks, size, host_blocks) for policy in (LRU(), Watchful()))
+        late, early = (
+            Life(policy, num_blocks, size, host_blocks, ghost_blocks) for policy in (LRU(), Watchful())
+        )
         for operation, number in [*operations, ("check", 0)]:
             if operation == "reorder" and not len(late.batch):
                 continue
@@ -208,14 +226,38 @@ def test_blocks_do_wait_until_somebody_looks() -> None:
     batch.add(sequence)
     for token in (3, 4, 5, 6, 7, 8, 9):
         manager.append(batch, [token])
-    assert sequence.anchor.end == 2
+    assert sequence.anchor.end == 1
     assert sequence.anchor.grower is sequence
     match = manager.lookup(TokenContent([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
     assert match.hit_blocks == 4 == sequence.anchor.end
     assert sequence.anchor.grower is None
-    manager.append(batch, [10])
-    assert sequence.anchor.end == 5
-    manager.append(batch, [11])
+    for token in (10, 11):
+        manager.append(batch, [token])
+    match = manager.lookup(TokenContent(list(range(1, 14))))
+    assert match.hit_blocks == 5
     manager.append(batch, [12])
-    assert sequence.anchored == 6
+    assert not manager.is_current(match), "a block waits, of which the match does not know"
+    for token in (13, 14):
+        manager.append(batch, [token])
+    assert sequence.anchor.end == 5
+    assert sequence.anchor.grower is sequence
+    assert sequence.anchored == 7
     manager.check_invariants()
+
+
+def test_ghosts_are_driven_out_before_one_of_them_is_revived() -> None:
+    """Though the victim that drives them out has blocks left, and nobody has looked at it."""
+    manager = KVCacheManager(9, 1, ghost_blocks=4)
+
+    def serve(*tokens: int) -> KVSequence:
+        return manager.admit(TokenContent(tokens), len(tokens))
+
+    for sequence in [serve(1), serve(2, 3), serve(4, 5)]:
+        manager.release(sequence)
+    victim = serve(10, 11, 12, 13, 14)  # with it, 1 is a ghost
+    serve(20, 21, 22, 23)  # now 2, 3, 4 and 5 are, and 1 is forgotten
+    manager.release(victim)
+    again = serve(4, 5, 30)  # from the victim's last three blocks: these drive out 2, 3 and 5
+    assert again.table.tolist() == [0, 8, 7]
+    assert manager.lookup(TokenContent([2, 3, 99])).miss_blocks == {"unknown": 3}
+    assert manager.lookup(TokenContent([10, 11, 12, 13, 14])).miss_blocks == {"evicted": 3}

@@ -585,7 +585,7 @@ MUTANTS = [
         "            self.queue.keep(demote(self.index, extent, kept, host_ids))\n",
         "            below = demote(self.index, extent, kept, host_ids)\n"
         "            if not below.host_references:\n"
-        "                self.host.num_evictable += kept\n"
+        "                self.host.available += kept\n"
         "                self.host.order[below] = None\n",
         "TierMachine",
     ),

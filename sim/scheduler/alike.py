@@ -71,7 +71,7 @@ class StepsAlike(Preemption):
         pool = self._pool
         if self._tiered:
             return pool.num_free
-        blocks = pool.num_free + pool.num_evictable
+        blocks = pool.available
         return blocks if self.protection is None else blocks - self.protection.num_blocks
 
     def quiet_steps(self) -> int:

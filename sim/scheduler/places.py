@@ -197,7 +197,7 @@ class Places:
                 promised += self.manager.tables.copies_needed(self.batch.unready)
         else:
             promised = self._unfinished_prompts()
-        return self._pool.num_free + self._pool.num_evictable - promised - self._rule.watermark
+        return self._pool.available - promised - self._rule.watermark
 
     def _unfinished_prompts(self) -> int:
         size = self.manager.tokens_per_block

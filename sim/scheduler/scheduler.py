@@ -106,7 +106,7 @@ class Scheduler(StepsAlike):
         manager, batch, decoding = self.manager, self.batch, len(self.decoding)
         if self.beams.groups:
             self.beams.reorder(batch.tick)
-        available = self._pool.num_free + self._pool.num_evictable
+        available = self._pool.available
         # At most, everybody takes a block and a copy; more closely, who starts a block, and who may have to copy.
         if 2 * decoding > available and len(batch.starting()) + len(batch.unready) > available:
             while self.decoding and manager.blocks_to_advance(batch) > manager.available_blocks:
