@@ -54,6 +54,8 @@ class FreeBlocks(ABC):
         self._stocked = 0  # the lowest of its blocks, which are a victim's and evictable till they are taken
         self._stock = 0  # how many those were at first
         self._tell_at = 0  # when only so many are left, the subclass is told
+        self._moments: list[tuple[int, int]] | None = None  # now and blocks left, to be told
+        self.now = 0  # the caller's time
         self._fresh = 0  # blocks from here on have never been used
         self._evicted = 0  # without those that are gone from the stock
 
@@ -84,6 +86,8 @@ class FreeBlocks(ABC):
         if left < self._stocked:
             if left > self._tell_at:
                 self._stocked = left
+                if self._moments is not None:
+                    self._moments.append((self.now, left))
             else:
                 self._refill(count)
                 left = len(freed) - count

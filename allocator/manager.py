@@ -138,7 +138,7 @@ class KVCacheManager(Swapping):
         """Return a snapshot of counters and block states. O(blocks shared by a fork)."""
         pool, counts = self.pool, self._lookups
         in_transfer = pool.num_in_transfer
-        referenced = pool.num_blocks - pool.num_free - pool.num_evictable - in_transfer
+        referenced = pool.num_blocks - pool.available - in_transfer
         kv_tokens, aside = self._kv_tokens(referenced), blocks_in_no_table(self.tables)
         return CacheStats(
             num_blocks=pool.num_blocks,

@@ -46,7 +46,6 @@ class BlockPool(FreeBlocks):
         self.events: EventLog | None = None
         self.expiries = Expiries()
         self.partial: PartialReuse | None = None
-        self.now = 0
         self._date = array("q", (0,))  # to make more of
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
@@ -56,7 +55,6 @@ class BlockPool(FreeBlocks):
         # say so itself: a subclass may choose differently.
         self.drains: bool = vars(type(policy)).get("drains_victims", False)
         self._settle_at = 0  # the stock at which index and policy are to be told
-        self._touched = 0  # when the stock was last used
         index.settle = self.settle
         self._windowed = index.windowed
         policy.in_use = True
@@ -71,7 +69,7 @@ class BlockPool(FreeBlocks):
     @property
     def num_referenced(self) -> int:
         """Return the number of blocks held by tables, or by the twins and pending copies that need them."""
-        return self.num_blocks - self.num_free - self.num_evictable - self.num_in_transfer
+        return self.num_blocks - self.available - self.num_in_transfer
 
     def _evict(self, wanted: int) -> None:
         extent, count = self._choose(wanted)
@@ -83,14 +81,13 @@ class BlockPool(FreeBlocks):
         index.version += 1  # a match that leads through it is not current any more
         self._freed[:0] = ids
         self._stock = self._stocked = blocks = len(ids)
-        self._touched = extent.touched
+        self._moments = None if self.lifetimes is None else []
         self._settle_at = 0
         ghosts = index.ghost_blocks + blocks
         if ghosts > index.ghost_capacity and not index.forgot:
             # When the first ghost has to be forgotten, everybody has to know.
             self._settle_at = max(0, ghosts - index.ghost_capacity - 1)
-        is_noted = self.lifetimes is not None or self.events is not None
-        self._tell_at = blocks if is_noted else self._settle_at
+        self._tell_at = self._settle_at if self.events is None else blocks
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
@@ -113,12 +110,11 @@ class BlockPool(FreeBlocks):
 
     def _evict_stock(self, left: int) -> None:
         """Note that the victim has only `left` blocks left; `settle` will tell index and policy."""
-        count = self._stocked - left
-        self._stocked = left
-        if self.lifetimes is not None:
-            self.lifetimes.evictions.append((self.now, count, self._touched))
+        before, self._stocked = self._stocked, left
+        if self._moments is not None:
+            self._moments.append((self.now, left))
         if self.events is not None:
-            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : left + count][::-1])
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left:before][::-1])
         if left <= self._settle_at:
             self.settle()
 
@@ -135,6 +131,8 @@ class BlockPool(FreeBlocks):
         if left:
             del self._freed[:left]
         gone = self._stock - left
+        if self._moments and self.lifetimes is not None:
+            self.lifetimes.emptied(extent, self._moments)
         self._evicted += gone
         self._stock = self._stocked = 0
         if gone:

@@ -262,6 +262,7 @@ class Replica:
             self.take_arrivals(last_start)
         if pool.shared or self._tables.twinned:
             self._note_shared()
+        free = pool.num_free
         self._append_row(
             (
                 start,
@@ -273,8 +274,8 @@ class Replica:
                 0,
                 first,
                 increment if steps > 1 else 0,
-                pool.num_free,
-                pool.num_evictable,
+                free,
+                pool.available - free,
                 manager.logical_blocks,
                 manager.logical_tokens,
                 later,
@@ -368,10 +369,10 @@ class Replica:
         """Write the timeline row of steps that end now; `at_first` are referenced blocks and written slots then."""
         scheduler, manager, pool = self.scheduler, self._manager, self._pool
         decoding = plan.decoding
-        free, evictable = pool.num_free, pool.num_evictable
+        free, available = pool.num_free, pool.available
         later = 0
         if at_first is not None:
-            later = pool.num_blocks - free - evictable - at_first[0]
+            later = pool.num_blocks - available - at_first[0]
         if (
             at_first
             or plan.resumes
@@ -396,7 +397,7 @@ class Replica:
                 first,
                 increment if steps > 1 else 0,
                 free,
-                evictable,
+                available - free,
                 manager.logical_blocks,
                 manager.logical_tokens,
                 later,

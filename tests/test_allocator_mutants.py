@@ -315,7 +315,7 @@ MUTANTS = [
     Mutant(
         "eviction_not_logged",
         "pool.py",
-        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left : left + count][::-1])\n",
+        "            self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left:before][::-1])\n",
         "            pass\n",
         "EventsMachine",
     ),
