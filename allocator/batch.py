@@ -350,7 +350,7 @@ class Batch(Sequence[KVSequence]):
         if num_tokens == 1:
             return len(self.starting())
         cycles, rest = divmod(num_tokens, self.tokens_per_block)
-        return cycles * len(self.members) + self.starts(rest)[1]
+        return cycles * len(self.members) + sum(map(len, self._starting_within(rest)))
 
     def growing(self, num_tokens: int) -> Iterator[tuple[Bucket, int]]:
         """Yield the buckets that start blocks in the next `num_tokens` ticks, and how many each member does."""
@@ -373,24 +373,28 @@ class Batch(Sequence[KVSequence]):
         """Return the buckets that start blocks in the next ticks, in the order in which they first do, and how many
         blocks that are: altogether, and at the first tick.
         """
-        size, tick, buckets = self.tokens_per_block, self.tick, self.buckets
-        turn = tick % size
-        now = buckets.get(turn)
+        size = self.tokens_per_block
+        now = self.buckets.get(self.tick % size)
         first = 0 if now is None else len(now)
         if num_tokens == 1:
             return [] if now is None else [now], first, first
-        end = turn + num_tokens
         if num_tokens > size:  # a member that starts one does so again after every tokens_per_block ticks
-            return self.starts(size)[0], self.growth(num_tokens), first
-        if num_tokens > 2 * len(buckets):  # ask each bucket, not each tick
+            return self._starting_within(size), self.growth(num_tokens), first
+        found = self._starting_within(num_tokens)
+        return found, sum(map(len, found)), first
+
+    def _starting_within(self, ticks: int) -> list[Bucket]:
+        """Return the buckets that start blocks in the next ticks, at most tokens_per_block, in the order of time."""
+        size, tick, buckets = self.tokens_per_block, self.tick, self.buckets
+        turn = tick % size
+        end = turn + ticks
+        if ticks > 2 * len(buckets):  # ask each bucket, not each tick
             order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
             order.sort(key=_by_offset)
-            found = [bucket for offset, bucket in order if offset < num_tokens]
-        elif end <= size:
-            found = list(filter(None, map(buckets.get, range(turn, end))))
-        else:
-            found = list(filter(None, map(buckets.get, chain(range(turn, size), range(end - size)))))
-        return found, sum(map(len, found)), first
+            return [bucket for offset, bucket in order if offset < ticks]
+        if end <= size:
+            return list(filter(None, map(buckets.get, range(turn, end))))
+        return list(filter(None, map(buckets.get, chain(range(turn, size), range(end - size)))))
 
     def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""

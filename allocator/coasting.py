@@ -72,11 +72,12 @@ class Coasting(Decoding):
             if pool.lifetimes is not None:
                 # Who starts at once had filled its last block when the batch coasted before.
                 date = batch.coasted_at if first else now
-                for bucket in starts:
-                    bucket.dates.append(date)
-                    date = now
-                if growth > len(batch.members):
-                    self._date_again(batch, starts, growth)
+                if num_tokens <= self.tokens_per_block:
+                    for bucket in starts:
+                        bucket.dates.append(date)
+                        date = now
+                else:
+                    self._date_again(batch, starts, growth, date)
         batch.tick += num_tokens
         batch.slots = None
         batch.coasted = True
@@ -86,13 +87,19 @@ class Coasting(Decoding):
             batch.catch_up_all()
         return growth - first
 
-    def _date_again(self, batch: Batch, starts: list[Bucket], growth: int) -> None:
-        """Note when blocks were filled that are not the first ones to have been so in this coast."""
+    def _date_again(self, batch: Batch, starts: list[Bucket], growth: int, date: int) -> None:
+        """Note when blocks were filled, several for each member, in a coast; the first bucket's first at `date`."""
         again, rest = divmod(growth, len(batch.members))
-        dates = array("q", (self.pool.now,)) * again
+        fewer = array("q", (self.pool.now,)) * again
+        more = fewer + fewer[:1]
+        before = len(starts[0].dates)
         for bucket in starts:
-            bucket.dates.extend(dates if rest > 0 else dates[1:])
-            rest -= len(bucket)
+            if rest > 0:
+                bucket.dates.extend(more)
+                rest -= len(bucket)
+            else:
+                bucket.dates.extend(fewer)
+        starts[0].dates[before] = date
 
     def catch_up(self, sequence: KVSequence) -> None:
         """Put the blocks that a member of a batch has filled, and the index has not, into it. O(blocks filled).

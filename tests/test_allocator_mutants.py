@@ -266,8 +266,8 @@ MUTANTS = [
     Mutant(
         "batch_counts_a_tick_too_few",
         "batch.py",
-        "        return cycles * len(self.members) + self.starts(rest)[1]\n",
-        "        return cycles * len(self.members) + self.starts(rest - 1)[1]\n",
+        "sum(map(len, self._starting_within(rest)))",
+        "sum(map(len, self._starting_within(rest - 1)))",
         "BatchMachine",
     ),
     Mutant(
