@@ -396,14 +396,16 @@ class Batch(Sequence[KVSequence]):
             return list(filter(None, map(buckets.get, range(turn, end))))
         return list(filter(None, map(buckets.get, chain(range(turn, size), range(end - size)))))
 
-    def events(self, num_tokens: int) -> Iterator[tuple[Bucket, bool]]:
-        """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks."""
+    def events(self, num_tokens: int) -> Iterator[tuple[int, Bucket, bool]]:
+        """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks, after how
+        many ticks each.
+        """
         size, tick = self.tokens_per_block, self.tick
         order = sorted(((residue - tick) % size, bucket) for residue, bucket in self.buckets.items())
         for cycle in range(0, num_tokens + 1, size):
             for offset, bucket in order:
                 when = cycle + offset
                 if 0 < when <= num_tokens:
-                    yield bucket, False
+                    yield when, bucket, False
                 if when < num_tokens:
-                    yield bucket, True
+                    yield when, bucket, True

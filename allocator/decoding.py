@@ -379,14 +379,15 @@ class Decoding(ManagerState):
 
     def _ticks(self, batch: Batch, num_tokens: int) -> None:
         """Let a batch go on by several ticks at once, in the order in which single ones would do it."""
-        pool, events = self.pool, self.events
+        pool, events, tick = self.pool, self.events, batch.tick
         # A block that fills can repeat an evictable one, which is then held. Where that could leave too few for
         # the ticks to come, all blocks are taken before anything fills.
         stock = None
         growth = batch.growth(num_tokens)
         if growth + min(batch.fills(num_tokens), pool.num_evictable) > pool.available:
             stock = iter(pool.take(growth))
-        for bucket, starts in batch.events(num_tokens):
+        for ticks, bucket, starts in batch.events(num_tokens):
+            batch.tick = tick + ticks  # who looks meanwhile, a policy for example, finds what is full by now
             if starts:
                 blocks = pool.take(len(bucket)) if stock is None else islice(stock, len(bucket))
                 for sequence, block in zip(bucket, blocks, strict=True):
@@ -396,7 +397,7 @@ class Decoding(ManagerState):
                 self.logical_blocks += len(bucket)
             elif self.indexes_full:
                 self.tables.index_filled(batch, bucket)
-        batch.tick += num_tokens
+        batch.tick = tick + num_tokens
 
     def end_step(self) -> None:
         """Note that what has been scheduled is computed before anything that will be; `pending_copies` does it too.

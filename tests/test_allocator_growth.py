@@ -27,6 +27,18 @@ class Watchful(LRU):
         pass
 
 
+class Nosy(LRU):
+    """LRU that walks the whole index whenever it is asked for a victim, in the midst of a step or of several."""
+
+    drains_victims = True
+    manager: KVCacheManager
+
+    def victim(self, wanted: int) -> tuple[Extent, int]:
+        for extent in self.manager.index.extents():
+            assert extent.keys
+        return super().victim(wanted)
+
+
 class Life:
     """A manager, sequences in it with what they say, and all that was seen of them."""
 
@@ -41,6 +53,8 @@ class Life:
             num_host_blocks=host_blocks,
             ghost_blocks=ghost_blocks,
         )
+        if isinstance(policy, Nosy):
+            policy.manager = self.manager
         self.batch = self.manager.batch()
         self.running: dict[KVSequence, list[int]] = {}
         self.texts: list[list[int]] = [[0], [1]]
@@ -196,6 +210,7 @@ def program(seed: int) -> list[tuple[str, int]]:
     st.sampled_from([0, 0, 12]),
     st.sampled_from([0, 3, 20, 1000]),
     st.sampled_from([2, 256]),
+    st.sampled_from([LRU, LRU, Nosy]),
 )
 def test_nobody_can_tell_when_the_index_is_told(
     operations: list[tuple[str, int]],
@@ -204,11 +219,12 @@ def test_nobody_can_tell_when_the_index_is_told(
     host_blocks: int,
     ghost_blocks: int,
     steps: int,
+    policy: type[LRU],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("allocator.ring._STEPS", steps)
         late, early = (
-            Life(policy, num_blocks, size, host_blocks, ghost_blocks) for policy in (LRU(), Watchful())
+            Life(kind(), num_blocks, size, host_blocks, ghost_blocks) for kind in (policy, Watchful)
         )
         for operation, number in [*operations, ("check", 0)]:
             if operation == "reorder" and not len(late.batch):
