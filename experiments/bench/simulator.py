@@ -72,8 +72,8 @@ class Config:
     scaling: bool = False
     """Scale as well: 1,000 to 1,000,000 requests; batches of 16 to 1024; 1 to 512 tokens a block. A few minutes."""
     streamed: int = 0
-    """Requests to replay from a native file with the records on disk, as well; 0 for none. Ten million take about
-    ten minutes, and 4 GB in the temporary folder."""
+    """Requests to replay from a native file with the records on disk, as well; 0 for none. Ten million take some
+    twenty minutes, and 4 GB in the temporary folder."""
     json: Path | None = None
     """File for the figures, as a list of objects."""
 
