@@ -53,8 +53,9 @@ class FreeBlocks(ABC):
         self._freed = array("i")  # a stack
         self._stocked = 0  # the lowest of its blocks, which are a victim's and evictable till they are taken
         self._stock = 0  # how many those were at first
-        self._tell_at = 0  # when only so many are left, the subclass is told
-        self._moments: list[tuple[int, int]] | None = None  # now and blocks left, to be told
+        self._tell_at = 0  # with no more left than that, the subclass is told
+        # When some of the stock was taken, and how many of its blocks were left then; None if nobody wants to know.
+        self._moments: list[tuple[int, int]] | None = None
         self.now = 0  # the caller's time
         self._fresh = 0  # blocks from here on have never been used
         self._evicted = 0  # without those that are gone from the stock

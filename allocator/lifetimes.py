@@ -52,10 +52,13 @@ class Lifetimes:
         self.gone(extent, num_blocks)
 
     def emptied(self, extent: Extent, moments: Iterable[tuple[int, int]]) -> None:
-        """Note the evictions of an extent's blocks, the last first: at each moment, how many were left after it."""
+        """Note the evictions of an extent's blocks, which are still there, the last first.
+
+        moments  when some were taken (caller's clock), and how many blocks were left then
+        """
         before, touched = len(extent.ids), extent.touched
-        for now, left in moments:
-            self.evictions.append((now, before - left, touched))
+        for date, left in moments:
+            self.evictions.append((date, before - left, touched))
             before = left
 
     def gone(self, extent: Extent, num_blocks: int) -> None:

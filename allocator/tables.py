@@ -72,6 +72,7 @@ class Tables:
             eager.copy() if len(eager) == 1 else {each: row for each, row in filled.items() if each in eager}
         )
         events, waits = self.events, self.events is None and not self.pool.notes_growth
+        # Where blocks may wait, keys are asked for one by one: only of who has wishes of how its blocks are kept.
         keys = {} if waits else dict(zip(turn, batch.keys_of_filled(turn), strict=True))
         for sequence, row in turn.items():
             anchor, table = sequence.anchor, sequence.table

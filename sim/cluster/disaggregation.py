@@ -27,20 +27,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 from allocator.config import BuildConfig, CacheConfig
 from allocator.content import Content
-from allocator.manager import KVCacheManager
-from sim.arrivals import Arrivals
 from sim.cluster.link import Link, TransferCost
 from sim.cluster.replica import ClusterReplica
-from sim.cost import StepCost
-from sim.recorder import Recorder
 from sim.request import Request
-from sim.scheduler.config import EngineConfig
 from sim.scheduler.job import Job
 from sim.scheduler.plan import Plan
-from sim.scheduler.retention import RetentionOptions, Wishes
+from sim.scheduler.retention import RetentionOptions
 from sim.scheduler.scheduler import Scheduler
 
 
@@ -88,15 +84,8 @@ class DecodeScheduler(Scheduler):
     received  jobs that have been given their blocks since somebody looked, and how many of these were not hit
     """
 
-    def __init__(
-        self,
-        manager: KVCacheManager,
-        build: BuildConfig,
-        config: EngineConfig,
-        cost: StepCost | None = None,
-        wishes: Wishes | None = None,
-    ) -> None:
-        super().__init__(manager, build, config, cost, wishes)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.received: list[tuple[Job, int]] = []
 
     def _swap_in(self, job: Job, plan: Plan) -> bool:
@@ -147,18 +136,10 @@ class DecodeScheduler(Scheduler):
 class PrefillReplica(ClusterReplica):
     """Computes prompts. What is complete is handed over: `complete` has those jobs until somebody takes them."""
 
-    def __init__(
-        self,
-        number: int,
-        scheduler: PrefillScheduler,
-        recorder: Recorder,
-        cost: StepCost,
-        skipping: bool,
-        arrivals: Arrivals,
-        done: Callable[[], None],
-    ) -> None:
-        super().__init__(number, scheduler, recorder, cost, skipping, arrivals, done)
-        self.holder = scheduler  # the same as `scheduler`, known as what it is
+    scheduler: PrefillScheduler
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.complete: deque[Job] = deque()
 
     def _accept(self, job: Job) -> None:
@@ -178,13 +159,13 @@ class PrefillReplica(ClusterReplica):
                 self._finish(job, now_ps)
             else:
                 self.sequences -= job.samples
-                self.holder.hold(job)
+                self.scheduler.hold(job)
                 self.complete.append(job)
 
     def let_go(self, job: Job, now_ps: int) -> None:
         """Release a job whose blocks have been copied."""
         self.set_clock(now_ps)
-        self.holder.let_go(job)
+        self.scheduler.let_go(job)
 
 
 class DecodeReplica(ClusterReplica):
@@ -194,21 +175,10 @@ class DecodeReplica(ClusterReplica):
     received  is told of each job that is given its blocks: how many come over the link, and when that began
     """
 
-    def __init__(
-        self,
-        number: int,
-        scheduler: DecodeScheduler,
-        recorder: Recorder,
-        cost: StepCost,
-        skipping: bool,
-        arrivals: Arrivals,
-        done: Callable[[], None],
-        *,
-        transfer: TransferCost,
-        received: Callable[[Job, int, int], None],
-    ) -> None:
-        super().__init__(number, scheduler, recorder, cost, skipping, arrivals, done)
-        self.receiver = scheduler  # the same as `scheduler`, known as what it is
+    scheduler: DecodeScheduler
+
+    def __init__(self, *args: Any, transfer: TransferCost, received: Callable[[Job, int, int], None]) -> None:
+        super().__init__(*args)
         self.link = Link(transfer)
         self._received = received
         self._ready: deque[Job] = deque()
@@ -241,7 +211,7 @@ class DecodeReplica(ClusterReplica):
 
     def schedule(self, now_ps: int) -> Plan:
         plan = super().schedule(now_ps)
-        received = self.receiver.received
+        received = self.scheduler.received
         for job, num_blocks in received:
             self.link.begin(job, num_blocks, now_ps)
             self._received(job, num_blocks, now_ps)
@@ -257,5 +227,5 @@ class DecodeReplica(ClusterReplica):
         while ready:
             job = ready.popleft()
             self.prompt_tokens -= job.request.prompt_tokens
-            self.receiver.join(job)
+            self.scheduler.join(job)
         super()._begin(now_ps)
