@@ -54,8 +54,10 @@ class FreeBlocks(ABC):
         self._stocked = 0  # the lowest of its blocks, which are a victim's and evictable till they are taken
         self._stock = 0  # how many those were at first
         self._tell_at = 0  # with no more left than that, the subclass is told
-        # When some of the stock was taken, and how many of its blocks were left then; None if nobody wants to know.
-        self._moments: list[tuple[int, int]] | None = None
+        # Where to note when some of the stock was taken, how many blocks, and when it had last been used; None if
+        # nobody wants to know.
+        self._evictions: list[tuple[int, int, int]] | None = None
+        self._touched = 0
         self.now = 0  # the caller's time
         self._fresh = 0  # blocks from here on have never been used
         self._evicted = 0  # without those that are gone from the stock
@@ -75,6 +77,12 @@ class FreeBlocks(ABC):
         """Return how many blocks have lost their content for others, so far."""
         return self._evicted + self._stock - self._stocked
 
+    def counts(self) -> tuple[int, int, int]:
+        """Return num_free, num_evictable and evicted_blocks, in a third of the time that asking for each takes."""
+        stocked = self._stocked
+        free = len(self._freed) - stocked + self.num_blocks - self._fresh
+        return free, self.available - free, self._evicted + self._stock - stocked
+
     def free_ids(self) -> NDArray[np.int32]:
         """Return all free blocks, int32 [num_free], the next to be taken last."""
         never_used = np.arange(self.num_blocks - 1, self._fresh - 1, -1, dtype=np.int32)
@@ -86,12 +94,11 @@ class FreeBlocks(ABC):
         left = len(freed) - count
         if left < self._stocked:
             if left > self._tell_at:
+                if self._evictions is not None:
+                    self._evictions.append((self.now, self._stocked - left, self._touched))
                 self._stocked = left
-                if self._moments is not None:
-                    self._moments.append((self.now, left))
             else:
-                self._refill(count)
-                left = len(freed) - count
+                left = self._refill(count)
         taken = freed[left:]
         del freed[left:]
         taken.reverse()
@@ -105,12 +112,15 @@ class FreeBlocks(ABC):
             return self._freed.pop()
         return self.take(1)[0]
 
-    def _refill(self, count: int) -> None:
-        """Put blocks below those on the stack, or free those of the stock, until the top `count` are free."""
+    def _refill(self, count: int) -> int:
+        """Put blocks below those on the stack, or free those of the stock, until the top `count` are free; return how
+        many are below these.
+        """
         if count > self.available:
             raise OutOfBlocks(count, self.available, self.name)
         freed = self._freed
-        while (left := len(freed) - count) < self._stocked:
+        left = len(freed) - count
+        while left < self._stocked:
             if self._stocked:
                 self._evict_stock(left if left > 0 else 0)
             elif self._fresh == self.num_blocks:
@@ -120,6 +130,8 @@ class FreeBlocks(ABC):
                 self._fresh += fresh
                 ids = np.arange(self._fresh - 1, self._fresh - fresh - 1, -1, dtype=np.int32)
                 freed[:0] = array("i", ids.tobytes())
+            left = len(freed) - count
+        return left
 
     @abstractmethod
     def _evict(self, wanted: int) -> None:

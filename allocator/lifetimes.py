@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -50,16 +50,6 @@ class Lifetimes:
         """Note the eviction, `now`, of the last `num_blocks` blocks of `extent`, which are still there."""
         self.evictions.append((now, num_blocks, extent.touched))
         self.gone(extent, num_blocks)
-
-    def emptied(self, extent: Extent, moments: Iterable[tuple[int, int]]) -> None:
-        """Note the evictions of an extent's blocks, which are still there, the last first.
-
-        moments  when some were taken (caller's clock), and how many blocks were left then
-        """
-        before, touched = len(extent.ids), extent.touched
-        for date, left in moments:
-            self.evictions.append((date, before - left, touched))
-            before = left
 
     def gone(self, extent: Extent, num_blocks: int) -> None:
         """Note when the last `num_blocks` blocks of `extent` were filled, of which `evictions` were noted."""

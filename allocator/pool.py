@@ -60,6 +60,11 @@ class BlockPool(FreeBlocks):
         policy.in_use = True
         policy.attached(self.num_blocks)
 
+    def collect_lifetimes(self) -> None:
+        """Note from now on how long blocks live: in a pool that has just been made."""
+        self.lifetimes = Lifetimes(self.settle)
+        self._evictions = self.lifetimes.evictions
+
     @property
     def num_in_transfer(self) -> int:
         """Return the number of blocks that only copies and transfers hold. O(extents that transfers hold)."""
@@ -81,13 +86,18 @@ class BlockPool(FreeBlocks):
         index.version += 1  # a match that leads through it is not current any more
         self._freed[:0] = ids
         self._stock = self._stocked = blocks = len(ids)
-        self._moments = None if self.lifetimes is None else []
-        self._settle_at = 0
+        self._touched = extent.touched
+        settle_at = 0
         ghosts = index.ghost_blocks + blocks
         if ghosts > index.ghost_capacity and not index.forgot:
             # When the first ghost has to be forgotten, everybody has to know.
-            self._settle_at = max(0, ghosts - index.ghost_capacity - 1)
-        self._tell_at = self._settle_at if self.events is None else blocks
+            settle_at = max(0, ghosts - index.ghost_capacity - 1)
+        self._settle_at = settle_at
+        self._tell_at = settle_at if self.events is None else blocks
+        if blocks - count > self._tell_at:  # as a rule, these are all that are wanted
+            self._stocked = blocks - count
+            if self._evictions is not None:
+                self._evictions.append((self.now, count, extent.touched))
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
@@ -111,8 +121,8 @@ class BlockPool(FreeBlocks):
     def _evict_stock(self, left: int) -> None:
         """Note that the victim has only `left` blocks left; `settle` will tell index and policy."""
         before, self._stocked = self._stocked, left
-        if self._moments is not None:
-            self._moments.append((self.now, left))
+        if self._evictions is not None:
+            self._evictions.append((self.now, before - left, self._touched))
         if self.events is not None:
             self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left:before][::-1])
         if left <= self._settle_at:
@@ -131,8 +141,6 @@ class BlockPool(FreeBlocks):
         if left:
             del self._freed[:left]
         gone = self._stock - left
-        if self._moments and self.lifetimes is not None:
-            self.lifetimes.emptied(extent, self._moments)
         self._evicted += gone
         self._stock = self._stocked = 0
         if gone:

@@ -427,20 +427,24 @@ class PrefixIndex:
         self.ghost_blocks -= ghost.num_blocks
 
     def _forget(self) -> None:
+        """Forget the ghosts evicted first, or the last blocks of one, until no more are left than there may be."""
+        self.forgot = True
         if not self.ghost_capacity:
-            self.forgot = True
             self.ghost_blocks = 0
             return
-        while self.ghost_blocks > self.ghost_capacity:
-            self.forgot = True
-            oldest = next(iter(self._ghosts))
-            excess = self.ghost_blocks - self.ghost_capacity
-            if excess >= oldest.num_blocks:
-                self._unlist(oldest)
-                self._detach(oldest)
-            else:
+        ghosts, excess = self._ghosts, self.ghost_blocks - self.ghost_capacity
+        while excess > 0:
+            oldest = next(iter(ghosts))
+            blocks = len(oldest.keys) // oldest.width
+            if excess < blocks:
                 del oldest.keys[-excess * oldest.width :]
-                self.ghost_blocks -= excess
+                break
+            del ghosts[oldest]
+            if self._last_ghost is oldest:
+                self._last_ghost = None
+            self._detach(oldest)
+            excess -= blocks
+        self.ghost_blocks = self.ghost_capacity
 
     def extents(self) -> Iterator[Extent]:
         """Yield every extent, ghosts included, parents first."""

@@ -8,7 +8,6 @@ from allocator.checks import as_int, require_power_of_two
 from allocator.config import CacheConfig
 from allocator.event_log import CREATED, HOST, NOBODY, WINDOW, EventLog
 from allocator.eviction import EvictionPolicy, make_policy
-from allocator.lifetimes import Lifetimes
 from allocator.partial import PartialReuse
 from allocator.pool import BlockPool
 from allocator.prefilling import Prefilling
@@ -78,7 +77,7 @@ class ManagerState:
             if self.pool.tier is not None:
                 self.pool.tier.host.partial = self.pool.partial
         if lifetimes:
-            self.pool.lifetimes = Lifetimes(self.pool.settle)
+            self.pool.collect_lifetimes()
         self.sequences: dict[KVSequence, None] = {}
         self.tables = Tables(self.pool, self.index, tokens_per_block)
         self.windowed: WindowedTables | None = None  # the same tables, where front blocks leave
