@@ -262,7 +262,7 @@ class Replica:
             self.take_arrivals(last_start)
         if pool.shared or self._tables.twinned:
             self._note_shared()
-        free = pool.num_free
+        free, evictable, evicted = pool.counts()
         self._append_row(
             (
                 start,
@@ -275,11 +275,11 @@ class Replica:
                 first,
                 increment if steps > 1 else 0,
                 free,
-                pool.available - free,
+                evictable,
                 manager.logical_blocks,
                 manager.logical_tokens,
                 later,
-                pool.evicted_blocks,
+                evicted,
             )
         )
 
@@ -369,10 +369,10 @@ class Replica:
         """Write the timeline row of steps that end now; `at_first` are referenced blocks and written slots then."""
         scheduler, manager, pool = self.scheduler, self._manager, self._pool
         decoding = plan.decoding
-        free, available = pool.num_free, pool.available
+        free, evictable, evicted = pool.counts()
         later = 0
         if at_first is not None:
-            later = pool.num_blocks - available - at_first[0]
+            later = pool.num_blocks - free - evictable - at_first[0]
         if (
             at_first
             or plan.resumes
@@ -397,11 +397,11 @@ class Replica:
                 first,
                 increment if steps > 1 else 0,
                 free,
-                available - free,
+                evictable,
                 manager.logical_blocks,
                 manager.logical_tokens,
                 later,
-                pool.evicted_blocks,
+                evicted,
             )
         )
 
