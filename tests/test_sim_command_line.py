@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,16 +142,29 @@ def test_a_file_that_cannot_be_written_is_found_out_without_a_trace(tmp_path: Pa
     assert kept.read_text() == "earlier"
 
 
-def test_the_bench_finds_out_before_it_times_anything(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.simulator", "--json", str(tmp_path / "no" / "x.json")],
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: json (")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("flag", "name", "answer"),
+    [
+        ("--json", "no/x.json", r"json \(.*/no/x.json\) cannot be written: No such file or directory"),
+        ("--trace", "no.jsonl", ".*/no.jsonl: cannot be read: No such file or directory"),
+        ("--trace", "bad.jsonl", ".*/bad.jsonl:2: .*"),
+    ],
+)
+def test_the_bench_finds_out_before_it_times_anything(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    flag: str,
+    name: str,
+    answer: str,
+) -> None:
+    row = '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n'
+    (tmp_path / "bad.jsonl").write_text(row + row.replace("5", "0"))
+    monkeypatch.setattr(simulator, "cases", lambda config: pytest.fail("it has begun to time"))
+    assert simulator.main([flag, str(tmp_path / name)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: {answer}\n", err), err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")

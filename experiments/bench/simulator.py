@@ -234,6 +234,8 @@ def run(config: Config, console: Console) -> list[Timing]:
         raise ValueError(f"streamed ({config.streamed}) must be at least 0")
     if config.json is not None:
         require_writable("json", config.json)
+    if config.trace is not None:
+        read_trace(config.trace, stream=True)  # checked now, not after the workloads that come before it
     timings = []
     context = multiprocessing.get_context("spawn")
     for case in track(cases(config), "timing", console=Console(stderr=True), transient=True):
