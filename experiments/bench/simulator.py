@@ -123,7 +123,7 @@ def cases(config: Config) -> list[Case]:
         for skipping in (True, False)
     ]
     if config.trace is not None:
-        name = config.trace.name
+        name = config.trace.stem
         for scale, rate in ((1.0, ""), (4.0, ", a quarter of the rate")):
             for size in (512, 16):
                 text = f"{name}{rate}, blocks of {size}"
@@ -252,23 +252,24 @@ def run(config: Config, console: Console) -> list[Timing]:
             config.json.write_text(text)
         except OSError as error:
             raise ValueError(f"json ({config.json}) cannot be written: {error.strerror}") from None
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("workload", "skipping", "wall", "ms a request", "steps", "µs a step", "peak"):
-        table.add_column(heading, justify="left" if heading in ("workload", "skipping") else "right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("workload", overflow="fold")
+    for heading in ("wall, s", "least, most", "ms a\nrequest", "steps", "µs a\nstep", "peak,\nMiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for timing in timings:
         table.add_row(
-            timing.workload,
-            "on" if timing.skipping else "off",
-            f"{timing.wall_s:.3f} s ({timing.wall_s_min:.3f} to {timing.wall_s_max:.3f})",
+            timing.workload if timing.skipping else f"{timing.workload}, step by step",
+            f"{timing.wall_s:.3f}",
+            f"{timing.wall_s_min:.3f}, {timing.wall_s_max:.3f}",
             f"{timing.ms_per_request:.4f}",
             f"{timing.steps:,}",
             f"{timing.us_per_step:.2f}",
-            f"{timing.peak_mib:.0f} MiB",
+            f"{timing.peak_mib:.0f}",
         )
     console.print(table)
     spread = [timing.yardstick_s for timing in timings]
     console.print(
-        f"Median of {config.runs} runs (extremes); one run above {_KEPT:,} requests.\n"
+        f"Median of {config.runs} runs, and the extremes; one run above {_KEPT:,} requests.\n"
         "In the clock: scheduling, allocation, the cost model, SimPy, and all records; above "
         f"{_KEPT:,} requests, making or reading them, and writing the records to disk.\n"
         "Not in the clock: making or reading fewer requests, sizing the pool, columns, metrics, figures, files."
