@@ -68,7 +68,7 @@ class Lifetimes:
             for rows in (self.evictions, self._hits)
         )
         lived = np.repeat(evictions[:, 0], evictions[:, 1]) - np.array(self._born, dtype=np.int64)
-        self.evictions.clear()
+        self.evictions.clear()  # in place: the pool adds to the same list
         self._hits.clear()
         del self._born[:]
         return {

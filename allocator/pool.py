@@ -95,9 +95,7 @@ class BlockPool(FreeBlocks):
         self._settle_at = settle_at
         self._tell_at = settle_at if self.events is None else blocks
         if blocks - count > self._tell_at:  # as a rule, these are all that are wanted
-            self._stocked = blocks - count
-            if self._evictions is not None:
-                self._evictions.append((self.now, count, extent.touched))
+            self._draw(blocks - count)
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
@@ -120,9 +118,8 @@ class BlockPool(FreeBlocks):
 
     def _evict_stock(self, left: int) -> None:
         """Note that the victim has only `left` blocks left; `settle` will tell index and policy."""
-        before, self._stocked = self._stocked, left
-        if self._evictions is not None:
-            self._evictions.append((self.now, before - left, self._touched))
+        before = self._stocked
+        self._draw(left)
         if self.events is not None:
             self.events.add_blocks(EVICTED, NOBODY, -1, -1, self._freed[left:before][::-1])
         if left <= self._settle_at:

@@ -432,19 +432,14 @@ class PrefixIndex:
         if not self.ghost_capacity:
             self.ghost_blocks = 0
             return
-        ghosts, excess = self._ghosts, self.ghost_blocks - self.ghost_capacity
-        while excess > 0:
-            oldest = next(iter(ghosts))
-            blocks = len(oldest.keys) // oldest.width
-            if excess < blocks:
+        while (excess := self.ghost_blocks - self.ghost_capacity) > 0:
+            oldest = next(iter(self._ghosts))
+            if excess < oldest.num_blocks:
                 del oldest.keys[-excess * oldest.width :]
-                break
-            del ghosts[oldest]
-            if self._last_ghost is oldest:
-                self._last_ghost = None
-            self._detach(oldest)
-            excess -= blocks
-        self.ghost_blocks = self.ghost_capacity
+                self.ghost_blocks -= excess
+            else:
+                self._unlist(oldest)
+                self._detach(oldest)
 
     def extents(self) -> Iterator[Extent]:
         """Yield every extent, ghosts included, parents first."""
