@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from different_cases import different_examples
 from engine_cases import Scenario, assert_identical, scenarios
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from allocator.config import BuildConfig
@@ -42,6 +42,7 @@ def _says(job: Job) -> tuple[object, ...]:
     st.integers(1, 6),
     st.integers(1, 4),
 )
+@example(["arrive"] * 4 + ["start", "come back"], 1, 1)
 def test_the_queue_is_what_a_list_would_be(operations: list[str], unpacked: int, part: int) -> None:
     """Also where a job that has been running arrives, as in a replica that decodes only, and cannot be packed."""
     with pytest.MonkeyPatch.context() as patch:
@@ -49,6 +50,7 @@ def test_the_queue_is_what_a_list_would_be(operations: list[str], unpacked: int,
         patch.setattr(PART, part)
         queue, plain = FirstCome(), list[Job]()
         started: list[Job] = []
+        whole = 0  # jobs that waited when all had to be unpacked for one that cannot be packed
         for row, operation in enumerate(operations):
             if operation == "arrive":
                 queue.append(_job(row))
@@ -65,9 +67,12 @@ def test_the_queue_is_what_a_list_would_be(operations: list[str], unpacked: int,
                 else:
                     queue.append(job)
                     plain.append(job)
+                    assert not queue.packed
+                    whole = len(plain)
             assert len(queue) + queue.packed == len(plain)
             assert bool(queue) == bool(plain)
-            assert len(queue) <= unpacked + len(started) + sum(job.preemptions > 0 for job in queue) + part
+            preempted = len(started) + sum(job.preemptions > 0 for job in queue)
+            assert len(queue) <= max(unpacked, whole) + part + preempted
             few = queue.first_few(unpacked // 2)
             assert [_says(job) for job in few] == [_says(job) for job in plain[: len(few)]]
             assert len(few) == min(unpacked // 2, len(plain))
