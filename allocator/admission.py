@@ -81,7 +81,9 @@ class Admission(Coasting):
 
     def _blocks_tied(self, match: PrefixMatch) -> int:
         """Return how many blocks a match's hits make unavailable, or need beside those that are missed."""
-        blocks = match.evictable_blocks + match.copied_blocks
+        blocks = match.evictable_blocks
+        if match.partial is not None:
+            blocks += match.copied_blocks
         return blocks if self.pool.tier is None else blocks + match.host_blocks
 
     def can_admit(self, match: PrefixMatch, num_tokens: int, tenant: Hashable = None) -> bool:
@@ -322,7 +324,7 @@ class Admission(Coasting):
         else:  # no block to copy before it is written, and no quota: the pool says whether there is room
             self._grow(sequence, num_tokens)
         if self.indexes_full:
-            self._index_prompt(sequence)
+            self._index_prompt(sequence, first + num_tokens)
             self._note_prefilling(sequence, num_tokens < left)
         elif num_tokens == left:
             self._note_prefilling(sequence, False)
@@ -331,8 +333,8 @@ class Admission(Coasting):
         """Return the slots of what a sequence has beyond its hits, int64 [n]: after `admit`, of the first chunk."""
         return sequence.slots(sequence.hit_tokens, sequence.num_tokens)
 
-    def _index_prompt(self, sequence: KVSequence) -> None:
-        full = sequence.num_tokens // self.tokens_per_block
+    def _index_prompt(self, sequence: KVSequence, num_tokens: int) -> None:
+        full = num_tokens // self.tokens_per_block
         if full > sequence.anchor.end:
             self.tables.index_full(sequence, full)
         elif sequence.retention is not None:

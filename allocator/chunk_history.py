@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable
 from math import gcd
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +25,17 @@ _streams = itertools.count(1)
 """As new_stream, but of 63 bits: no content of token ids meets one of chunks."""
 
 
+_pack = Struct("<q").pack  # half the time of int.to_bytes
+
+
 def stream_key(stream: int) -> bytes:
     """Return the key of a unit in which `stream` wrote."""
-    return (-stream).to_bytes(UNIT_BYTES, "little", signed=True)
+    return _pack(-stream)
 
 
 def new_key() -> bytes:
     """Return the key of a unit in which a new stream wrote."""
-    return (-next(_streams)).to_bytes(UNIT_BYTES, "little", signed=True)
+    return _pack(-next(_streams))
 
 
 def stream_of(key: bytes) -> int:
@@ -144,13 +148,13 @@ class ChunkHistory(History):
     def _tail_keys(self, first: int, last: int) -> bytes:
         units = self.tokens_per_block // self.unit
         begin, end = first * units, last * units
-        out = np.empty(end - begin, dtype=np.int64)
-        named = np.frombuffer(self.named_keys or b"", np.int64)[begin:end]
-        out[: named.size] = named
+        keys = bytearray((self.named_keys or b"")[begin * UNIT_BYTES : end * UNIT_BYTES])
         for position, stream in self._layers:
-            # the first unit that ends beyond `position`
-            out[max(position // self.unit - begin, 0) :] = -stream
-        return out.tobytes()
+            first_unit = position // self.unit  # the first that ends beyond `position`
+            if first_unit < begin:
+                first_unit = begin
+            keys[(first_unit - begin) * UNIT_BYTES :] = stream_key(stream) * (end - first_unit)
+        return bytes(keys)
 
     def record_packed(self, position: int, token_ids: bytes) -> None:
         _refuse_names()

@@ -60,24 +60,24 @@ class Coasting(Decoding):
         starts, growth, first = batch.starts(num_tokens)
         now = pool.now
         if growth:
-            blocks, members = pool.take(growth), chain.from_iterable(starts)
+            blocks = pool.take(growth)
+            # Who starts at once had filled its last block when the batch coasted before.
+            date = batch.coasted_at if first else now
             if num_tokens <= self.tokens_per_block:
-                for sequence, block in zip(members, blocks, strict=True):
-                    sequence.table.append(block)
-            else:  # everybody's turn comes again and again
-                turns = len(batch.members)
-                for turn, sequence in enumerate(members):
-                    sequence.table.extend(blocks[turn::turns])
-            self.logical_blocks += growth
-            if pool.lifetimes is not None:
-                # Who starts at once had filled its last block when the batch coasted before.
-                date = batch.coasted_at if first else now
-                if num_tokens <= self.tokens_per_block:
-                    for bucket in starts:
+                each, dated = iter(blocks), pool.lifetimes is not None
+                for bucket in starts:
+                    for sequence in bucket:
+                        sequence.table.append(next(each))
+                    if dated:
                         bucket.dates.append(date)
                         date = now
-                else:
+            else:  # everybody's turn comes again and again
+                turns = len(batch.members)
+                for turn, sequence in enumerate(chain.from_iterable(starts)):
+                    sequence.table.extend(blocks[turn::turns])
+                if pool.lifetimes is not None:
                     self._date_again(batch, starts, growth, date)
+            self.logical_blocks += growth
         batch.tick += num_tokens
         batch.slots = None
         batch.coasted = True

@@ -34,6 +34,9 @@ from allocator.content_base import Content, History, new_stream, require_integer
 __all__ = ["ChunkContent", "Content", "History", "TokenContent", "UniqueContent", "are_token_ids"]
 
 
+_INT64 = np.dtype(np.int64)
+
+
 class TokenContent(Content):
     """Token ids, int32 and not negative.
 
@@ -202,43 +205,48 @@ class ChunkContent(Content):
         named = num_prompt_tokens if num_named_tokens is None else num_named_tokens
         if named < num_prompt_tokens:
             raise ValueError(f"num_named_tokens ({named}) must cover the prompt ({num_prompt_tokens})")
-        given = np.asarray(chunk_ids)
-        require_integers("chunk_ids", given)
-        self.chunk_ids: NDArray[np.int64] = given.astype(np.int64, copy=False)
-        if self.chunk_ids.size * granularity < named:
-            raise ValueError(
-                f"chunk_ids ({self.chunk_ids.size}) must cover {named} tokens in chunks of {granularity}"
-            )
-        if not self.chunk_ids.tobytes()[7::8].isascii():  # half the time of min()
-            raise ValueError(f"chunk_ids ({self.chunk_ids.min()}) must not be negative")
+        ids: Any = chunk_ids
+        if type(ids) is not np.ndarray or ids.dtype is not _INT64 or ids.ndim != 1:  # a trace's ids are that
+            ids = np.asarray(ids)
+            require_integers("chunk_ids", ids)
+            ids = ids.astype(np.int64, copy=False)
+        if ids.size * granularity < named:
+            raise ValueError(f"chunk_ids ({ids.size}) must cover {named} tokens in chunks of {granularity}")
+        if not ids.tobytes()[7::8].isascii():  # half the time of min()
+            raise ValueError(f"chunk_ids ({ids.min()}) must not be negative")
+        self.chunk_ids: NDArray[np.int64] = ids
         self.granularity = granularity
         self.num_named_tokens = named
-        self._expanded: tuple[int, bytes] | None = None  # tokens_per_block and the keys it leads to
+        self._expanded: tuple[int, bytes, int] = (
+            0,
+            b"",
+            0,
+        )  # tokens_per_block; keys, and their width, for that
 
     def family(self) -> Hashable:
         return self.granularity
 
     def history(self, tokens_per_block: int) -> ChunkHistory:
         history = ChunkHistory(self.chunk_ids, self.granularity, self.num_named_tokens, (), tokens_per_block)
-        history.named_keys = self._keys(tokens_per_block)
+        history.named_keys = self._keys(tokens_per_block)[1]
         return history
 
-    def _keys(self, tokens_per_block: int) -> bytes:
-        """Return the keys of all units that end within the named tokens."""
+    def _keys(self, tokens_per_block: int) -> tuple[int, bytes, int]:
+        """Return tokens_per_block, the keys of all units that end within the named tokens, and a block's key width."""
         expanded = self._expanded
-        if expanded is None or expanded[0] != tokens_per_block:
+        if expanded[0] != tokens_per_block:
             unit = gcd(self.granularity, tokens_per_block)
             keys = expand(self.chunk_ids, self.granularity, self.num_named_tokens, unit)
-            expanded = self._expanded = (tokens_per_block, keys)
-        return expanded[1]
+            expanded = self._expanded = (tokens_per_block, keys, tokens_per_block // unit * UNIT_BYTES)
+        return expanded
 
     def prompt_keys(self, tokens_per_block: int) -> bytes:
-        units = tokens_per_block // gcd(self.granularity, tokens_per_block)
-        return self._keys(tokens_per_block)[: self.num_prompt_tokens // tokens_per_block * units * UNIT_BYTES]
+        _, keys, width = self._keys(tokens_per_block)
+        return keys[: self.num_prompt_tokens // tokens_per_block * width]
 
     def first_key(self, tokens_per_block: int) -> bytes:
-        units = tokens_per_block // gcd(self.granularity, tokens_per_block)
-        return self._keys(tokens_per_block)[: units * UNIT_BYTES]
+        _, keys, width = self._keys(tokens_per_block)
+        return keys[:width]
 
     def block_units(self, tokens_per_block: int, block: int) -> tuple[bytes, int]:
         history = self.history(tokens_per_block)
@@ -254,7 +262,7 @@ class UniqueContent(Content):
     __slots__ = ("_key",)
 
     def __init__(self, num_prompt_tokens: int) -> None:
-        super().__init__(num_prompt_tokens)
+        Content.__init__(self, num_prompt_tokens)  # super() would be a third of the time
         self._key = b""  # until somebody asks
 
     def is_unheard(self) -> bool:

@@ -143,7 +143,9 @@ def common_blocks(keys: bytearray | bytes, other: bytes, at: int, width: int) ->
     base = at * width
     if other.startswith(keys, base):  # the common case, and without a copy
         return len(keys) // width
-    limit = min(len(keys) // width, len(other) // width - at)
+    limit, rest = len(keys) // width, len(other) // width - at
+    if rest < limit:
+        limit = rest
     if keys[: limit * width] == other[base : base + limit * width]:
         return limit
     low, high = 0, limit  # equal up to low, not up to high

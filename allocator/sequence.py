@@ -154,7 +154,8 @@ class KVSequence:
         """Return how many of its blocks, from the first on, the prefix index knows."""
         if self.anchor.grower is not None:
             self.catch_up()
-        return self.anchor.end
+        anchor = self.anchor
+        return anchor.start + len(anchor.keys) // anchor.width
 
     @property
     def hit_tokens(self) -> int:

@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "partial_block_becomes_evictable",
         "admission.py",
-        "        full = sequence.num_tokens // self.tokens_per_block\n        if full > sequence.anchor.end:",
-        "        full = -(-sequence.num_tokens // self.tokens_per_block)\n        if full > sequence.anchor.end:",
+        "        full = num_tokens // self.tokens_per_block\n        if full > sequence.anchor.end:",
+        "        full = -(-num_tokens // self.tokens_per_block)\n        if full > sequence.anchor.end:",
         "ReuseMachine",
     ),
     Mutant(
@@ -413,8 +413,8 @@ MUTANTS = [
     Mutant(
         "source_of_a_part_not_counted_as_needed",
         "admission.py",
-        "        blocks = match.evictable_blocks + match.copied_blocks\n",
-        "        blocks = match.evictable_blocks\n",
+        "            blocks += match.copied_blocks\n",
+        "            pass\n",
         "PartialMachine",
     ),
     Mutant(
