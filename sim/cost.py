@@ -202,7 +202,8 @@ class RooflineCost:
     def _prefill(self, new_tokens: int, context: int) -> int:
         if self._plain_layers and 1 <= new_tokens <= context:
             scores = new_tokens * (2 * context - new_tokens + 1) // 2
-            return round(self._plain_layers * max(scores * self._score_ps, context * self._kv_ps))
+            compute, memory = scores * self._score_ps, context * self._kv_ps
+            return round(self._plain_layers * (compute if compute > memory else memory))
         total = 0.0
         for window, layers in self._windows:
             scores, keys = causal_scores(new_tokens, context, window)

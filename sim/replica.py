@@ -89,7 +89,7 @@ class Replica:
             else:
                 plan = self.schedule(now)
                 first_ps = self.step_ps(plan)
-                if plan.is_quiet:
+                if not plan.chunks and plan.is_quiet:  # the first says it, as a rule, and at once
                     stretch = Stretch(self, plan, now, first_ps)
                     if skipping:
                         stretch.skip()
@@ -220,7 +220,8 @@ class Replica:
         affine = self._affine.get(decoding) or self.decode_affine(decoding)
         if affine is None:
             return None
-        first, increment = self.coast_ps(*affine)
+        base, slope = affine
+        first, increment = self.coast_ps(base, slope)
         if self.retains:
             steps = self.steps_to_expiry(start, steps, first, increment)
         end = start + steps * first + increment * (steps * (steps - 1) // 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,8 @@ class Request:
     """Larger is more urgent."""
     salt: str = ""
     """Requests with different salts share no cached content."""
+    num_sequences: int = field(init=False)
+    """Sequences that its one prompt comes to: samples, or beams."""
 
     def __post_init__(self) -> None:
         if self.request_id < 0:
@@ -91,11 +93,7 @@ class Request:
         if not -1 <= self.parent < self.request_id:
             raise ValueError(f"parent ({self.parent}) must be -1 or an earlier request of {self.request_id}")
         self._check_content()
-
-    @property
-    def num_sequences(self) -> int:
-        """Return how many sequences its one prompt comes to: samples, or beams."""
-        return self.num_samples * self.beam_width
+        object.__setattr__(self, "num_sequences", self.num_samples * self.beam_width)
 
     def _check_content(self) -> None:
         if self.chunk_ids is not None and self.token_ids is not None:

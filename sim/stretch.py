@@ -22,7 +22,7 @@ def steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
     if not increment_ps:
         return max(1, -(-time_ps // first_ps))
     b = 2 * first_ps - increment_ps
-    steps = max(1, (isqrt(b * b + 8 * increment_ps * time_ps) - b) // (2 * increment_ps))
+    steps = (isqrt(b * b + 8 * increment_ps * time_ps) - b) // (2 * increment_ps) or 1
     while steps * first_ps + increment_ps * (steps * (steps - 1) // 2) < time_ps:
         steps += 1
     return steps

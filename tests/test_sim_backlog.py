@@ -96,19 +96,15 @@ def test_few_of_those_who_wait_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(UNPACKED, 64)
     monkeypatch.setattr(PART, 32)
     most = 0
-    exist = Request.num_sequences.fget
-    assert exist is not None
+    append = FirstCome.append
 
-    def count(request: Request) -> int:
+    def count(queue: FirstCome, job: Job) -> None:
         nonlocal most
-        most = (
-            max(most, sum(type(each) is Job for each in gc.get_objects()))
-            if request.request_id % 50 == 0
-            else most
-        )
-        return exist(request)
+        append(queue, job)
+        if job.request.request_id % 50 == 0:
+            most = max(most, sum(type(each) is Job for each in gc.get_objects()))
 
-    monkeypatch.setattr(Request, "num_sequences", property(count))
+    monkeypatch.setattr(FirstCome, "append", count)
     requests = [Request(row, 0, 4, 2) for row in range(600)]
     scenario = Scenario(requests, BuildConfig(1, 16, 64, tokens_per_block=4), 4)
     gc.freeze()  # what there is already is not looked through

@@ -65,8 +65,8 @@ def write(folder: Path, text: str | bytes, name: str = "trace.txt") -> Path:
 
 
 def as_values(request: Request) -> dict[str, Any]:
-    """Return a request's fields as values that compare."""
-    found = {field.name: getattr(request, field.name) for field in fields(request)}
+    """Return what a request was made of as values that compare."""
+    found = {field.name: getattr(request, field.name) for field in fields(request) if field.init}
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
 
 

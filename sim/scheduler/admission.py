@@ -55,8 +55,12 @@ class GuaranteedNoEvict(AdmissionRule):
     def blocks_for(self, job: Job, match: PrefixMatch) -> int:
         needed = job.final_blocks
         if match.path or match.repeated is not None or match.partial is not None:
-            needed += match.evictable_blocks + match.repeated_blocks - match.hit_blocks + match.host_blocks
-            if match.copied_blocks:  # for the time being, the source is kept as well
+            needed += match.evictable_blocks - match.hit_blocks + match.host_blocks
+            if match.repeated is not None:
+                needed += match.repeated_blocks
+            if (
+                match.partial is not None and match.copied_blocks
+            ):  # for the time being, the source is kept as well
                 needed = max(needed, self._manager.blocks_needed(match, job.target - match.hit_tokens))
         return needed
 

@@ -8,7 +8,6 @@ from sim.cost import StepCost
 from sim.scheduler.config import EngineConfig
 from sim.scheduler.plan import Plan
 from sim.scheduler.preemption import Preemption
-from sim.scheduler.windowed import WindowedRoom
 
 
 class StepsAlike(Preemption):
@@ -19,8 +18,6 @@ class StepsAlike(Preemption):
     ) -> None:
         super().__init__(manager, config, cost)
         self.max_batch_size = build.max_batch_size
-        window = manager.window
-        self._windowed = None if window is None else WindowedRoom(manager, window, config)
         self._closed = False  # a static batch: one of its prompts is computed, and not all its jobs are done
 
     def idle_steps(self) -> int:
@@ -69,7 +66,7 @@ class StepsAlike(Preemption):
         is protected is given up at once.
         """
         pool = self._pool
-        if self._tiered:
+        if pool.tier is not None:
             return pool.num_free
         blocks = pool.available
         return blocks if self.protection is None else blocks - self.protection.num_blocks
@@ -104,7 +101,7 @@ class StepsAlike(Preemption):
                 or (match is not None and match.repeated_blocks)
             )
             let_go = self.beams.reordered == self.batch.tick - 1  # of blocks, by beams that ended
-            if not self._mixed and (self._named or eviction_tells or let_go):
+            if not self._config.mixed_steps and (self._named or eviction_tells or let_go):
                 return 0  # what this very step has cached or evicted, only the next one's admission sees
             if self._named:
                 # a block can be hit in the very step that fills it, so that step is not like this one

@@ -14,7 +14,7 @@ from sim.scheduler.job import Job
 _PART = 1024
 """Jobs that are packed, and unpacked, at once."""
 
-_FIELDS = attrgetter(*(field.name for field in dataclasses.fields(Request)))
+_FIELDS = attrgetter(*(field.name for field in dataclasses.fields(Request) if field.init))
 
 
 def is_fresh(job: Job) -> bool:

@@ -60,7 +60,6 @@ class Places:
             self.protection = Protection(manager, manager.pool.policy, self.waiting, self._look_up)
         self.end_tick = NO_TICK
         self._config = config
-        self._mixed = config.mixed_steps
         self._rule = make_admission(config, manager)
         self._prefilling: dict[Job, None] = {}  # whose prompts take further steps
         self._named = 0  # decoding jobs whose output others may find in the cache
@@ -193,7 +192,7 @@ class Places:
             # rest is still to be taken. Whoever decodes in this step has a tail of its own already; who waits may
             # share it.
             promised = self.final_blocks - self.manager.logical_blocks
-            if not self._mixed:
+            if not self._config.mixed_steps:
                 promised += self.manager.tables.copies_needed(self.batch.unready)
         else:
             promised = self._unfinished_prompts()

@@ -20,8 +20,7 @@ class Preemption(Places):
         super().__init__(manager, config, cost)
         window = manager.window
         self._windowed = None if window is None else WindowedRoom(manager, window, config)
-        self._tiered = manager.pool.tier is not None
-        if config.preemption != "recompute" and not self._tiered:
+        if config.preemption != "recompute" and manager.pool.tier is None:
             raise ValueError(
                 f"preemption ({config.preemption}) needs host memory: host_cache_bytes for a block or more"
             )

@@ -84,7 +84,7 @@ class Scheduler(StepsAlike):
         plan = Plan()
         if self.protection is not None:
             self.protection.update()
-        if self._mixed:
+        if self._config.mixed_steps:
             if self._stalled:
                 plan.resumes, self._stalled = True, False
             if self.decoding:
@@ -98,7 +98,7 @@ class Scheduler(StepsAlike):
                 plan.resumes, self._stalled = self._stalled, False
                 if self.decoding:
                     self._schedule_decodes(plan)
-        if self._tiered:
+        if self._pool.tier is not None:
             self._move(plan)
         return plan
 
@@ -148,8 +148,8 @@ class Scheduler(StepsAlike):
             assert sequence is not None
             computed = sequence.num_tokens
             left = job.target - computed
-            chunk = min(left, budget)
-            if self._windowed is not None or chunk > manager.available_blocks * manager.tokens_per_block:
+            chunk = left if left < budget else budget
+            if self._windowed is not None or chunk > self._pool.available * manager.tokens_per_block:
                 chunk = min(chunk, self._room(job, plan))
                 if chunk <= 0:
                     break

@@ -59,6 +59,8 @@ class FirstCome(deque[Job]):
     The deque holds UNPACKED jobs, and those that were put back; if there are more, they are in a backlog.
     """
 
+    __slots__ = ("_backlog", "packed")
+
     arrivals_may_lead = False
     order_follows_cache = False
 
@@ -67,6 +69,7 @@ class FirstCome(deque[Job]):
         self.packed = 0
         self._backlog = Backlog()
 
+    _take_in = deque.append  # a job to those that are held as such
     first = property(itemgetter(0))  # asked in every step: there is no Python function to call
 
     def first_few(self, count: int) -> list[Job]:
@@ -74,14 +77,14 @@ class FirstCome(deque[Job]):
 
     def append(self, job: Job) -> None:
         if not self.packed and len(self) < UNPACKED:
-            super().append(job)
+            self._take_in(job)
         elif is_fresh(job):
             self._backlog.append(job)
             self.packed += 1
         else:  # it cannot be packed, nor go before those that are
             while self.packed:
                 self._unpack()
-            super().append(job)
+            self._take_in(job)
 
     def put_back(self, job: Job) -> None:
         self.appendleft(job)
