@@ -69,7 +69,7 @@ class NaivePreemption:
         if self.engine.victim == "last_started":
             return latest_first[0]
         if self.engine.victim == "last_arrived":
-            return max(latest_first, key=lambda job: job.request.request_id)
+            return max(latest_first, key=self._arrived)
         if self.engine.victim == "least_progress":
             return min(latest_first, key=lambda job: (job.generated, -job.request.prompt_tokens))
 
@@ -79,6 +79,11 @@ class NaivePreemption:
             return job.tokens / len(freed) if freed else float("inf")
 
         return min(latest_first, key=price)
+
+    def _arrived(self, job: Job) -> tuple[int, int]:
+        arrival_ps = self.rows[job.request.request_id]["arrival_ps"]
+        assert isinstance(arrival_ps, int)
+        return arrival_ps, job.request.request_id
 
     def _preempt_beams(self, beams: list[Job], now: int) -> None:
         """Forget all that a search has generated."""

@@ -18,7 +18,7 @@ from cluster_cases import (
 )
 from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, assert_identical, unlike
-from hypothesis import assume, given
+from hypothesis import given
 
 from allocator.config import BuildConfig
 from sim.cluster.config import ClusterConfig
@@ -51,10 +51,7 @@ def test_policies_see_the_same_skipping_or_not(scenario: ClusterScenario) -> Non
 @given(cluster_scenarios())
 def test_each_replica_is_an_engine_of_its_own(scenario: ClusterScenario) -> None:
     """What a replica did is what the plain engine does with the requests that the replica got, when it got them."""
-    # That victim goes by the place in the trace, which is not the order of arrival where turns follow others.
-    parents = [request for request in scenario.requests if request.parent >= 0]
-    assume(scenario.engine.victim != "last_arrived" or not parents)
-    with pytest.MonkeyPatch.context() as patch:  # beams go by that place, too
+    with pytest.MonkeyPatch.context() as patch:  # beams go by the place in the trace
         patch.setattr(
             "sim.scheduler.beams.beam_parents", lambda _, tokens, width: beam_parents(0, tokens, width)
         )

@@ -211,6 +211,17 @@ def test_who_started_last_need_not_have_arrived_last(victim: Any, preempted: lis
     assert _column(result, "finish_ps") == finish
 
 
+def test_a_turn_arrives_when_its_time_has_come() -> None:
+    """A is done at 10, so that B, its next turn, arrives at 100, after C, which stands behind it in the trace. The 4
+    blocks are too few for both.
+    """
+    requests = unlike((0, 1, 1), (0, 4, 10), (50, 4, 10))
+    requests[1] = dataclasses.replace(requests[1], parent=0, think_ps=90)
+    result = _preempting(requests, "last_arrived", 4)
+    assert _column(result, "arrival_ps") == [0, 100, 50]
+    assert _column(result, "preemptions") == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("victim", "preempted", "computed_again"),
     [("last_started", [0, 1], 9), ("least_progress", [1, 0], 10), ("cheapest", [1, 0], 10)],

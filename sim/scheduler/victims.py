@@ -19,8 +19,11 @@ def last_started(running: dict[Job, None], manager: KVCacheManager) -> Job:
 
 
 def last_arrived(running: dict[Job, None], manager: KVCacheManager) -> Job:
-    """Return a job of the request that arrived last."""
-    return _least(running, lambda job: -job.request.request_id)
+    """Return a job of the request that arrived last, of those at one time the last of the trace.
+
+    A turn of a session arrives when its time has come, whatever its place in the trace.
+    """
+    return _least(running, lambda job: (-(job.origin or job).arrival_ps, -job.request.request_id))
 
 
 def least_progress(running: dict[Job, None], manager: KVCacheManager) -> Job:
