@@ -67,6 +67,10 @@ class Arrivals:
                 heappush(self._due, (max(turn.arrival_ps, now_ps + turn.think_ps), turn.request_id, turn))
             self.next_ps = self._soonest()
 
+    def ended_ps(self, request_id: int) -> int:
+        """Return when a request finished, which has."""
+        return self._ends[request_id]
+
     def rejected(self, request: Request) -> None:
         """Note that a request will not run, nor will the turns that follow it."""
         self._ends[request.request_id] = _REJECTED

@@ -55,6 +55,8 @@ class Replica:
         map_due_ps = recorder.map_due_ps
         self._map_due_ps = NEVER if map_due_ps is None else map_due_ps
         self.arrivals = Arrivals(requests, self._reject_turn)
+        if scheduler.wishes is not None:
+            scheduler.wishes.ended_ps = self.arrivals.ended_ps
 
     def run(self, timeout: Callable[[int], Any]) -> Generator[Any, Any, None]:
         """Step until every request is finished or rejected; yield a `timeout` for each step, or stretch of steps.

@@ -395,10 +395,10 @@ class NaiveEngine(NaivePreemption):
         return prefills
 
     def _start(self, job: Job, match: Match, now: int) -> None:
-        size, row = self.cache.size, self.rows[job.request.request_id]
-        arrived_ps = row["arrival_ps"]
-        assert isinstance(arrived_ps, int)
-        job.wishes = wishes(self.retention, self.requests, job.request, size, arrived_ps, now)
+        size, row, parent = self.cache.size, self.rows[job.request.request_id], job.request.parent
+        parent_ended_ps = self.rows[parent]["finish_ps"] if parent >= 0 else 0
+        assert isinstance(parent_ended_ps, int)
+        job.wishes = wishes(self.retention, self.requests, job.request, size, parent_ended_ps, now)
         self.cache.begin(job, match)
         job.tokens = job.hit_tokens = match.tokens
         job.computed = 0

@@ -24,10 +24,10 @@ def wishes(
     requests: Sequence[Request],
     request: Request,
     size: int,
-    arrived_ps: int,
+    parent_ended_ps: int,
     now: int,
 ) -> Said:
-    """Return what a request says that is admitted now."""
+    """Return what a request says that is admitted now; its parent, if it has one, ended at some time."""
     if options is None:
         return nothing
     head = _wish(options.head_priority, options.head_duration_s)
@@ -36,7 +36,7 @@ def wishes(
     if options.session_priority is not None:
         if prompt is None:
             prompt = (USUAL, None)
-        wait = _wait_ps(requests, request, arrived_ps, now)
+        wait = _wait_ps(requests, request, parent_ended_ps, now)
         if wait > 0:
             prompt = output = (options.session_priority, wait)
 
@@ -49,13 +49,13 @@ def wishes(
     return said
 
 
-def _wait_ps(requests: Sequence[Request], request: Request, arrived_ps: int, now: int) -> int:
+def _wait_ps(requests: Sequence[Request], request: Request, parent_ended_ps: int, now: int) -> int:
     due = [now]
     for other in requests:
         if other.parent == request.request_id:
             due += [other.arrival_ps, now + other.think_ps]
         elif other.parent == request.parent >= 0:
-            due += [other.arrival_ps, arrived_ps - request.think_ps + other.think_ps]
+            due += [other.arrival_ps, parent_ended_ps + other.think_ps]
     return max(due) - now
 
 

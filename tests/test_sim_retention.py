@@ -115,6 +115,22 @@ def test_the_last_turn_of_a_session_lets_go() -> None:
     assert result.requests["hit_tokens"].tolist() == [0, 8, 0, 0, 4]
 
 
+def test_a_turn_that_comes_late_waits_for_no_turn_that_has_passed() -> None:
+    """Two turns follow A: one after 50, at 60, and one that the trace lets arrive at 1000. When that ends, nobody is to
+    come: of 5 blocks, B takes the one of the first turn and a free one, and C f and a.
+    """
+    requests = [
+        says(0, 0, "Aa"),
+        says(1, 0, "Aae", parent=0, think_ps=50),
+        says(2, 1000, "Aaf", parent=0),
+        says(3, 1010, "Bb"),
+        says(4, 1030, "cd"),
+        says(5, 1050, "Aag"),
+    ]
+    result = _serve(requests, RetentionOptions(session_priority=90), 5)
+    assert result.requests["hit_tokens"].tolist() == [0, 8, 8, 0, 0, 4]
+
+
 def test_a_turn_keeps_what_others_go_on_from_as_well() -> None:
     """The same, but a second turn follows A, at 210: the first one, over at 40, leaves its three blocks pinned."""
     requests = [

@@ -146,6 +146,8 @@ class Cluster:
                 self._prefilling.append(sends)
             else:
                 self.replicas.append(ClusterReplica(number, scheduler, *rest))
+        if wishes is not None:
+            wishes.ended_ps = self._arrivals.ended_ps  # of whatever replica
         self._front = Router(cluster.routing, self.replicas[:apart] if apart else self.replicas)
         self._back = Router(cluster.routing, self._decoding)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from allocator.checks import require_int
@@ -164,8 +164,10 @@ class Turns:
         """Whether any request follows another."""
         return any(think_ps >= 0 for think_ps in self._think_ps)
 
-    def wait_ps(self, request: Request, arrived_ps: int, now_ps: int) -> int:
+    def wait_ps(self, request: Request, parent_ended_ps: int, now_ps: int) -> int:
         """Return for how long, from its end on, a request that is admitted now has turns to wait for; else 0.
+
+        parent_ended_ps  when the turn finished that the request follows, if it follows any
 
         These are the turns that follow it, and those that follow the same turn as it does: they share what it found.
         Where what a turn waits for is its arrival in the trace, the time until then is counted from now.
@@ -175,13 +177,17 @@ class Turns:
         if self._think_ps[own] >= 0:
             due_ps = max(self._arrival_ps[own], now_ps + self._think_ps[own])
         if parent >= 0:
-            ended_ps = arrived_ps - request.think_ps
-            due_ps = max(due_ps, self._arrival_ps[parent], ended_ps + self._think_ps[parent])
+            due_ps = max(due_ps, self._arrival_ps[parent], parent_ended_ps + self._think_ps[parent])
         return due_ps - now_ps
 
 
 class Wishes:
-    """What each request says at admission of how its blocks are to be kept."""
+    """What each request says at admission of how its blocks are to be kept.
+
+    ended_ps  returns when a request finished, which has; to be set by whoever knows before anybody is admitted
+    """
+
+    ended_ps: Callable[[int], int]
 
     def __init__(self, options: RetentionOptions, requests: Collection[Request]) -> None:
         """Take all requests of the run, of which those that follow others are looked for if sessions are pinned.
@@ -212,8 +218,8 @@ class Wishes:
         prompt, output = self._prompt, self._output
         wait_ps = 0
         if self._turns is not None and self._pinned is not None:
-            arrived_ps = (job.origin or job).arrival_ps
-            wait_ps = self._turns.wait_ps(job.request, arrived_ps, now_ps)
+            parent = job.request.parent
+            wait_ps = self._turns.wait_ps(job.request, self.ended_ps(parent) if parent >= 0 else 0, now_ps)
             if wait_ps > 0:
                 prompt = output = Retention(self._pinned, wait_ps)
         if not job.preemptions and wait_ps <= 0:
