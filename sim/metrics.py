@@ -7,15 +7,17 @@ Percentiles are nearest-rank. A statistic of nothing is None, never NaN.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.stats import HostStats
 from sim.bounds import CacheBound
 from sim.cluster.summary import cluster_figures
 from sim.distributions import Ints, Levels, Progressions, exact_dot, exact_sum, summary_of_values
@@ -24,6 +26,9 @@ from sim.request import PS_PER_S
 from sim.scheduler.config import EngineConfig
 from sim.stored import StoredColumns, StoredTimes
 from sim.window import Window
+
+if TYPE_CHECKING:
+    from sim.overload import Overload
 
 _PIECE = 1 << 16
 
@@ -293,12 +298,28 @@ def _goodput(result: RunResult, span_ps: int, engine: EngineConfig) -> dict[str,
     }
 
 
+_HOST = (
+    "num_blocks",
+    "hit_blocks",
+    "offloaded_blocks",
+    "onboarded_blocks",
+    "evicted_blocks",
+    "swapped_out_blocks",
+    "swapped_in_blocks",
+)
+
+
+def _host(host: HostStats | None) -> dict[str, int] | None:
+    return None if host is None else {name: int(getattr(host, name)) for name in _HOST}
+
+
 def summarise(
     result: RunResult,
     engine: EngineConfig,
     *,
     total_wall_s: float | None = None,
     bound: CacheBound | None = None,
+    overload: Overload | None = None,
     skipped_rows: int = 0,
 ) -> dict[str, Any]:
     """Return the figures of a run, with the keys of summary.json, in its order.
@@ -310,6 +331,9 @@ def summarise(
     warm_up                        requests and seconds that were left out at the beginning
     skipped_rows                   malformed rows of the trace that were left out
     requests, finished, rejected   requests counted; how many finished; how many were refused, by cause
+    overload                       of the whole run, if requests came faster than they were served: the rates up to
+                                   the last arrival at which they arrived and finished, and how many waited then
+                                   (see sim.overload); else None
     wall_s, total_wall_s           real seconds: of the engine's loop; of everything from the trace's first byte
     steps                          engine iterations
     prompt_tokens, output_tokens   of finished requests; each of n samples counts its own output tokens
@@ -332,6 +356,14 @@ def summarise(
                                    is referenced; final: Σ unused slots / Σ slots over the block tables of
                                    finished requests (prompt + output − 1 tokens each, the last block's rest unused)
     sharing_saved_blocks           Σ over tables of their blocks − blocks that are in any table, over time
+    evicted_blocks                 blocks of the pool that were given to others with content in them, also where
+                                   that moved to host memory
+    swapped_blocks                 blocks that moved between GPU and host memory, either way: the sum of host's
+                                   offloaded, onboarded, swapped_out and swapped_in
+    host                           of host memory, None if there is none, of the whole run: its blocks; hit_blocks,
+                                   those of the hits that came from it; offloaded_blocks, evicted from the GPU and
+                                   kept there; onboarded_blocks, moved back for who hit them; evicted_blocks, given
+                                   up; swapped_out_blocks and swapped_in_blocks, of sequences that were preempted
     recomputed_tokens              tokens computed again after a preemption, net of what was hit again
     out_of_block_steps             steps that could not take the blocks they wanted
     block_lifetime_s, block_idle_before_evict_s, block_reuse_gap_s
@@ -373,6 +405,7 @@ def summarise(
         "requests": int(done.size),
         "finished": int(done.sum()),
         "rejected": _rejections(result),
+        "overload": None if overload is None else dataclasses.asdict(overload),
         "simulated_s": end_ps / PS_PER_S,
         "measured_s": span_ps / PS_PER_S,
         "wall_s": result.wall_s,
@@ -398,7 +431,8 @@ def summarise(
         "evicted_blocks": int(cache.evicted_blocks),
         "preemptions": total(result.timeline, "preemptions"),
         "recomputed_tokens": total(requests, "recomputed_tokens"),
-        "swapped_blocks": int(getattr(cache, "swapped_blocks", 0)),
+        "swapped_blocks": int(cache.swapped_blocks),
+        "host": _host(cache.host),
         "cow_copies": int(cache.cow_copies),
         "cow_tokens": int(cache.cow_tokens),
         **occupancy(result, span_ps),

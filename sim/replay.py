@@ -99,6 +99,7 @@ def write_run(
 def summary_of(finished: Run, began: float) -> dict[str, Any]:
     """Return the summary of a run; `began` is a perf_counter reading, of when it was started."""
     from sim.metrics import summarise
+    from sim.overload import Overload
     from sim.runner import cache_bound
 
     bound = cache_bound(finished)
@@ -107,6 +108,7 @@ def summary_of(finished: Run, began: float) -> dict[str, Any]:
         finished.spec.engine,
         total_wall_s=round(time.perf_counter() - began, 6),
         bound=bound,
+        overload=Overload.of(finished.result, finished.trace.last_arrival_ps),
         skipped_rows=finished.trace.skipped,
     )
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sim.metrics import int_column
-from sim.overload import Overload
 from sim.quantities import NONE, percent_text, seconds_text
 
 if TYPE_CHECKING:
@@ -128,17 +127,32 @@ def _replicas(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _overload(run: Run) -> list[tuple[str, str]]:
-    found = Overload.of(run.result)
+def _overload(found: dict[str, Any] | None) -> list[tuple[str, str]]:
     if found is None:
         return []
     return [
         (
             "overloaded",
-            f"{found.arrivals_per_s:,.3g} requests/s arrive, {found.finished_per_s:,.3g} finish; "
-            f"{found.waiting:,} wait\nat the last arrival: latencies grow with the length of the run",
+            f"{found['arrivals_per_s']:,.3g} requests/s arrive, {found['finished_per_s']:,.3g} finish; "
+            f"{found['waiting']:,} wait\nat the last arrival: latencies grow with the length of the run",
         )
     ]
+
+
+def _host(host: dict[str, int] | None, hit_blocks: int) -> list[tuple[str, str]]:
+    if host is None:
+        return []
+    text = (
+        f"{host['num_blocks']:,} blocks: {host['hit_blocks']:,} of {hit_blocks:,} hit blocks came from there\n"
+        f"{host['offloaded_blocks']:,} moved there when evicted, {host['onboarded_blocks']:,} moved back, "
+        f"{host['evicted_blocks']:,} given up"
+    )
+    if host["swapped_out_blocks"]:
+        text += (
+            f"\n{host['swapped_out_blocks']:,} more swapped out by preemptions, "
+            f"{host['swapped_in_blocks']:,} swapped in"
+        )
+    return [("host memory", text)]
 
 
 def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -152,7 +166,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("model, GPU", f"{run.spec.model.name}, {run.spec.gpu.gpu_name}"),
         ("KV pool", _pool(run)),
         ("requests", _requests(run, summary)),
-        *_overload(run),
+        *_overload(summary["overload"]),
         (
             "simulated time",
             f"{seconds_text(summary['simulated_s'])} in {summary['steps']:,} steps{_warm_up(summary)}",
@@ -185,6 +199,7 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['preemptions']:,}, {summary['recomputed_tokens']:,} tokens recomputed",
         ),
         ("evicted blocks", f"{summary['evicted_blocks']:,}"),
+        *_host(summary["host"], run.result.cache.hit_blocks),
         *_replicas(run, summary),
         (
             "wall time",

@@ -165,7 +165,7 @@ def cache_stats(num_blocks: int, tokens_per_block: int, **counts: int) -> CacheS
         "free_blocks": num_blocks,
         "miss_blocks": misses,
     }
-    return CacheStats(**(zero | known | counts))
+    return CacheStats(**(zero | {"host": None} | known | counts))
 
 
 @dataclass

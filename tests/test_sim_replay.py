@@ -446,12 +446,36 @@ def test_the_report_says_how_the_pool_came_about(tmp_path: Path) -> None:
     )
 
 
-def test_an_overload_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    replay([*SMALL, "--num-requests", "200", "--requests-per-s", "60"], tmp_path)
+@pytest.mark.parametrize(
+    "flags", [[], ["--turns-mean", "3"], ["--num-replicas", "2", "--prefill-replicas", "1"]], ids=str
+)
+def test_an_overload_is_reported(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the last turns find no queue any more, and where it is for room to decode that requests wait."""
+    summary = replay([*SMALL, "--num-requests", "400", "--requests-per-s", "100", *flags], tmp_path)
     shown = capsys.readouterr().out
     assert re.search(r"overloaded +[\d.]+ requests/s arrive, [\d.]+ finish; \d+ wait", shown), shown
-    replay([*SMALL, "--num-requests", "200", "--requests-per-s", "1"], tmp_path)
+    found = summary["overload"]
+    assert found["waiting"] >= 10
+    assert found["finished_per_s"] < found["arrivals_per_s"]
+    summary = replay([*SMALL, "--num-requests", "200", "--requests-per-s", "1", *flags], tmp_path)
     assert "overloaded" not in capsys.readouterr().out
+    assert summary["overload"] is None
+
+
+def test_what_host_memory_gives_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = replay(
+        [*SMALL, "--num-blocks", "60", "--host-cache-bytes", "8000000000", "--turns-mean", "3"], tmp_path
+    )
+    host = summary["host"]
+    assert 0 < host["hit_blocks"] <= host["onboarded_blocks"] <= host["offloaded_blocks"]
+    assert summary["swapped_blocks"] == host["offloaded_blocks"] + host["onboarded_blocks"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"host memory {host['num_blocks']:,} blocks: {host['hit_blocks']:,} of" in shown
+    assert f"{host['offloaded_blocks']:,} moved there when evicted" in shown
+    assert replay(SMALL, tmp_path)["host"] is None
+    assert "host memory" not in capsys.readouterr().out
 
 
 def test_rejections_are_reported_by_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from allocator.field_docs import with_field_docs
 from sim.request import Request
+from sim.stream import RequestStream
 
 
 class TraceError(ValueError):
@@ -39,6 +40,15 @@ class Trace:
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
+
+    @property
+    def last_arrival_ps(self) -> int:
+        """Picoseconds at which the last request arrives, turns of sessions as if nobody had to wait for an answer; of a
+        RequestStream, about then.
+        """
+        if isinstance(self.requests, RequestStream):
+            return self.requests.span_ps
+        return max((request.arrival_ps for request in self.requests), default=0)
 
     @property
     def duration_ps(self) -> int:
