@@ -55,7 +55,11 @@ class Coasting(Decoding):
         pool = self.pool
         if self.steps_matter or batch.unready or batch.ring.named:
             later = batch.growth(num_tokens) - batch.growth(1)
+            only_logged = self.only_logged and not (batch.unready or batch.ring.named)
+            version, evicted = self.index.version, pool.evicted_blocks
             self.advance(batch, num_tokens)
+            if only_logged and pool.evicted_blocks == evicted:
+                self.index.version = version  # as without a log: what filled is in nobody's match
             return later
         starts, growth, first = batch.starts(num_tokens)
         now = pool.now
@@ -130,9 +134,11 @@ class Coasting(Decoding):
             else:  # nobody has started the block after the last one
                 dates = dates[first - full + 1 :] if full - first > 1 else array("q")
                 dates.append(batch.coasted_at)
+        version = self.index.version
         if sequence.retention is None:
             self.tables.index_full(sequence, full, dates)
-            return
-        for block in range(first, full):  # as it would have been: extents are sealed on the way
-            at = block - first
-            self.tables.index_full(sequence, block + 1, dates and dates[at : at + 1])
+        else:
+            for block in range(first, full):  # as it would have been: extents are sealed on the way
+                at = block - first
+                self.tables.index_full(sequence, block + 1, dates and dates[at : at + 1])
+        self.index.version = version  # it is nobody else's, so that no match has changed

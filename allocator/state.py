@@ -106,6 +106,10 @@ class ManagerState:
         self.steps_matter = (  # to somebody, so that many must not be taken as one
             self.steps_count or pool.notes_cached or pool.partial is not None
         )
+        others = (self.windowed, self.quotas, pool.partial)
+        self.only_logged = (  # it is the log alone to which they matter
+            self.events is not None and not pool.notes_cached and all(other is None for other in others)
+        )
 
     def _start_log(self) -> None:
         log = EventLog()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from different_cases import different_examples
 from engine_cases import LinearCost, Scenario, assert_as_naive, assert_identical, scenarios
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig
@@ -290,3 +290,32 @@ def test_any_order_of_protecting_and_using(
 def _protected(policy: Protecting, key: int) -> set[int]:
     """Return the blocks that are protected with a key."""
     return {block for extent, keys in policy._guards.items() if key in keys for block in extent.ids}
+
+
+_IN_TWO_STEPS = Scenario(
+    [
+        Request(row, arrival, prompt, output, np.array(ids), 1, named_tokens=len(ids))
+        for row, (arrival, prompt, output, ids) in enumerate(
+            [(120, 3, 5, [0, 0, 0]), (120, 1, 1, [0, 0]), (150, 1, 1, [0, 1])]
+        )
+    ],
+    BuildConfig(20, 220, 9, tokens_per_block=2),
+    4,
+    engine=EngineConfig(queue_order="shortest"),
+    cost=LinearCost(1, prefill=7, windows=(5,), window_slopes=(1,)),
+)
+"""Found at random: with a log, its longest stretch began a step later."""
+
+
+@different_examples(1)
+@given(scenarios(), st.sampled_from(sorted(POLICIES)), st.integers(1, 3))
+@example(_IN_TWO_STEPS, "slru", 1)
+def test_a_log_changes_nothing_that_is_protected(scenario: Scenario, policy: str, jobs: int) -> None:
+    """Nor where stretches are cut: a log wants to know of each block that fills, which else waits."""
+    scenario = dataclasses.replace(scenario, cache=dataclasses.replace(scenario.cache, policy=policy))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sim.scheduler.protection.PROTECTED", jobs)
+        engine = dataclasses.replace(scenario.engine, protect_waiting_hits=True)
+        without = dataclasses.replace(scenario, engine=engine).run()
+        engine = dataclasses.replace(engine, events=True)
+        assert_identical(dataclasses.replace(scenario, engine=engine).run(), without)
