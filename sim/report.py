@@ -78,7 +78,7 @@ def _bound(summary: dict[str, Any]) -> str:
     tokens, blocks = (summary[f"infinite_cache_hit_rate_{unit}"] for unit in ("tokens", "blocks"))
     if tokens is None or blocks is None:
         return ""
-    return f"\nof an infinite cache: {percent_text(tokens)} and {percent_text(blocks)}; of none: 0"
+    return f"\nof an infinite cache: {percent_text(tokens)} and {percent_text(blocks)}"
 
 
 def _warm_up(summary: dict[str, Any]) -> str:

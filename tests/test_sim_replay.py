@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -27,7 +28,7 @@ from sim.command_line import option_value
 from sim.export import ResultFolder
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.options import GPUOptions, parse
-from sim.replay import main
+from sim.replay import main, summary_of
 from sim.report import report_rows
 from sim.scheduler.config import EngineConfig
 from sim.traces import FORMATS
@@ -427,15 +428,17 @@ def test_the_help_is_light() -> None:
         assert flag in done.stdout
 
 
-def test_the_report_says_how_the_pool_came_about(tmp_path: Path) -> None:
+def reported(*flags: str) -> tuple[dict[str, str], dict]:
+    """Return the report's rows by label, and the summary that they are made of."""
+    options, _ = parse([*SMALL, "--out", "o", *flags])
+    finished = sim.runner.run(options.spec(None))
+    summary = summary_of(finished, perf_counter())
+    return dict(report_rows(finished, summary)), summary
+
+
+def test_the_report_says_how_the_pool_came_about() -> None:
     def pool(*flags: str) -> str:
-        options, _ = parse([*SMALL, "--out", "o", *flags])
-        return dict(report_rows(run := sim.runner.run(options.spec(None)), summarise(run.result)))["KV pool"]
-
-    from sim.metrics import summarise as measure
-
-    def summarise(result: object) -> dict:
-        return measure(result, EngineConfig(), total_wall_s=0.0)  # type: ignore[arg-type]
+        return reported(*flags)[0]["KV pool"]
 
     assert pool("--gpu", "a100-80gb").startswith(
         "1,898 blocks of 64 tokens = 121,472 tokens\n59.33 GiB = 0.9 × (80.00"
@@ -444,6 +447,12 @@ def test_the_report_says_how_the_pool_came_about(tmp_path: Path) -> None:
     assert pool("--num-blocks", "100") == (
         "100 blocks of 64 tokens = 6,400 tokens, as --num-blocks says (3.12 GiB)"
     )
+
+
+def test_the_report_sets_the_bound_beside_the_hit_rate() -> None:
+    rows, summary = reported("--system-prompts", "2")
+    bounds = [summary[f"infinite_cache_hit_rate_{unit}"] for unit in ("tokens", "blocks")]
+    assert rows["hit rate"].endswith(f" of blocks\nof an infinite cache: {bounds[0]:.1%} and {bounds[1]:.1%}")
 
 
 @pytest.mark.parametrize(
