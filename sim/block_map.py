@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from sim import style as look
@@ -121,8 +122,9 @@ def block_map(result: RunResult) -> Figure:
             extent=(*extent_s, -0.5, block_ids.size - 0.5),
         )
         board.grid(False)
-        ticks = np.unique(np.linspace(0, block_ids.size - 1, 6 if len(maps) == 1 else 3).round().astype(int))
-        board.set_yticks(ticks, [f"{block_ids[tick]:,}" for tick in ticks])
+        numbers = _round_numbers(block_ids, 6 if len(maps) == 1 else 3)
+        places = np.interp(numbers, block_ids, np.arange(block_ids.size))
+        board.set_yticks(places, [f"{block_id:,}" for block_id in numbers])
         board.set_ylabel("block id" if not result.replicas else f"replica {number}")
         for side in ("top", "right"):
             board.spines[side].set_visible(True)
@@ -130,6 +132,14 @@ def block_map(result: RunResult) -> Figure:
     boards[-1].set_xlim(*extent_s)
     _legend(boards[0])
     return figure
+
+
+def _round_numbers(block_ids: Ints, at_most: int) -> Ints:
+    """Return block ids to write beside an axis: round ones between the first and the last, drawn or not."""
+    first, last = int(block_ids[0]), int(block_ids[-1])
+    locator = MaxNLocator(at_most, steps=[1, 2, 5, 10], integer=True)
+    numbers = np.unique(np.rint(locator.tick_values(first, last)).astype(np.int64))
+    return numbers[(numbers >= first) & (numbers <= last)]
 
 
 def _legend(axes: Axes) -> None:

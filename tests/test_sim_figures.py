@@ -193,6 +193,25 @@ def test_the_headline_states_the_time_weighted_shares() -> None:
     assert block_map._title(owners) == "Requests hold 44% of the pool, 19% is shared, 19% waits as cache"
 
 
+@pytest.mark.parametrize(
+    ("blocks", "numbers"),
+    [
+        (1, ["0"]),
+        (3, ["0", "1", "2"]),
+        (7242, ["0", "2,000", "4,000", "6,000"]),
+        (30_000, ["0", "5,000", "10,000", "15,000", "20,000", "25,000"]),
+    ],
+)
+def test_round_block_numbers_stand_where_those_blocks_are(blocks: int, numbers: list[str]) -> None:
+    run = mapped([[FREE] * blocks], [0], [(0, 1)])
+    ids, _ = on_a_grid(run)
+    with style.styled():
+        (board,) = block_map.block_map(run).axes
+    assert [label.get_text() for label in board.get_yticklabels()] == numbers
+    every = ids[1] - ids[0] if ids.size > 1 else 1
+    assert (board.get_yticks() * every).tolist() == pytest.approx([int(n.replace(",", "")) for n in numbers])
+
+
 def test_a_run_without_samples_cannot_be_mapped(run: RunResult) -> None:
     with pytest.raises(ValueError, match=r"block_map \(None\) must be kept"):
         block_map.block_map(dataclasses.replace(run, block_map=None))
