@@ -94,6 +94,8 @@ class Config:
     )
     out: Path = Path("results/memory_savings")
     """Folder for figures and figures' numbers (summary.json)."""
+    figures: bool = True
+    """Draw the figures as PNG and SVG."""
 
     def check(self) -> None:
         """Raise ValueError on a broken rule. Not on construction, where tyro would wrap the message."""
@@ -268,7 +270,8 @@ def summary(config: Config, slots: tuple[int, int], comparisons: list[Comparison
         }
 
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
-    del settings["out"]
+    for name in ("out", "figures"):  # what is counted does not depend on these
+        del settings[name]
     return {
         "config": settings,
         "example": {"contiguous_tokens": slots[0], "paged_tokens": slots[1], "ratio": slots[0] / slots[1]},
@@ -331,9 +334,10 @@ def run(config: Config, console: Console) -> None:
             for table in (shares_table(comparison), batched_table(comparison)):
                 console.print("", table)
             console.print()
-        with style.styled():
-            style.save(draw_over_time(comparisons[0]), folder.staging / _OVER_TIME)
-            style.save(draw_batched(comparisons), folder.staging / _BATCHED)
+        if config.figures:
+            with style.styled():
+                style.save(draw_over_time(comparisons[0]), folder.staging / _OVER_TIME)
+                style.save(draw_batched(comparisons), folder.staging / _BATCHED)
         write_json(summary(config, example(), comparisons), folder.staging / _SUMMARY)
         written = folder.publish()
     console.print("\n".join(f"wrote {path}" for path in written), highlight=False)

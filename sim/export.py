@@ -208,7 +208,8 @@ class ResultFolder:
 
     def _earlier_files(self) -> list[Path]:
         """Files that only a result has, left here by an earlier run."""
-        return [self.path / name for name in RUN_FILES if (self.path / name).is_file()]
+        names = dict.fromkeys((*RUN_FILES, *self._names))
+        return [self.path / name for name in names if (self.path / name).is_file()]
 
 
 def _locked(folder: Path) -> int | None:

@@ -265,6 +265,14 @@ def test_command_prints_the_example_and_leaves_figures_and_numbers(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+def test_figures_can_be_left_out_and_earlier_ones_go(tmp_path: Path) -> None:
+    assert command("-n", "5", folder=tmp_path) == 0
+    numbers = (tmp_path / "summary.json").read_bytes()
+    assert command("-n", "5", "--no-figures", folder=tmp_path) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert (tmp_path / "summary.json").read_bytes() == numbers
+
+
 def test_command_serves_a_trace_and_leaves_out_what_is_too_long(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
