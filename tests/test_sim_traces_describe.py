@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trace_cases import TEXTS, write
 
+from sim.distributions import Progressions
 from sim.request import Request
-from sim.traces import Trace, read_trace
-from sim.traces.describe import describe, render
+from sim.traces import Trace, read_trace, write_trace
+from sim.traces.describe import PERCENTILES, describe, render
 from sim.traces.sharing import TOKENS_PER_CHUNK, sharing, stack_distances
 
 S = 10**12
@@ -27,8 +28,8 @@ def test_the_public_azure_code_trace(traces_dir: Path) -> None:
     assert figures["requests"] == 8819
     assert figures["requests_per_s"] == pytest.approx(2.57, abs=0.005)
     assert figures["arrival_cv"] == pytest.approx(13.2, abs=0.05)
-    assert spread(figures["prompt_tokens"]) == [2048, 1469, 5188, 7436]
-    assert spread(figures["output_tokens"]) == [28, 13, 55, 251]
+    assert spread(figures["prompt_tokens"]) == [2048, 1469, 5194, 7436]  # published, interpolated: 5188
+    assert spread(figures["output_tokens"]) == [28, 13, 55, 252]  # 251
     assert figures["content"] is None
 
 
@@ -37,8 +38,8 @@ def test_the_public_mooncake_conversation_trace(traces_dir: Path) -> None:
     figures = describe(trace)
     assert figures["requests"] == 12031
     assert figures["requests_per_s"] == pytest.approx(3.40, abs=0.005)
-    assert spread(figures["prompt_tokens"]) == [12035, 6909, 27367, 85400]
-    assert spread(figures["output_tokens"]) == [343, 350, 597, 1119]
+    assert spread(figures["prompt_tokens"]) == [12035, 6909, 27367, 85401]
+    assert spread(figures["output_tokens"]) == [343, 350, 597, 1120]
     content = figures["content"]
     assert content["granularity"] == [512]
     assert content["distinct_chunks"] == 182790
@@ -129,12 +130,32 @@ def test_sessions_and_sampling() -> None:
     assert figures["sampled_requests"] == figures["searched_requests"] == 1
     assert figures["requests_per_s"] == pytest.approx(3 / 4)
     assert figures["arrival_cv"] == pytest.approx(np.std([1, 1, 2]) / (4 / 3))
-    lengths = {"mean": 17.5, "p50": 15.0, "p90": 27.0, "p99": 29.7, "max": 30.0, "total": 70}
-    assert figures["prompt_tokens"] == pytest.approx(lengths)
+    lengths = {"mean": 17.5, "p50": 10.0, "p90": 30.0, "p99": 30.0, "max": 30.0, "total": 70}
+    assert figures["prompt_tokens"] == lengths
     text = render(figures)
     assert "1 of several turns: 3.00 on average, 3 at most, 6.0 s to think" in text
     assert "1 requests" in text
     assert "not known" in text
+
+
+def test_percentiles_are_those_of_a_summary() -> None:
+    rows = [Request(row, row * S, 5, 1 + row * row) for row in range(37)]
+    found = describe(Trace("t", "synthetic", "00", rows))["output_tokens"]
+    lengths = np.array([row.output_tokens for row in rows])
+    summary = Progressions.plain(lengths).summary(1, PERCENTILES)
+    assert {name: found[name] for name in summary} == summary
+    assert found["p90"] == lengths[34 - 1]  # ⌈0.9 · 37⌉ = 34
+
+
+def test_the_time_to_think_is_not_known_where_no_answer_s_end_is(tmp_path: Path) -> None:
+    """Also once it is converted."""
+    trace = read_trace(write(tmp_path, TEXTS["bailian"]))
+    write_trace(trace, tmp_path / "native.parquet")
+    for same in (trace, read_trace(tmp_path / "native.parquet")):
+        figures = describe(same)
+        assert figures["sessions"]["count"] > 0
+        assert figures["sessions"]["think_s_mean"] is None
+        assert "at most, time to think not known" in render(figures)
 
 
 def test_one_request_has_no_rate() -> None:

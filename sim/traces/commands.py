@@ -29,10 +29,11 @@ class Describe:
     arrivals: requests/s is one over the mean gap between arrivals. CV is the standard deviation of those gaps over
     their mean: 0 for a metronome, 1 for a Poisson process, more for bursts.
 
-    prompt tokens, output tokens: p50 is the median; 90 in 100 are no longer than p90, 99 in 100 than p99.
+    prompt tokens, output tokens: p90 is the smallest length that 90 in 100 do not exceed (nearest rank, nothing
+    interpolated), p50 and p99 likewise; so are all percentiles here and in the summary of a run.
 
     sessions: requests that go on from one another, as the turns of a chat; the time to think is what passes between
-    an answer's end and the next turn.
+    an answer's end and the next turn. It is not known of traces that do not say when answers end (Bailian).
 
     content: what the trace tells of what the prompts say, in chunks of so many tokens. Chunks are distinct if they
     differ, or anything before them does: a cache can reuse a chunk only behind the same beginning.

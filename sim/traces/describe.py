@@ -6,8 +6,8 @@ from array import array
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sim.distributions import Ints, summary_of_values
 from sim.request import PS_PER_S
 from sim.traces.sharing import TOKENS_PER_CHUNK, Sharing, sharing
 from sim.traces.trace import Trace
@@ -23,16 +23,17 @@ def describe(trace: Trace) -> dict[str, Any]:
     requests_per_s           one over the mean gap between arrivals; None for a trace without duration
     arrival_cv               standard deviation of those gaps over their mean; a Poisson process has 1
     prompt_tokens, output_tokens
-                             mean, p50, p90, p99, max of their lengths (percentiles interpolated linearly, as
-                             published statistics of traces are), and total
+                             mean, p50, p90, p99, max of their lengths, and total
     sampled_requests         requests that ask for several outputs
     searched_requests        requests for which a beam search is made
     sessions                 None without any; else count (of those with two turns or more), turns_mean, turns_max,
-                             think_s_mean
+                             think_s_mean (None if every one is 0: the trace does not say when answers end)
     content                  None without content ids; else granularity, prompt_chunks, distinct_chunks,
                              reused_chunks (distinct ones that are hit), hit_rate_chunks and hit_rate_tokens of an
                              infinite cache, reuse_gap_s and reuse_distance_chunks (mean, percentiles, max of the
                              time, and of the distinct other chunks, between two uses). See Sharing.
+
+    Percentiles are nearest-rank, as in the summary of a run: p90 is the smallest value that 90% of all do not exceed.
     """
     survey = _Survey(trace)
     gaps = np.diff(survey.arrivals_ps).astype(np.float64)
@@ -79,22 +80,17 @@ class _Survey:
         self.parents = np.array(parents, dtype=np.int64)
 
 
-def _distribution(values: NDArray[Any]) -> dict[str, float] | None:
-    if not values.size:
-        return None
-    found = {"mean": float(values.mean())}
-    for percent, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True):
-        found[f"p{percent}"] = float(value)
-    found["max"] = float(values.max())
-    return found
+def _distribution(values: Ints, scale: int = 1) -> dict[str, float | None] | None:
+    """Return mean, percentiles and maximum of values / scale; None without any."""
+    return summary_of_values(values.copy(), scale, PERCENTILES) if values.size else None
 
 
-def _lengths(values: NDArray[np.int64]) -> dict[str, float] | None:
+def _lengths(values: Ints) -> dict[str, float | None] | None:
     found = _distribution(values)
     return None if found is None else {**found, "total": int(values.sum())}
 
 
-def _sessions(survey: _Survey) -> dict[str, float] | None:
+def _sessions(survey: _Survey) -> dict[str, float | None] | None:
     later = np.flatnonzero(survey.parents >= 0)
     if not later.size:
         return None
@@ -107,7 +103,7 @@ def _sessions(survey: _Survey) -> dict[str, float] | None:
         "count": int(several.size),
         "turns_mean": float(several.mean()),
         "turns_max": int(several.max()),
-        "think_s_mean": survey.think_ps / later.size / PS_PER_S,
+        "think_s_mean": survey.think_ps / later.size / PS_PER_S if survey.think_ps else None,
     }
 
 
@@ -119,7 +115,7 @@ def _content(granularities: set[int], found: Sharing) -> dict[str, Any]:
         "reused_chunks": found.reused_chunks,
         "hit_rate_chunks": found.hit_chunks / found.prompt_chunks,
         "hit_rate_tokens": found.hit_tokens / found.prompt_tokens,
-        "reuse_gap_s": _distribution(found.reuse_gaps_ps / PS_PER_S),
+        "reuse_gap_s": _distribution(found.reuse_gaps_ps, PS_PER_S),
         "reuse_distance_chunks": _distribution(found.reuse_distances),
     }
 
@@ -145,11 +141,13 @@ def render(figures: dict[str, Any]) -> str:
     if figures["searched_requests"]:
         rows.append(("with a beam search", f"{figures['searched_requests']:,} requests"))
     if sessions := figures["sessions"]:
+        think = sessions["think_s_mean"]
         rows.append(
             (
                 "sessions",
                 f"{sessions['count']:,} of several turns: {sessions['turns_mean']:.2f} on average, "
-                f"{sessions['turns_max']} at most, {sessions['think_s_mean']:,.1f} s to think",
+                f"{sessions['turns_max']} at most, "
+                + ("time to think not known" if think is None else f"{think:,.1f} s to think"),
             )
         )
     content = figures["content"]
