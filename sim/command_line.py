@@ -109,8 +109,12 @@ def first_told(error: Exception) -> Exception:
     return error
 
 
-def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T | None = None) -> T:
+def parse_dataclass(
+    kind: type[T], prog: str, arguments: list[str], default: T | None = None, description: str | None = None
+) -> T:
     """Parse flags into a dataclass whose nested dataclasses are flattened: field names are the flags.
+
+    The help begins with `description`, or else with the dataclass's docstring.
 
     Raises ValueError where a dataclass refuses its values, and for a flag that is unknown, ill-typed or missing. Exits
     with 0, after having printed it, where the help is asked for.
@@ -123,7 +127,12 @@ def parse_dataclass(kind: type[T], prog: str, arguments: list[str], default: T |
 
     def parse() -> T:
         parsed: T = tyro.cli(
-            kind, prog=prog, args=arguments, default=given, config=(tyro.conf.OmitArgPrefixes,)
+            kind,
+            prog=prog,
+            description=description,
+            args=arguments,
+            default=given,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         return parsed
 

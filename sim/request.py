@@ -40,6 +40,7 @@ class Request:
     arrival_ps: int
     """Picoseconds since the start of the trace."""
     prompt_tokens: int
+    """Tokens of the prompt."""
     output_tokens: int
     """Tokens generated, by each sample."""
     chunk_ids: NDArray[np.int64] | None = None

@@ -17,6 +17,8 @@ from trace_cases import ANY_CSV, MOONCAKE, TEXTS, same_requests, write
 import sim.traces.commands
 from sim.traces import read_trace
 from sim.traces.__main__ import main
+from sim.traces.native import REQUIRED, SCHEMA, NativeFormat
+from sim.traces.reader import CSV_FORMATS, FORMATS, JSON_FORMATS
 from sim.workload import WorkloadConfig, generate
 
 
@@ -96,6 +98,22 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("describe", "convert", "generate"))
+
+
+def test_help_of_convert_says_what_each_format_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, kind in FORMATS.items():
+        assert f"{name}: {' '.join(kind.explained().split())}" in shown
+    for kind in JSON_FORMATS:
+        needed, _, optional = kind.explained().partition("; if it is there, ")
+        assert all(f"{key} (" in needed for key in kind.needs)
+        assert all(f"{key} (" in optional for key in kind.takes)
+    for csv in CSV_FORMATS:
+        assert all(column in csv.describes for column in csv.columns)
+    required, _, optional = NativeFormat.explained().partition("Columns that may be absent:")
+    assert all(f"{name} (" in (required if name in REQUIRED else optional) for name in SCHEMA)
 
 
 @pytest.mark.parametrize("command", ["convert", "generate"])

@@ -333,10 +333,14 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
         said = problem(write(tmp_path, data))
         assert said.endswith(f"must be UTF-8 text, but looks like {kind}")
     assert problem(write(tmp_path, '{"a": 1}')) == (
-        "1: keys (a) must be those of one of bailian, sharegpt, mooncake"
+        "1: keys (a) must be those of one of "
+        "bailian (chat_id, parent_chat_id, timestamp, input_length, output_length, hash_ids), "
+        "sharegpt (arrival_time_ns, input_toks, output_toks, input_tok_ids), "
+        "mooncake (timestamp, input_length, output_length, hash_ids)"
     )
     assert problem(write(tmp_path, "a,b,c\n1,2,3\n")) == (
-        "1: header (a, b, c) must be that of one of azure, burstgpt, or columns be named: "
+        "1: header (a, b, c) must be that of one of azure (TIMESTAMP, ContextTokens, GeneratedTokens), "
+        "burstgpt (Timestamp, Request tokens, Response tokens), or columns be named: "
         "arrival=NAME,prompt=NAME,output=NAME"
     )
     assert problem(write(tmp_path, 'a,b\n"1,2\n'), columns="arrival=a,prompt=a,output=b") == (

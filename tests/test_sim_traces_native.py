@@ -18,7 +18,7 @@ from trace_cases import TEXTS, as_values, same_requests, write
 
 from sim.request import MAX_TIME_PS, Request
 from sim.traces import Trace, TraceError, read_trace, write_trace
-from sim.traces.native import SCHEMA
+from sim.traces.native import REQUIRED, SCHEMA
 
 
 @st.composite
@@ -331,3 +331,17 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, format: str | None)
         with pytest.raises(TraceError) as caught:
             read_trace(path, format=format)
         assert str(caught.value) == f"{path}: must be a regular file"
+
+
+def test_columns_that_are_not_required_may_be_absent(tmp_path: Path) -> None:
+    """And stand for what they hold in a request of which nothing more is said."""
+    path = tmp_path / "t.parquet"
+    saved([Request(0, 5, 7, 9)], path)
+    whole = pl.read_parquet(path)
+    for column in SCHEMA:
+        whole.drop(column).write_parquet(path)
+        if column in REQUIRED:
+            with pytest.raises(TraceError, match=f"field '{column}' is missing"):
+                read_trace(path)
+        else:
+            assert [as_values(request) for request in read_trace(path)] == [as_values(Request(0, 5, 7, 9))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 from types import FrameType
@@ -25,8 +26,10 @@ from trace_cases import (
     write,
 )
 
-from sim.traces import FORMATS, Trace, read_trace
+from sim.traces import FORMATS, Trace, TraceError, read_trace
 from sim.traces.fields import FieldError, number_ps, timestamp_ps
+from sim.traces.formats import JsonLinesFormat
+from sim.traces.reader import JSON_FORMATS
 
 MS, S, DAY = 10**9, 10**12, 86400 * 10**12
 
@@ -253,6 +256,25 @@ def test_impossible_arguments_are_refused(tmp_path: Path, arguments: dict[str, o
 def test_every_format_says_what_it_is() -> None:
     assert set(FORMATS) == {"azure", "burstgpt", "mooncake", "bailian", "sharegpt", "csv", "native"}
     assert all(kind.name == name and kind.describes for name, kind in FORMATS.items())
+
+
+@pytest.mark.parametrize("kind", JSON_FORMATS)
+def test_json_formats_need_and_take_the_keys_that_they_say(
+    tmp_path: Path, kind: type[JsonLinesFormat]
+) -> None:
+    def read(record: dict[str, object]) -> list[dict[str, object]]:
+        trace = read_trace(write(tmp_path, json.dumps(record)), format=kind.name)
+        return [as_values(request) for request in trace]
+
+    record = json.loads(TEXTS[kind.name].splitlines()[1])
+    assert {*kind.needs, *kind.takes} <= record.keys()
+    enough = {key: record[key] for key in (*kind.needs, *kind.takes)}
+    assert read(enough) == read(record)
+    for key in kind.needs:
+        with pytest.raises(TraceError, match=f"field '{key}' is missing"):
+            read({each: value for each, value in record.items() if each != key})
+    for key in kind.takes:
+        assert read({each: value for each, value in record.items() if each != key}) != read(record)
 
 
 def test_the_public_azure_trace(traces_dir: Path) -> None:

@@ -16,7 +16,7 @@ class AzureFormat(CsvFormat):
     """
 
     name = "azure"
-    describes = "Azure LLM inference traces: TIMESTAMP,ContextTokens,GeneratedTokens"
+    describes = "Azure LLM inference traces: CSV with TIMESTAMP, ContextTokens, GeneratedTokens"
     arrival_field = "TIMESTAMP"
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     marks: ClassVar[frozenset[str]] = frozenset({"ContextTokens", "GeneratedTokens"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,9 +24,17 @@ class BailianFormat(JsonLinesFormat):
     """
 
     name = "bailian"
-    describes = "Qwen-Bailian traces: JSON Lines with chat_id, parent_chat_id, timestamp (s), ..., hash_ids"
+    describes = "Qwen-Bailian traces"
     arrival_field = "timestamp"
     keys: ClassVar[frozenset[str]] = frozenset({"chat_id", "parent_chat_id"})
+    needs: ClassVar[Mapping[str, str]] = {
+        "chat_id": "integer",
+        "parent_chat_id": "the chat_id of the session's turn before, or -1",
+        "timestamp": "seconds",
+        "input_length": "tokens",
+        "output_length": "tokens",
+        "hash_ids": f"list of integers, one for each {TOKENS_PER_HASH} tokens of the prompt",
+    }
 
     def __init__(self) -> None:
         self._unseen = _FIRST_UNSEEN_ID

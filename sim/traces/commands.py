@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import tyro
 from sim.command_line import parse_dataclass, parse_plainly
 from sim.target import check_target
 from sim.traces.describe import describe, render
-from sim.traces.reader import read_trace
+from sim.traces.reader import FORMATS, read_trace
 from sim.traces.reading import ReadOptions
 from sim.traces.trace import Trace
 from sim.traces.writer import write_trace
@@ -110,7 +111,9 @@ def _parse(program: str, description: str, arguments: list[str]) -> Describe | C
     command: Describe | Convert | Generate
     if arguments and arguments[0] in COMMANDS:
         name, *options = arguments
-        command = parse_dataclass(COMMANDS[name], f"{program} {name}", options)
+        kind = COMMANDS[name]
+        about = _with_formats(kind) if kind is Convert and {"-h", "--help"} & set(options) else None
+        command = parse_dataclass(kind, f"{program} {name}", options, description=about)
     else:
         command = parse_plainly(
             program,
@@ -119,6 +122,12 @@ def _parse(program: str, description: str, arguments: list[str]) -> Describe | C
             ),
         )
     return command
+
+
+def _with_formats(kind: type[Any]) -> str:
+    """Return a command's docstring and, behind it, what files of each format hold."""
+    formats = [f"{name}: {each.explained()}" for name, each in FORMATS.items()]
+    return "\n\n".join([inspect.cleandoc(kind.__doc__ or ""), *formats])
 
 
 def _write(make: Callable[[], Trace], out: Path, source: Path | None = None) -> None:

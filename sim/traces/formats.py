@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,13 +24,18 @@ class TraceFormat(ABC):
     name: ClassVar[str]
     """What `format=` calls it."""
     describes: ClassVar[str]
-    """One line on where such files come from."""
+    """A few words on where such files come from, and what else is not said by what they must hold."""
     arrival_field: str
     """Field that holds the arrival time, for messages."""
     from_first_arrival: ClassVar[bool] = True
     """Whether time 0 of the trace is its first arrival; else the file's own 0."""
     keys_are_rows: ClassVar[bool] = False
     """Whether the keys of its rows are their places in the file, from 0, and its lines count from 1."""
+
+    @classmethod
+    def explained(cls) -> str:
+        """Return, in one paragraph, where such files come from and what they must and may hold."""
+        return cls.describes
 
     @abstractmethod
     def rows(self, path: Path) -> Rows:
@@ -49,6 +54,18 @@ class JsonLinesFormat(TraceFormat):
 
     keys: ClassVar[frozenset[str]]
     """Any of these in the first object marks the format."""
+    needs: ClassVar[Mapping[str, str]]
+    """Keys that every object must have, and what they hold."""
+    takes: ClassVar[Mapping[str, str]] = {}
+    """Keys that are read where they are there."""
+
+    @classmethod
+    def explained(cls) -> str:
+        def held(keys: Mapping[str, str]) -> str:
+            return ", ".join(f"{key} ({what})" for key, what in keys.items())
+
+        optional = f"; if it is there, {held(cls.takes)}" if cls.takes else ""
+        return f"{cls.describes}: JSON Lines with {held(cls.needs)}{optional}"
 
     @abstractmethod
     def parse(self, record: dict[str, Any]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sim.traces.fields import PS_PER_MS, Row, chunk_ids, number_ps, required, tokens
@@ -18,9 +19,15 @@ class MooncakeFormat(JsonLinesFormat):
     """
 
     name = "mooncake"
-    describes = "Mooncake traces: JSON Lines with timestamp (ms), input_length, output_length, hash_ids"
+    describes = "Mooncake traces"
     arrival_field = "timestamp"
     keys: ClassVar[frozenset[str]] = frozenset({"input_length", "output_length", "hash_ids"})
+    needs: ClassVar[Mapping[str, str]] = {
+        "timestamp": "milliseconds",
+        "input_length": "tokens",
+        "output_length": "tokens",
+        "hash_ids": f"list of integers, one for each {TOKENS_PER_HASH} tokens of the prompt",
+    }
 
     def parse(self, record: dict[str, Any]) -> Row:
         arrival = number_ps("timestamp", required(record, "timestamp"), PS_PER_MS)

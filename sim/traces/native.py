@@ -11,7 +11,8 @@ from typing import Any
 import polars as pl
 from numpy.typing import NDArray
 
-from sim.request import MAX_GRANULARITY, MAX_TIME_PS
+from allocator.field_docs import field_docs
+from sim.request import MAX_GRANULARITY, MAX_TIME_PS, Request
 from sim.traces.fields import FieldError, Row, listed, tokens
 from sim.traces.formats import Rows, TraceFormat
 from sim.traces.lines import open_error
@@ -46,18 +47,33 @@ SCHEMA: dict[str, pl.DataType] = {
 }
 """Columns of the file, one row a request; each is a field of Request. Null ids: the trace has none."""
 
+REQUIRED = ("arrival_ps", "prompt_tokens", "output_tokens")
+"""Columns that a file must have; the others may be absent."""
 LISTS = ("chunk_ids", "token_ids")
 SCALARS = tuple(name for name in SCHEMA if name not in LISTS)
 
 
 class NativeFormat(TraceFormat):
-    """Parquet with the columns of SCHEMA, in any order; all but the first three may be absent."""
+    """Parquet with the columns of SCHEMA, in any order; those not REQUIRED may be absent."""
 
     name = "native"
-    describes = "this project's own traces: Parquet, as `convert` and the workload generator write them"
+    describes = "Parquet, as convert and generate write it"
     arrival_field = "arrival_ps"
     from_first_arrival = False
     keys_are_rows = True
+
+    @classmethod
+    def explained(cls) -> str:
+        docs = field_docs(Request)
+        described = [f"{name} ({_type_text(name)}): {docs[name]}" for name in SCHEMA]
+        required, optional = described[: len(REQUIRED)], described[len(REQUIRED) :]
+        parts = [
+            f"{cls.describes}, a row a request, in order of arrival. Columns that it must have:",
+            *required,
+            "Columns that may be absent:",
+            *optional,
+        ]
+        return "\n\n".join(" ".join(part.split()) for part in parts)
 
     def is_large(self, path: Path) -> bool:
         with _parquet_errors(path):
@@ -76,6 +92,14 @@ class NativeFormat(TraceFormat):
                     found = error
                 row += 1
                 yield row, found
+
+
+def _type_text(name: str) -> str:
+    """Return what a column holds, and what stands for it where it is absent."""
+    dtype = SCHEMA[name]
+    if isinstance(dtype, pl.List):
+        return f"list of {dtype.inner}, or null"
+    return str(dtype) if name in REQUIRED else f"{dtype}; {_DEFAULTS[name]!r} if absent"
 
 
 @contextmanager
@@ -104,7 +128,7 @@ def _scan(path: Path) -> pl.LazyFrame:
     columns = []
     for name, dtype in SCHEMA.items():
         if name not in schema:
-            if name in ("arrival_ps", "prompt_tokens", "output_tokens"):
+            if name in REQUIRED:
                 raise TraceError(f"{path}: field {name!r} is missing among the columns ({listed(schema)})")
             columns.append(pl.lit(_DEFAULTS.get(name), dtype=dtype).alias(name))
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -153,7 +153,8 @@ def _first_json(path: Path) -> TraceFormat:
             if kind.keys & record.keys():
                 return kind()
         raise TraceError(
-            f"{path}:{line}: keys ({listed(record)}) must be those of one of {_known(JSON_FORMATS)}"
+            f"{path}:{line}: keys ({listed(record)}) must be those of one of "
+            + _known({kind.name: kind.needs for kind in JSON_FORMATS})
         )
     raise TraceError(f"{path}: must hold at least one request")
 
@@ -165,14 +166,15 @@ def _first_csv(path: Path) -> TraceFormat:
             if kind.marks & set(names):
                 return kind()
         raise TraceError(
-            f"{path}:{line}: header ({listed(names)}) must be that of one of {_known(CSV_FORMATS)}, "
-            "or columns be named: arrival=NAME,prompt=NAME,output=NAME"
+            f"{path}:{line}: header ({listed(names)}) must be that of one of "
+            + _known({kind.name: kind.columns for kind in CSV_FORMATS})
+            + ", or columns be named: arrival=NAME,prompt=NAME,output=NAME"
         )
     raise TraceError(f"{path}: must hold at least one request, but is empty")
 
 
-def _known(kinds: tuple[type[TraceFormat], ...]) -> str:
-    return ", ".join(kind.name for kind in kinds)
+def _known(needs: Mapping[str, Iterable[str]]) -> str:
+    return ", ".join(f"{name} ({', '.join(fields)})" for name, fields in needs.items())
 
 
 def _sha256(path: Path) -> str:

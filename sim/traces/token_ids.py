@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,11 +19,16 @@ class TokenIdsFormat(JsonLinesFormat):
     """
 
     name = "sharegpt"
-    describes = (
-        "ShareGPT-style traces: JSON Lines with input_toks, output_toks, arrival_time_ns, input_tok_ids"
-    )
+    describes = "ShareGPT-style traces"
     arrival_field = "arrival_time_ns"
     keys: ClassVar[frozenset[str]] = frozenset({"input_toks", "output_toks", "arrival_time_ns"})
+    needs: ClassVar[Mapping[str, str]] = {
+        "arrival_time_ns": "nanoseconds",
+        "input_toks": "tokens of the prompt",
+        "output_toks": "tokens of the answer",
+        "input_tok_ids": "list of the prompt's token ids, one a token",
+    }
+    takes: ClassVar[Mapping[str, str]] = {"output_tok_ids": "the same of the answer"}
 
     def parse(self, record: dict[str, Any]) -> Row:
         prompt = tokens("input_toks", required(record, "input_toks"))
