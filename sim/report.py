@@ -89,42 +89,44 @@ def _warm_up(summary: dict[str, Any]) -> str:
 
 
 def _replicas(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what tells several replicas apart: the least and the most of each."""
+    """Return what tells several replicas apart: the least and the most of each, by role where they have one."""
     replicas = summary.get("replicas")
     if not replicas:
         return []
+    routing, apart = run.spec.cluster.routing, run.spec.cluster.prefill_replicas
+    if not apart:
+        return [("replicas", f"{len(replicas)}, {routing}\n{_spans(replicas)}")]
+    moved = summary["transfers"]
+    roles = ("prefill", "decode")
+    return [
+        ("replicas", f"{len(replicas)}, of which {apart} only compute prompts, {routing}"),
+        *((f"  {role}", _spans([each for each in replicas if each["role"] == role])) for role in roles),
+        (
+            "transfers",
+            f"{moved['requests']:,} of {moved['blocks']:,} blocks, {moved['hit_blocks']:,} more were there\n"
+            f"wait   {_spread(moved['wait_s'])}\ntake   {_spread(moved['transfer_s'])}",
+        ),
+    ]
+
+
+def _spans(replicas: list[dict[str, Any]]) -> str:
+    """Write the least and the most of what some replicas did; of a hit rate, only where something was looked up."""
 
     def span(text: Callable[[Any], str], *names: str) -> str:
-        values = []
-        for figures in replicas:
-            for name in names:
-                figures = figures[name]
-            values.append(figures)
+        values: list[Any] = replicas
+        for name in names:
+            values = [value[name] for value in values]
         known = [value for value in values if value is not None]
-        return f"{text(min(known))} to {text(max(known))}" if known else NONE
+        if len(known) < 2:
+            return text(known[0]) if known else NONE
+        return f"{text(min(known))} to {text(max(known))}"
 
-    apart = run.spec.cluster.prefill_replicas
-    kinds = f", of which {apart} only compute prompts" if apart else ""
-    transfers = []
-    if apart:
-        moved = summary["transfers"]
-        transfers.append(
-            (
-                "transfers",
-                f"{moved['requests']:,} of {moved['blocks']:,} blocks, {moved['hit_blocks']:,} more were there\n"
-                f"wait   {_spread(moved['wait_s'])}\ntake   {_spread(moved['transfer_s'])}",
-            )
-        )
-    return [
-        (
-            "replicas",
-            f"{len(replicas)}{kinds}, {run.spec.cluster.routing}\n"
-            f"requests {span('{:,}'.format, 'requests')}; busy {span(percent_text, 'busy')}\n"
-            f"of blocks in use, mean {span(percent_text, 'kv_utilization', 'mean')}; "
-            f"hit rate {span(percent_text, 'hit_rate_tokens')} of tokens",
-        ),
-        *transfers,
-    ]
+    rates = span(percent_text, "hit_rate_tokens")
+    return (
+        f"requests {span('{:,}'.format, 'requests')}; busy {span(percent_text, 'busy')}\n"
+        f"of blocks in use, mean {span(percent_text, 'kv_utilization', 'mean')}"
+        + ("" if rates == NONE else f"; hit rate {rates} of tokens")
+    )
 
 
 def _overload(found: dict[str, Any] | None) -> list[tuple[str, str]]:

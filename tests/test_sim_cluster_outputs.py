@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from cluster_cases import APART, BASE, CLUSTER, TABLES, replay
+from cluster_cases import APART, BASE, CLUSTER, SHARED, TABLES, TIGHT, replay
 
 from sim.cluster.figures import replica_utilization
 from sim.cluster.results import merged_stats
 from sim.manifest import Manifest
 from sim.metrics import summarise
+from sim.quantities import percent_text
 from sim.replay import main
 from sim.runner import Run, run
 from sim.style import styled
@@ -163,6 +165,41 @@ def test_transfers_are_in_the_tables_and_in_the_summary(apart: Path) -> None:
     assert sum(each["requests"] for each in summary["replicas"][1:]) == requests.height
     assert summary["replicas"][0]["hit_rate_tokens"] == summary["hit_rate_tokens"] > 0
     assert summary["replicas"][1]["hit_rate_tokens"] is None
+
+
+def test_the_report_has_a_line_for_each_role(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is of one side is not mixed with what is of the other."""
+    flags = ["--num-replicas", "4", "--prefill-replicas", "2", "--no-figures"]
+    summary = replay([*SHARED, *TIGHT, *flags], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "replicas 4, of which 2 only compute prompts, round_robin prefill requests" in said
+    for role in ("prefill", "decode"):
+        own = [each for each in summary["replicas"] if each["role"] == role]
+        numbers = [each["requests"] for each in own]
+        busy, used, rates = (
+            [percent_text(value) for value in (min(values), max(values))] if None not in values else []
+            for values in (
+                [each["busy"] for each in own],
+                [each["kv_utilization"]["mean"] for each in own],
+                [each["hit_rate_tokens"] for each in own],
+            )
+        )
+        line = (
+            f"{role} requests {min(numbers)} to {max(numbers)}; busy {' to '.join(busy)} "
+            f"of blocks in use, mean {' to '.join(used)}"
+        )
+        if rates:
+            line += f"; hit rate {' to '.join(rates)} of tokens"
+        assert bool(rates) == (role == "prefill"), "nothing counts as looked up where nothing is computed"
+        assert line + (" decode" if rates else " transfers") in said
+
+
+def test_a_role_of_one_replica_spans_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replay([*APART, "--no-figures"], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r" prefill requests 80; busy [\d.]+% of blocks in use, mean [\d.]+%; hit rate [\d.]+% of", said
+    )
 
 
 def test_a_manifest_reruns_replicas_apart(apart: Path, tmp_path: Path) -> None:
