@@ -16,7 +16,7 @@ from sim.cluster.figures import replica_utilization
 from sim.cluster.results import merged_stats
 from sim.manifest import Manifest
 from sim.metrics import summarise
-from sim.quantities import percent_text
+from sim.quantities import percent_text, rough_percent_text
 from sim.replay import main
 from sim.runner import Run, run
 from sim.style import styled
@@ -200,6 +200,34 @@ def test_a_role_of_one_replica_spans_nothing(tmp_path: Path, capsys: pytest.Capt
     assert re.search(
         r" prefill requests 80; busy [\d.]+% of blocks in use, mean [\d.]+%; hit rate [\d.]+% of", said
     )
+
+
+def test_the_picture_says_which_replica_does_what(apart: Path) -> None:
+    finished = run(Manifest.read(apart / "manifest.json").spec)
+    with styled():
+        figure = replica_utilization(finished.result)
+        pools = figure.axes[0]
+        pools.figure.draw_without_rendering()
+    shown = {
+        tick: label.get_text()
+        for tick, label in zip(pools.get_yticks(), pools.get_yticklabels(), strict=True)
+    }
+    assert {tick: text for tick, text in shown.items() if text} == {
+        0: "prefill 0",
+        1: "decode 1",
+        2: "decode 2",
+    }
+    means = [
+        each["kv_utilization"]["mean"]
+        for each in summarise(finished.result, finished.spec.engine)["replicas"]
+    ]
+    prefill, *decode = (rough_percent_text(mean) for mean in (means[0], *sorted(means[1:])))
+    headline, below = (text.get_text() for text in figure.texts)
+    assert headline == (
+        f"Sequences hold {prefill} of a prefill replica's pool on average, "
+        f"{' to '.join(dict.fromkeys(decode))} of a decode replica's"
+    )
+    assert below.startswith("1 prefill and 2 decode replicas, 180 blocks of 16 tokens each")
 
 
 def test_a_manifest_reruns_replicas_apart(apart: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from sim import style as look
@@ -22,7 +22,8 @@ _BINS = 480
 def replica_utilization(result: RunResult) -> Figure:
     """Draw, over time, what share of each replica's pool its sequences hold, and how many run and wait in all.
 
-    Needs `result.replicas`, of which one or more took a step.
+    Where prefill and decode are apart, the axis and the headline say which is which. Needs `result.replicas`, of
+    which one or more took a step.
     """
     parts = result.replicas
     end = float(int_column(result.timeline, "end_ps").max())
@@ -32,13 +33,8 @@ def replica_utilization(result: RunResult) -> Figure:
         sum((_binned(part.timeline, name, edges) for part in parts), np.zeros(_BINS))
         for name in ("running", "waiting")
     )
-    means = shares.mean(axis=1)
 
-    figure = look.slide(
-        f"Sequences hold {rough_percent_text(float(means.min()))} to {rough_percent_text(float(means.max()))} "
-        f"of a replica's pool on average",
-        _subtitle(result),
-    )
+    figure = look.slide(_title(result, shares.mean(axis=1)), _subtitle(result))
     pools, queue = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     seconds = end / PS_PER_S
     image = pools.imshow(
@@ -52,8 +48,13 @@ def replica_utilization(result: RunResult) -> Figure:
         extent=(0.0, seconds, len(parts) - 0.5, -0.5),
     )
     pools.grid(False)
-    pools.set_ylabel("replica")
     pools.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if result.prefill_replicas:
+        pools.yaxis.set_major_formatter(FuncFormatter(lambda number, _: _name(result, number)))
+        pools.tick_params(axis="y", labelsize=11)
+        pools.axhline(result.prefill_replicas - 0.5, color=look.INK, linewidth=1.2)
+    else:
+        pools.set_ylabel("replica")
     scale = pools.inset_axes((0.7, 1.05, 0.3, 0.035))
     figure.colorbar(image, cax=scale, orientation="horizontal", format=PercentFormatter(1.0, decimals=0))
     scale.xaxis.set_ticks_position("top")
@@ -91,11 +92,32 @@ def _referenced(part: RunResult, edges: Floats) -> Floats:
     return binned(part.timeline, (first + last) / 2, 0.0, edges) / part.cache.num_blocks
 
 
+def _name(result: RunResult, number: float) -> str:
+    """Return what the axis calls a replica whose role is known; beyond the replicas, nothing."""
+    if not 0 <= number < len(result.replicas):
+        return ""
+    return f"{'prefill' if number < result.prefill_replicas else 'decode'} {number:.0f}"
+
+
+def _title(result: RunResult, means: Floats) -> str:
+    apart = result.prefill_replicas
+    if not apart:
+        return f"Sequences hold {_span(means)} of a replica's pool on average"
+    prefill, decode = _span(means[:apart]), _span(means[apart:])
+    return f"Sequences hold {prefill} of a prefill replica's pool on average, {decode} of a decode replica's"
+
+
+def _span(means: Floats) -> str:
+    least, most = (rough_percent_text(float(mean)) for mean in (means.min(), means.max()))
+    return least if least == most else f"{least} to {most}"
+
+
 def _subtitle(result: RunResult) -> str:
-    cache, replicas = result.cache, len(result.replicas)
+    cache, replicas, apart = result.cache, len(result.replicas), result.prefill_replicas
     hit = (
         f", {rough_percent_text(cache.hit_tokens / cache.query_tokens)} of prompt tokens hit"
         if cache.hit_tokens
         else ""
     )
-    return f"{replicas} replicas, {cache.num_blocks // replicas:,} blocks of {cache.tokens_per_block} tokens each{hit}"
+    number = f"{apart} prefill and {replicas - apart} decode replicas" if apart else f"{replicas} replicas"
+    return f"{number}, {cache.num_blocks // replicas:,} blocks of {cache.tokens_per_block} tokens each{hit}"
