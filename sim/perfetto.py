@@ -12,6 +12,12 @@ Each engine is a group of tracks:
     requests      a slice for each request, from there to its last token; within it `prefill`, up to the first token,
                   and `decode`; within these `preempted`, while a sequence of the request had lost its blocks
 
+Where prefill and decode are apart, a request's slices are in the group of the replica that computed its prompt, and its
+preemptions in that of the replica where they happened. Of a request that went on elsewhere, `decode_replica`, there are
+two more slices between `prefill` and `decode`: `wait for room`, until its blocks had been taken there, and `transfer`,
+until they had come, the wait for the transfers before it included. What is queued and what is within `requests` follows
+one upon the other without a gap, from arrival to finish.
+
 Rows are read and written a few at a time. The bytes depend on nothing but the rows.
 """
 
@@ -23,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.cluster.placement import TRANSFER_COLUMNS
 from sim.metrics import int_column
 from sim.perfetto_packets import PerfettoWriter
 from sim.records import FINISHED, Columns, RunResult
@@ -45,6 +52,8 @@ _IDLE = (2, 3, 4)
 _EVICTIONS, _PREEMPTIONS, _REJECTED, _QUEUED, _REQUESTS = range(len(_COUNTERS) + 1, len(_COUNTERS) + 6)
 _NOTES = ("prompt_tokens", "output_tokens", "num_samples", "hit_tokens", "preemptions", "recomputed_tokens")
 _REPLICA = "replica"
+_MISSING = {_REPLICA: 0} | dict.fromkeys(TRANSFER_COLUMNS, -1)
+"""What stands in columns that are not there: of a replica that is alone, and where prefill and decode are not apart."""
 
 
 def write_perfetto(result: RunResult, path: Path) -> None:
@@ -52,7 +61,7 @@ def write_perfetto(result: RunResult, path: Path) -> None:
     with path.open("wb") as file:
         writer = PerfettoWriter(file)
         for engine in _engines(result):
-            _describe(writer, engine, f"replica {engine}" if _REPLICA in result.timeline else "engine")
+            _describe(writer, engine, _group(result, engine))
         _write_timeline(writer, result.timeline)
         _write_requests(writer, result)
 
@@ -62,6 +71,15 @@ def _engines(result: RunResult) -> list[int]:
         return [0]
     found = [int_column(columns, _REPLICA) for columns in (result.timeline, result.requests)]
     return [int(engine) for engine in np.unique(np.maximum(np.concatenate(found), 0))]
+
+
+def _group(result: RunResult, engine: int) -> str:
+    if _REPLICA not in result.timeline:
+        return "engine"
+    apart = result.prefill_replicas
+    if not apart:
+        return f"replica {engine}"
+    return f"replica {engine}, {'prefill' if engine < apart else 'decode'}"
 
 
 def _own(engine: int, track: int = 0) -> int:
@@ -79,14 +97,14 @@ def _describe(writer: PerfettoWriter, engine: int, name: str) -> None:
 
 
 def _rows(columns: Columns, names: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield rows, in order; texts come as str. A column `replica` that is not there is 0."""
+    """Yield rows, in order; texts come as str. Columns of _MISSING need not be there."""
     length = columns.num_rows if isinstance(columns, StoredColumns) else len(columns[names[-1]])
     for first in range(0, length, _ROWS):
         last = min(first + _ROWS, length)
         parts = []
         for name in names:
-            if name == _REPLICA and name not in columns:
-                parts.append([0] * (last - first))
+            if name in _MISSING and name not in columns:
+                parts.append([_MISSING[name]] * (last - first))
             elif isinstance(columns, StoredColumns):
                 parts.append(columns.part(name, first, last).tolist())
             else:
@@ -125,32 +143,53 @@ def _write_timeline(writer: PerfettoWriter, timeline: Columns) -> None:
 
 def _write_requests(writer: PerfettoWriter, result: RunResult) -> None:
     times = ("arrival_ps", "admit_ps", "first_token_ps", "finish_ps")
-    names = (_REPLICA, "request_id", "status", "reject_cause", *times, *_NOTES)
+    names = (_REPLICA, "request_id", "status", "reject_cause", *times, *TRANSFER_COLUMNS, *_NOTES)
     pauses = _Pauses(result.pauses)
-    for engine, request, status, cause, arrival, admit, first, finish, *notes in _rows(
-        result.requests, names
-    ):
+    for (
+        engine,
+        request,
+        status,
+        cause,
+        arrival,
+        admit,
+        first,
+        finish,
+        there,
+        blocks,
+        start,
+        come,
+        *notes,
+    ) in _rows(result.requests, names):
         engine = max(engine, 0)
         name = f"request {request}"
         if status != FINISHED:
             writer.instant(_own(engine, _REJECTED), arrival, f"{name}: {cause}")
             continue
+        told = dict(zip(_NOTES, notes, strict=True))
+        moved = there >= 0
+        if moved:
+            told |= {"decode_replica": there, "transferred_blocks": blocks}
         track = _FIRST_REQUEST + 2 * request
         writer.track(track, _own(engine), "queued", _QUEUED)
         writer.begin(track, arrival, name)
         writer.end(track, admit)
         track += 1
         writer.track(track, _own(engine), "requests", _REQUESTS)
-        writer.begin(track, admit, name, **dict(zip(_NOTES, notes, strict=True)))
-        found = pauses.of(request)
-        for sample, paused, _ in found:
-            writer.instant(_own(engine, _PREEMPTIONS), paused, name, sample=sample)
-        spans = [(paused, resumed) for _, paused, resumed in found]
-        decodes = finish > first
-        early = [span for span in spans if span[0] < first or not decodes]
-        _write_phase(writer, track, "prefill", admit, first, early)
-        if decodes:
-            _write_phase(writer, track, "decode", first, finish, spans[len(early) :])
+        writer.begin(track, admit, name, **told)
+        spans = []
+        num_early = 0
+        for sample, paused, resumed in pauses.of(request):
+            early = paused < first or finish == first
+            num_early += early
+            where = there if moved and not early else engine
+            writer.instant(_own(where, _PREEMPTIONS), paused, name, sample=sample)
+            spans.append((paused, resumed))
+        _write_phase(writer, track, "prefill", admit, first, spans[:num_early])
+        if moved:
+            _write_phase(writer, track, "wait for room", first, start, [])
+            _write_phase(writer, track, "transfer", start, come, [])
+        if finish > first:
+            _write_phase(writer, track, "decode", come if moved else first, finish, spans[num_early:])
         writer.end(track, finish)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster_cases import ClusterScenario, disaggregated_scenarios
 from engine_cases import LinearCost, Scenario, alike, scenarios, unlike
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +19,13 @@ from result_cases import NaiveEngine, results
 
 import sim.perfetto
 from allocator.config import BuildConfig, CacheConfig
+from sim.cluster.cluster import simulate_cluster
+from sim.cluster.config import ClusterConfig
+from sim.cluster.link import TransferCost
 from sim.engine import simulate
 from sim.perfetto import write_perfetto
 from sim.perfetto_packets import varint
-from sim.records import RunResult
+from sim.records import Columns, RunResult
 from sim.replay import main
 from sim.scheduler.config import EngineConfig
 
@@ -32,6 +37,7 @@ COUNTERS = {
     "running": "running",
     "waiting": "waiting",
 }
+ORDER = ("queued", "prefill", "wait for room", "transfer", "decode")
 NOTES = ("prompt_tokens", "output_tokens", "num_samples", "hit_tokens", "preemptions", "recomputed_tokens")
 
 
@@ -48,7 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def group_of(result: RunResult, row: int, kind: str = "requests") -> str:
     columns = getattr(result, kind)
-    return f"replica {max(columns['replica'][row], 0)}" if "replica" in result.timeline else "engine"
+    return group_name(result, columns["replica"][row]) if "replica" in result.timeline else "engine"
+
+
+def group_name(result: RunResult, replica: int) -> str:
+    number, apart = max(replica, 0), result.prefill_replicas
+    return f"replica {number}" + (f", {'prefill' if number < apart else 'decode'}" if apart else "")
 
 
 def expected_slices(result: RunResult) -> list[Slice]:
@@ -61,11 +72,17 @@ def expected_slices(result: RunResult) -> list[Slice]:
             int(columns[f"{moment}_ps"][row]) for moment in ("arrival", "admit", "first_token", "finish")
         )
         notes = {note: int(columns[note][row]) for note in NOTES}
+        decodes = first
+        if result.prefill_replicas and columns["decode_replica"][row] >= 0:
+            notes |= {note: int(columns[note][row]) for note in ("decode_replica", "transferred_blocks")}
+            start, decodes = (int(columns[f"transfer_{moment}_ps"][row]) for moment in ("start", "end"))
+            for phase, begin, end in (("wait for room", first, start), ("transfer", start, decodes)):
+                found.append(Slice(group, "requests", (name, phase), begin // 1000, end // 1000, {}))
         found.append(Slice(group, "queued", (name,), arrival // 1000, admit // 1000, {}))
         found.append(Slice(group, "requests", (name,), admit // 1000, finish // 1000, notes))
         found.append(Slice(group, "requests", (name, "prefill"), admit // 1000, first // 1000, {}))
         if finish > first:
-            found.append(Slice(group, "requests", (name, "decode"), first // 1000, finish // 1000, {}))
+            found.append(Slice(group, "requests", (name, "decode"), decodes // 1000, finish // 1000, {}))
         paused: list[list[int]] = []
         if pauses:
             own = pauses["request_id"] == row
@@ -130,6 +147,78 @@ def check_counter(result: RunResult, own: np.ndarray, column: str, points: list[
 @given(results())
 def test_says_what_the_columns_say(folder: Path, result: RunResult) -> None:
     check(result, Decoded(written(result, folder)))
+
+
+@settings(max_examples=60)
+@given(disaggregated_scenarios(), st.sampled_from([1, 1000]))
+def test_covers_a_life_where_prefill_and_decode_are_apart(
+    folder: Path, scenario: ClusterScenario, scale: int
+) -> None:
+    """Queued, prefill, wait for room, transfer, decode: each begins where the one before ends."""
+    result = in_units_of(scale, scenario.run())
+    decoded = Decoded(written(result, folder))
+    check(result, decoded)
+    lives: dict[str, list[Slice]] = {}
+    for item in decoded.slices:
+        if len(item.path) + (item.track == "queued") == 2:
+            lives.setdefault(item.path[0], []).append(item)
+    columns = result.requests
+    finished = np.flatnonzero(columns["status"] == "finished").tolist()
+    assert lives.keys() == {f"request {row}" for row in finished}
+    for row in finished:
+        life = lives[f"request {row}"]  # in the order in which they end
+        life.sort(key=lambda item: ORDER.index(item.path[-1] if len(item.path) > 1 else "queued"))
+        moments = [(item.begin_ns, item.end_ns) for item in life]
+        assert moments[0][0] == columns["arrival_ps"][row] // 1000
+        assert moments[-1][1] == columns["finish_ps"][row] // 1000
+        for (begin, end), (following, _) in pairwise(moments):
+            assert begin <= end == following
+        moved = columns["decode_replica"][row] >= 0
+        assert [item.path[-1] for item in life[1:]] == list(ORDER[1:] if moved else ORDER[1:2])
+    for item in decoded.slices:  # what lies in another does not stick out of it
+        for outer in decoded.slices:
+            if outer.path == item.path[:-1] and outer.track == item.track:
+                assert outer.begin_ns <= item.begin_ns <= item.end_ns <= outer.end_ns
+
+
+def in_units_of(scale: int, result: RunResult) -> RunResult:
+    """Return a result whose times are `scale` times as long, so that they are whole nanoseconds."""
+
+    def scaled(columns: Columns) -> Columns:
+        return {
+            name: np.where(column >= 0, column * scale, column) if name.endswith("_ps") else column
+            for name, column in columns.items()
+        }
+
+    return dataclasses.replace(
+        result, **{kind: scaled(getattr(result, kind)) for kind in ("requests", "timeline", "pauses")}
+    )
+
+
+def test_preemptions_are_marked_where_they_happened(folder: Path) -> None:
+    """Two requests share a decode replica of 5 blocks of 1 token, which both outgrow."""
+    result = simulate_cluster(
+        alike((0, 2, 4), (0, 2, 4)),
+        BuildConfig(4, 8, 16, tokens_per_block=1),
+        CacheConfig(enable_block_reuse=False),
+        dataclasses.replace(GREEDY, block_map_samples=0),
+        ClusterConfig(2, "round_robin", 1),
+        num_blocks=5,
+        cost=LinearCost(base=1_000_000),
+        transfer=TransferCost(block_ps=1000, latency_ps=5000),
+    )
+    assert result.requests["preemptions"].sum() > 0
+    decoded = Decoded(written(result, folder))
+    assert set(decoded.groups.values()) == {"replica 0, prefill", "replica 1, decode"}
+    where = {instant.group for instant in decoded.instants if instant.track == "preemptions"}
+    assert where == {"replica 1, decode"}
+    lives = {
+        (item.path[-1]): (item.begin_ns, item.end_ns) for item in decoded.slices if "request 0" in item.path
+    }
+    assert lives["prefill"] == (0, 1000)
+    assert lives["wait for room"] == (1000, 1000)
+    assert lives["transfer"] == (1000, 1007)
+    assert lives["decode"][0] == 1007
 
 
 @settings(max_examples=40)
