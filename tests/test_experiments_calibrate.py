@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from experiments.tools import calibrate
+import kernels.compile
+from experiments.tools import _progress, calibrate
 from experiments.tools.calibrate import Config, Heads, Point, fit_linear
 from sim.calibration import Calibration
 from sim.cost import causal_scores
@@ -76,6 +81,58 @@ def test_the_command_measures_and_writes_what_a_replay_reads(
     for out, _ in launched:
         assert np.isfinite(np.asarray(out, np.float64)).all()
     assert "mean error" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What takes days, and says nothing of a GPU, is only done when it is asked for."""
+    monkeypatch.setattr(kernels.compile, "_gpu_problem", lambda: "CuPy finds no GPU")
+    file = tmp_path / "fit.json"
+    assert calibrate.main(["--out", str(file)]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (
+        "",
+        "error: backend gpu: CuPy finds no GPU; a calibration is measured on a GPU "
+        "(--backend cpu tries the command out, on the CPU runner)\n",
+    )
+    assert not file.exists()
+
+
+def test_says_what_is_being_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines come while a point takes its time, not only after it."""
+    monkeypatch.setattr(_progress, "EVERY_S", 0.01)
+    config = Config(Path("x"), dtype="float32", sequences=(2,), contexts=(1024,), chunks=(8,))
+    said = ""
+
+    def slowly(launch: Callable[[], object]) -> float:
+        nonlocal said
+        seen, deadline = "", monotonic() + 30
+        while seen.count("\n") < 2 and monotonic() < deadline:
+            sleep(0.005)
+            seen += capsys.readouterr().err
+        said += seen
+        return 1.0
+
+    calibrate.measure(config, Heads(1, 1, 64), "cpu", time=slowly)
+    lines = list(dict.fromkeys(said.splitlines()))
+    assert lines[0] == "measuring: 0 of 3 points"
+    assert lines[-3:] == [
+        "measuring: 0 of 3 points; decode of 2 × 1,024 keys",
+        "measuring: 1 of 3 points; prefill of 8 tokens, 8 keys",
+        "measuring: 2 of 3 points; prefill of 8 tokens, 1,032 keys",
+    ]
+
+
+def test_on_a_terminal_a_bar_names_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=100)
+    monkeypatch.setattr(_progress, "Console", lambda stderr: console)
+    with _progress.progress("measuring", 3, "points") as tell:
+        tell(2, "decode of 2 × 64 keys")
+    assert re.search(r"measuring decode of 2 × 64 keys .*2/3.* points", drawn.getvalue())
 
 
 def test_points_beyond_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@
 
 Decode is timed over batch sizes and context lengths, prefill over chunk lengths and contexts, one layer at a time
 through block tables that are scattered over the pool. The fit is linear, with coefficients that cannot be negative,
-and weighs each point by its own time, so that what is minimised is the relative error. On the CPU, the times are
-those of the CPU runner: good for trying the command out, and for nothing else.
+and weighs each point by its own time, so that what is minimised is the relative error. It takes a GPU. With
+`--backend cpu`, the times are those of the CPU runner: good for trying the command out, and for nothing else.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
 from allocator.checks import require_int
 from allocator.config import MODEL_PRESETS, load_model
+from experiments.tools._progress import progress
 from kernels import ops
 from kernels.compile import resolve_backend
 from kernels.layout import CacheLayout
@@ -63,8 +63,9 @@ class Config:
     """Type of queries, keys and values."""
     tokens_per_block: int = 64
     """Tokens of a block, a power of two up to 256."""
-    backend: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the kernels run; auto takes a GPU if there is one."""
+    backend: Literal["gpu", "cpu"] = "gpu"
+    """Where the kernels run: a calibration is of a GPU. cpu, the CPU runner, is for trying the command out, with few
+    and small points: those that are measured unless you say otherwise would take it days."""
     sequences: tuple[int, ...] = (1, 4, 16, 64, 256)
     """Batch sizes of decoding."""
     contexts: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
@@ -199,14 +200,13 @@ def measure(
     time = time or Stopwatch(backend, config.repeats)
     wanted = [("decode", n, 0, c) for n in config.sequences for c in config.contexts]
     wanted += [("prefill", 1, n, n + before) for n in config.chunks for before in (0, *config.contexts)]
-    points = []
-    for kind, sequences, new, context in track(
-        [point for point in wanted if bench.fits(point[1] * point[3])],
-        "measuring",
-        console=Console(stderr=True),
-        transient=True,
-    ):
-        points.append(Point(kind, sequences, new, context, time(bench.launcher(sequences, new, context))))
+    wanted = [point for point in wanted if bench.fits(point[1] * point[3])]
+    points: list[Point] = []
+    with progress("measuring", len(wanted), "points") as tell:
+        for kind, sequences, new, context in wanted:
+            of = f"{sequences:,} × {context:,} keys" if not new else f"{new:,} tokens, {context:,} keys"
+            tell(len(points), f"{kind} of {of}")
+            points.append(Point(kind, sequences, new, context, time(bench.launcher(sequences, new, context))))
     return points
 
 
@@ -261,8 +261,12 @@ def run(config: Config, console: Console) -> Calibration:
     require_writable("out", config.out)
     try:
         backend = resolve_backend(config.backend)
+    except RuntimeError as error:
+        rule = "a calibration is measured on a GPU (--backend cpu tries the command out, on the CPU runner)"
+        raise ValueError(f"{error}; {rule}") from None
+    try:
         points = measure(config, heads, backend)
-    except RuntimeError as error:  # no compiler, no CUDA headers, or no GPU
+    except RuntimeError as error:  # no compiler, or no CUDA headers
         raise ValueError(str(error)) from None
     device, driver = device_name(backend)
     fit = calibrate(config, points, heads, device, driver)
