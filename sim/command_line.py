@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -116,8 +116,8 @@ def parse_dataclass(
 
     The help begins with `description`, or else with the dataclass's docstring.
 
-    Raises ValueError where a dataclass refuses its values, and for a flag that is unknown, ill-typed or missing. Exits
-    with 0, after having printed it, where the help is asked for.
+    Raises ValueError where a dataclass refuses its values, for a flag that is unknown, ill-typed or missing, and for a
+    text or a path that is no UTF-8. Exits with 0, after having printed it, where the help is asked for.
     """
     import tyro
 
@@ -136,7 +136,34 @@ def parse_dataclass(
         )
         return parsed
 
-    return parse_plainly(prog, parse)
+    made = parse_plainly(prog, parse)
+    for name, value in _values(made):
+        if isinstance(value, str | Path):
+            require_utf8(name, value)
+    return made
+
+
+def _values(options: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each field of a dataclass, those of nested dataclasses in place of them."""
+    for each in dataclasses.fields(options):
+        value = getattr(options, each.name)
+        if dataclasses.is_dataclass(value):
+            yield from _values(value)
+        else:
+            yield each.name, value
+
+
+def require_utf8(name: str, value: str | Path) -> None:
+    """Raise ValueError for a text that is no UTF-8, or a path that is none once it is absolute.
+
+    Neither a manifest nor a Parquet file's name can be anything else, and that would be found out after the run.
+    """
+    text = os.path.abspath(value) if isinstance(value, Path) else value
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        raise ValueError(f"{name} ({shown}) must be UTF-8 text") from None
 
 
 def parse_plainly(prog: str, parse: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ import tyro
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig, load_model
 from sim.calibration import Calibration
 from sim.cluster.config import ClusterConfig
-from sim.command_line import option_value, parse_dataclass
+from sim.command_line import option_value, parse_dataclass, require_utf8
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
 from sim.scheduler.config import EngineConfig
@@ -198,6 +198,7 @@ class Replay:
         if self.trace != SYNTHETIC:
             if given := _changed(self.workload, WorkloadShape()):
                 raise ValueError(f"{given} describes a synthetic workload, but TRACE is {self.trace}")
+            require_utf8("trace", Path(self.trace))
             return TraceSource(os.path.abspath(self.trace), self.reading)
         count = self.reading.num_requests
         if given := _changed(self.reading, ReadOptions(num_requests=count)):

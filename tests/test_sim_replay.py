@@ -605,6 +605,37 @@ def test_an_empty_path_is_not_the_working_directory(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("field", ["trace", "out", "prometheus", "calibration", "policy"])
+def test_a_name_that_is_no_text_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str
+) -> None:
+    value = os.fsdecode(b"r\xff")
+    given = {"trace": "none.csv", "out": "out", field: value}
+    if field != "policy":
+        value = f"{tmp_path}/{value}"
+        given = {name: f"{tmp_path}/{path}" for name, path in given.items()}
+    trace = given.pop("trace")
+    assert main([trace, *(f"--{name}={path}" for name, path in given.items())]) == 2
+    shown = value.replace("\udcff", "\\udcff")
+    assert capsys.readouterr().err == f"error: {field} ({shown}) must be UTF-8 text\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nor_can_a_working_directory_be_anything_but_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xff")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for trace, out, named in (
+        ("none.csv", "/out", "trace (PATH/none.csv)"),
+        ("synthetic", "out", "out (PATH/out)"),
+    ):
+        assert main([trace, "--out", out]) == 2
+        named = named.replace("PATH", f"{tmp_path}/r\\udcff")
+        assert capsys.readouterr().err == f"error: {named} must be UTF-8 text\n"
+
+
 def test_a_bad_row_is_named_or_skipped(
     tmp_path: Path, trace_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,6 +93,21 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path, MOONCAKE)
+    odd = source.rename(tmp_path / os.fsdecode(b"r\xff"))
+    shown = f"{tmp_path}/r\\udcff"
+    for arguments, name in [
+        (["describe", odd], "trace"),
+        (["convert", odd, tmp_path / "out"], "trace"),
+        (["convert", tmp_path / "none", odd], "out"),
+        (["generate", odd], "out"),
+    ]:
+        assert main([str(argument) for argument in arguments]) == 2
+        assert capsys.readouterr().err == f"error: {name} ({shown}) must be UTF-8 text\n"
+    assert odd.read_text() == MOONCAKE
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
