@@ -246,6 +246,37 @@ def test_files_that_are_no_whole_parquet(tmp_path: Path) -> None:
         read_trace(empty)
 
 
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_panic_of_the_reader_is_an_error_of_one_line(tmp_path: Path, column: int) -> None:
+    data = table(tmp_path / "t").read_bytes()
+    parts = data.split(b"\x2c\x15\x04")  # in a page's header: what is told of its data, 2 values of them
+    assert len(parts) == 4
+    parts[column] += b"\x2c\x15\x06"  # 3
+    for place in {0, 1, 2} - {column}:
+        parts[place] += b"\x2c\x15\x04"
+    path = write(tmp_path, b"".join(parts), "broken")
+    for skip_bad in (False, True):
+        with pytest.raises(TraceError, match=r"broken: must be a (whole )?Parquet file: [^\n]+$"):
+            read_trace(path, skip_bad=skip_bad)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_rows_that_the_reader_leaves_out_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    path = table(tmp_path / "t")
+    whole = pl.LazyFrame.collect_batches
+
+    def cut(frame: pl.LazyFrame, **options: Any) -> Any:
+        return (batch.head(kept) for batch in whole(frame, **options))
+
+    monkeypatch.setattr(pl.LazyFrame, "collect_batches", cut)
+    rule = f"must be a whole Parquet file: its footer tells of 2 rows, and {kept} can be read"
+    for options in ({}, {"skip_bad": True}, {"stream": True}):
+        with pytest.raises(TraceError, match=rf"/t: {rule}$"):
+            read_trace(path, **options)  # type: ignore[arg-type]
+
+
 def test_skip_bad_renumbers_parents(tmp_path: Path) -> None:
     path = tmp_path / "t"
     pl.DataFrame(

@@ -77,8 +77,7 @@ class NativeFormat(TraceFormat):
 
     def is_large(self, path: Path) -> bool:
         with _parquet_errors(path):
-            count = _scan(path).select(pl.len()).collect().item()
-            return bool(count > STREAMED_REQUESTS)
+            return _count(_scan(path)) > STREAMED_REQUESTS
 
     def rows(self, path: Path) -> Rows:
         row = 0
@@ -139,6 +138,11 @@ def _scan(path: Path) -> pl.LazyFrame:
     return scan.select(columns)
 
 
+def _count(scan: pl.LazyFrame) -> int:
+    """Return how many rows the footer tells of."""
+    return int(scan.select(pl.len()).collect().item())
+
+
 def batch_rows(rows: int, ids: int) -> int:
     """Return how many rows to hold at once where the first `rows` of them have `ids` ids."""
     return max(1, min(BATCH_ROWS, _BATCH_IDS * rows // max(ids, 1)))
@@ -148,15 +152,19 @@ def _batches(path: Path) -> Iterator[pl.DataFrame]:
     """Yield the file's rows in order, some thousands at a time."""
     with _parquet_errors(path):
         scan = _scan(path)
+        count = _count(scan)
         ids = pl.sum_horizontal(pl.col(name).list.len().sum() for name in LISTS)
         head = scan.head(SAMPLE_ROWS).select(pl.len().alias("rows"), ids.alias("ids")).collect()
         rows = batch_rows(head["rows"].item(), head["ids"].item())
         batches = scan.collect_batches(chunk_size=rows, maintain_order=True)
-        while True:
-            batch = next(batches, None)
-            if batch is None:
-                return
+        found = 0
+        while (batch := next(batches, None)) is not None:
+            found += len(batch)
             yield batch
+        if found != count:  # polars may end as if the file did where a thread of its own has panicked
+            raise TraceError(
+                f"{path}: must be a whole Parquet file: its footer tells of {count} rows, and {found} can be read"
+            )
 
 
 _DEFAULTS: dict[str, Any] = {
