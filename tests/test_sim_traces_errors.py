@@ -251,6 +251,18 @@ def test_lines_that_are_no_object(tmp_path: Path, line: str, message: str) -> No
     assert named.startswith(message.replace("2:", "1:", 1))
 
 
+@pytest.mark.parametrize("name", ["mooncake", "bailian", "sharegpt"])
+@pytest.mark.parametrize("value", ["5", "5" * 6000])
+def test_a_key_that_occurs_twice(tmp_path: Path, name: str, value: str) -> None:
+    first, second, *rest = TEXTS[name].splitlines()
+    field = re.findall('"([a-z_]+)"', first)[2]
+    doubled = second.removesuffix("}") + f', "x": {{}}, "{field}": {value}}}'
+    path = write(tmp_path, "\n".join([first, doubled, *rest]))
+    assert problem(path) == f"2: field {field!r} must not occur twice"
+    assert read_trace(path, skip_bad=True).skipped == 1
+    assert problem(write(tmp_path, doubled)) == f"1: field {field!r} must not occur twice"
+
+
 @pytest.mark.parametrize("number", ["1e9999999999999999999", "-1.5E+1000000000", "1e-99999999999999999999"])
 def test_an_endless_exponent_is_named(tmp_path: Path, number: str) -> None:
     rule = f"('{number}') must have an exponent of at most 9 digits"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -97,6 +98,9 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]
             continue
         try:
             record = _decoded(line)
+        except FieldError as error:
+            yield number, error
+            continue
         except (ValueError, RecursionError) as error:
             reason = (
                 f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
@@ -110,15 +114,26 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]
 
 
 def _decoded(line: str) -> Any:
-    """Return what a line of JSON says. Raises ValueError, or RecursionError."""
+    """Return what a line of JSON says. Raises ValueError, FieldError if a key occurs twice, or RecursionError."""
     try:
         return _QUICK.decode(line)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and "\r" in line.strip():
             raise ValueError("lines must end in LF or CRLF, and a CR stands alone") from None
         raise
+    except FieldError:
+        raise
     except ValueError:  # an integer with more digits than Python reads: its field is to refuse it by name
         return _TOLERANT.decode(line)
+
+
+def _unambiguous(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dictionary. Raises FieldError if a key occurs twice: which of the values is meant?"""
+    record = dict(members)
+    if len(record) != len(members):
+        counts = Counter(name for name, _ in members)
+        raise FieldError(next(name for name in counts if counts[name] > 1), "must not occur twice")
+    return record
 
 
 def _int_or_beyond(text: str) -> int:
@@ -138,8 +153,10 @@ def _decimal_or_text(text: str) -> Decimal | str:
 
 _READABLE_DIGITS = 600
 """Digits that Python reads whatever its limit is set to (sys.set_int_max_str_digits)."""
-_QUICK = json.JSONDecoder(parse_float=_decimal_or_text)
-_TOLERANT = json.JSONDecoder(parse_float=_decimal_or_text, parse_int=_int_or_beyond)
+_QUICK = json.JSONDecoder(parse_float=_decimal_or_text, object_pairs_hook=_unambiguous)
+_TOLERANT = json.JSONDecoder(
+    parse_float=_decimal_or_text, parse_int=_int_or_beyond, object_pairs_hook=_unambiguous
+)
 
 
 class LineError(FieldError):
