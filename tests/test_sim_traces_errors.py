@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -297,6 +298,18 @@ def test_line_ends_in_names_do_not_break_the_line(tmp_path: Path) -> None:
     with pytest.raises(TraceError) as caught:
         read_trace(tmp_path / "no\u2028file")
     assert str(caught.value) == f"{tmp_path}/no file: cannot be read: No such file or directory"
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    header = "TIMESTAMP,\x1b[2JContext\x18Tokens\u202e,Größe\u00a0(B)\n"
+    told = r"(TIMESTAMP, \x1b[2JContext\x18Tokens\u202e, Größe (B))"
+    assert f"is missing in the header {told}: " in problem(write(tmp_path, header), format="azure")
+    assert problem(write(tmp_path, '{"\\u001b[2J\\ud800": 1}')).startswith(
+        r"1: keys (\x1b[2J\ud800) must be "
+    )
+    table = pl.DataFrame({"\x1b[2J": [1]})
+    table.write_parquet(tmp_path / "t")
+    assert problem(tmp_path / "t").endswith(r"is missing among the columns (\x1b[2J)")
 
 
 def outcome(path: Path, name: str) -> int | str:

@@ -73,8 +73,9 @@ def shown(value: object) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as an error message shows them: on one line, and not too many."""
-    text = " ".join(", ".join(names).split())
+    """Return names as an error message shows them: on one line, what cannot be printed escaped, and not too many."""
+    line = " ".join(", ".join(names).split())
+    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line[:101])
     return text if len(text) <= 100 else text[:97] + "..."
 
 
