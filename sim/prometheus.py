@@ -28,7 +28,7 @@ from sim.metrics import float_sum, int_column, inter_token_gaps, summarise
 from sim.records import Columns, RunResult, finished_mask
 from sim.request import PS_PER_S
 from sim.stored import StoredTimes, counts_at_most
-from sim.target import check_target
+from sim.target import check_target, same_file
 from sim.window import Window
 
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
@@ -227,7 +227,7 @@ def check_place(path: Path, trace: str, results: Path) -> None:
         target = check_target(path)
     except OSError as error:
         raise ValueError(f"prometheus ({path}) cannot be written: {error.strerror}") from None
-    if target == Path(os.path.realpath(trace)):
+    if same_file(path, trace):
         raise ValueError(f"prometheus ({path}) must not be the trace")
     if target in {Path(os.path.realpath(results / name)) for name in RUN_FILES}:
         raise ValueError(f"prometheus ({path}) must not be a file that the run leaves in out ({results})")

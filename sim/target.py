@@ -26,3 +26,11 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     return target
+
+
+def same_file(left: str | os.PathLike[str], right: str | os.PathLike[str]) -> bool:
+    """Return whether two names lead to one file: by links of either kind, or, where there is none yet, to its place."""
+    try:
+        return os.path.samefile(left, right)
+    except OSError:
+        return os.path.realpath(left) == os.path.realpath(right)

@@ -304,8 +304,12 @@ def test_what_is_there_is_replaced_only_if_it_is_a_file_of_the_users(
     link.symlink_to(kept)
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,48,10\n")
-    assert main([str(trace), "--out", str(out), "--prometheus", str(out / ".." / trace.name)]) == 2
-    assert "must not be the trace" in capsys.readouterr().err
+    hard = tmp_path / "hard.csv"
+    hard.hardlink_to(trace)
+    for path in (out / ".." / trace.name, hard):
+        assert main([str(trace), "--out", str(out), "--prometheus", str(path)]) == 2
+        assert "must not be the trace" in capsys.readouterr().err
+    assert hard.samefile(trace)
     flags = ["synthetic", "--num-requests", "3", "--no-figures", "--out", str(out)]
     for path, reason in [
         (pipe, "cannot be written: it exists and is not a regular file"),

@@ -158,17 +158,21 @@ def test_what_cannot_be_written_is_found_out_first(
 
 
 def test_a_trace_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, link = write(tmp_path, MOONCAKE), tmp_path / "link"
+    source, link, hard = write(tmp_path, MOONCAKE), tmp_path / "link", tmp_path / "hard"
     link.symlink_to(source)
+    hard.hardlink_to(source)
     before = source.read_bytes()
     for trace, out in [
         (source, source),
         (source, link),
+        (source, hard),
+        (hard, link),
         (link, tmp_path / ".." / tmp_path.name / source.name),
     ]:
         assert main(["convert", str(trace), str(out)]) == 2
         assert capsys.readouterr().err == f"error: OUT ({out}) must not be the trace that is read\n"
     assert source.read_bytes() == before
+    assert hard.samefile(source)
 
 
 def test_a_line_end_in_a_name_does_not_break_the_line(

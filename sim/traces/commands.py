@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from sim.command_line import parse_dataclass, parse_plainly
-from sim.target import check_target
+from sim.target import check_target, same_file
 from sim.traces.describe import describe, render
 from sim.traces.reader import FORMATS, read_trace
 from sim.traces.reading import ReadOptions
@@ -132,8 +132,8 @@ def _with_formats(kind: type[Any]) -> str:
 
 def _write(make: Callable[[], Trace], out: Path, source: Path | None = None) -> None:
     try:
-        target = check_target(out)  # found out before the trace is made, which may take long
-        if source is not None and target == Path(os.path.realpath(source)):
+        check_target(out)  # found out before the trace is made, which may take long
+        if source is not None and same_file(out, source):
             raise ValueError(f"OUT ({out}) must not be the trace that is read")
         trace = make()
         count = write_trace(trace, out)
