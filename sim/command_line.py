@@ -11,10 +11,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from sim.parser_errors import in_one_line
 from sim.user_code import UserCodeError
+
+if TYPE_CHECKING:
+    import tyro
 
 T = TypeVar("T")
 
@@ -116,14 +119,15 @@ def parse_dataclass(
 
     The help begins with `description`, or else with the dataclass's docstring.
 
-    Raises ValueError where a dataclass refuses its values, for a flag that is unknown, ill-typed or missing, and for a
-    text or a path that is no UTF-8. Exits with 0, after having printed it, where the help is asked for.
+    Raises ValueError where a dataclass refuses its values, for a flag that is unknown, ill-typed or missing, for a text
+    or a path that is no UTF-8, and for an empty path. Exits with 0, after having printed it, where the help is asked
+    for.
     """
     import tyro
 
-    if option_value(arguments, "--out") == "":
-        raise ValueError("out ('') must name a place: an empty path is the working directory")
     given: Any = default
+    empty: list[Path] = []
+    paths = _path_registry(empty)
 
     def parse() -> T:
         parsed: T = tyro.cli(
@@ -133,14 +137,49 @@ def parse_dataclass(
             args=arguments,
             default=given,
             config=(tyro.conf.OmitArgPrefixes,),
+            registry=paths,
         )
         return parsed
 
     made = parse_plainly(prog, parse)
     for name, value in _values(made):
+        if any(value is each for each in empty):
+            raise empty_path(name)
         if isinstance(value, str | Path):
             require_utf8(name, value)
     return made
+
+
+def _path_registry(empty: list[Path]) -> tyro.constructors.ConstructorRegistry:
+    """Return how paths are parsed: as tyro does it, the empty ones being noted.
+
+    They equal the working directory, and are told from it by being objects of their own.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def parse(texts: list[str]) -> Path:
+        path = Path(*texts)
+        if texts == [""]:
+            empty.append(path)
+        return path
+
+    @registry.primitive_rule
+    def path_rule(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _values(options: Any) -> Iterator[tuple[str, Any]]:
@@ -151,6 +190,11 @@ def _values(options: Any) -> Iterator[tuple[str, Any]]:
             yield from _values(value)
         else:
             yield each.name, value
+
+
+def empty_path(name: str) -> ValueError:
+    """Return the error for an option that is an empty path."""
+    return ValueError(f"{name} ('') must name a place: an empty path is the working directory")
 
 
 def require_utf8(name: str, value: str | Path) -> None:

@@ -13,7 +13,7 @@ import tyro
 from allocator.config import MODEL_PRESETS, BuildConfig, CacheConfig, load_model
 from sim.calibration import Calibration
 from sim.cluster.config import ClusterConfig
-from sim.command_line import option_value, parse_dataclass, require_utf8
+from sim.command_line import empty_path, option_value, parse_dataclass, require_utf8
 from sim.hardware import GPU_PRESETS, GPUSpec
 from sim.manifest import SYNTHETIC, Manifest, RunSpec, TraceSource
 from sim.scheduler.config import EngineConfig
@@ -198,6 +198,8 @@ class Replay:
         if self.trace != SYNTHETIC:
             if given := _changed(self.workload, WorkloadShape()):
                 raise ValueError(f"{given} describes a synthetic workload, but TRACE is {self.trace}")
+            if not self.trace:
+                raise empty_path("trace")
             require_utf8("trace", Path(self.trace))
             return TraceSource(os.path.abspath(self.trace), self.reading)
         count = self.reading.num_requests
@@ -223,6 +225,8 @@ def parse(arguments: list[str]) -> tuple[Replay, Manifest | None]:
     path = option_value(arguments, "--from-manifest")
     if path is None:
         return parse_dataclass(Replay, "python -m sim.replay", arguments), None
+    if not path:
+        raise empty_path("from_manifest")
     manifest = Manifest.read(Path(path))
     default = Replay.of(manifest.spec, out=tyro.MISSING, from_manifest=Path(path))
     return parse_dataclass(Replay, "python -m sim.replay", arguments, default), manifest

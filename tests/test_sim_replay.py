@@ -595,13 +595,28 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags", [["--out", ""], ["--out="]])
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([*SMALL, "--out", ""], "out"),
+        ([*SMALL, "--out="], "out"),
+        (["", "--out", "out"], "trace"),
+        ([*SMALL, "--out", "out", "--prometheus", ""], "prometheus"),
+        ([*SMALL, "--out", "out", "--calibration", ""], "calibration"),
+        (["--from-manifest", "", "--out", "out"], "from_manifest"),
+    ],
+)
 def test_an_empty_path_is_not_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    name: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*SMALL, *flags]) == 2
-    assert capsys.readouterr().err.startswith("error: out ('') must name a place")
+    assert main(flags) == 2
+    rule = "must name a place: an empty path is the working directory"
+    assert capsys.readouterr().err == f"error: {name} ('') {rule}\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,6 +93,20 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_an_empty_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(write(tmp_path, MOONCAKE))
+    for arguments, name in [
+        (["describe", ""], "trace"),
+        (["convert", "", "."], "trace"),
+        (["convert", ".", ""], "out"),
+        (["convert", source, ""], "out"),
+        (["generate", ""], "out"),
+    ]:
+        assert main(arguments) == 2
+        rule = "must name a place: an empty path is the working directory"
+        assert capsys.readouterr().err == f"error: {name} ('') {rule}\n"
+
+
 def test_a_name_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path, MOONCAKE)
     odd = source.rename(tmp_path / os.fsdecode(b"r\xff"))
