@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.tools import sweep
+from experiments.tools._intervals import interval, t_quantile
 from sim.replay import main as replay
 
 WORKLOAD = ["synthetic", "--num-requests", "12", "--requests-per-s", "20", "--num-blocks", "300"]
@@ -135,7 +136,7 @@ def test_a_trace_file_that_changed_is_run_again(tmp_path: Path) -> None:
 def test_quantiles_of_students_t() -> None:
     """Against the distribution itself, integrated."""
     for degrees in (1, 2, 5, 10, 11, 15, 30, 100):
-        quantile = sweep.t_quantile(degrees)
+        quantile = t_quantile(degrees)
         x = np.linspace(0.0, quantile, 200_001)
         log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
         density = (
@@ -149,11 +150,11 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for sample in rng.normal(10.0, 3.0, (2000, 5)):
-        middle, half = sweep.interval(sample.tolist())
+        middle, half = interval(sample.tolist())
         assert half is not None
         covered += abs(middle - 10.0) <= half
     assert covered / 2000 == pytest.approx(0.95, abs=0.02)
-    assert sweep.interval([3.0]) == (3.0, None)
+    assert interval([3.0]) == (3.0, None)
 
 
 @pytest.mark.parametrize(

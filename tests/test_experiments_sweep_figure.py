@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments.tools import sweep
@@ -67,16 +66,122 @@ def test_lines_go_through_the_means_and_every_seed_has_a_mark() -> None:
     assert one.get_ylim()[0] == 0
     assert one.get_ylim()[1] > 6
     assert [label.get_text() for label in one.get_xticklabels()] == ["128", "16"]
-    assert not np.concatenate([np.asarray(line.get_xdata()) for line in none.lines]).size
+    assert not none.lines
+    assert [text.get_text() for text in none.texts] == ["no value anywhere"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["lru", "fifo"]
     assert legend.get_title().get_text() == "policy"
 
 
-def test_the_headline_says_where_the_first_metric_is_greatest() -> None:
-    assert headline(FOUND, "hits") == "hits 2 to 5, greatest at policy lru, tokens_per_block 16"
-    assert headline({(("a", "1"),): [[2.0]], (("a", "2"),): [[2.0]]}, "hits") == "hits is 2 everywhere"
-    assert headline({(("a", "1"),): [[None]]}, "hits") == "hits has no value anywhere"
+def points(sizes: dict[str, dict[str, list[float | None]]]) -> Found:
+    """Return one metric for each block size and policy."""
+    return {
+        (("size", size), ("policy", policy)): [figures]
+        for size, policies in sizes.items()
+        for policy, figures in policies.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (
+            points({"16": {"lru": [4.0], "fifo": [3.0]}, "64": {"lru": [1.0], "fifo": [2.0]}}),
+            "hits 1 to 4, greatest at size 16, policy lru",
+        ),
+        # Both policies are as good: only the block size matters.
+        (
+            points({"16": {"lru": [4.0], "fifo": [4.0]}, "64": {"lru": [1.0], "fifo": [2.0]}}),
+            "hits 1 to 4, greatest at size 16",
+        ),
+        (
+            points(
+                {
+                    size: {"lru": [value], "fifo": [value]}
+                    for size, value in zip("123", (4, 4, 1), strict=True)
+                }
+            ),
+            "hits 1 to 4, greatest at size 1 or 2",
+        ),
+        (
+            points({"1": {"a": [4.0], "b": [4.0]}, "2": {"a": [4.0], "b": [1.0]}}),
+            "hits 1 to 4, greatest at 3 of 4 combinations",
+        ),
+        (
+            points(
+                {"1": {"a": [4.0], "b": [4.0]}, "2": {"a": [4.0], "b": [1.0]}, "3": {"a": [1.0], "b": [1.0]}}
+            ),
+            "hits 1 to 4, greatest at 3 of 6 combinations",
+        ),
+        (
+            {
+                tuple(zip("abc", values, strict=True)): [
+                    [float(values[0] == "1" and values != ("1", "2", "2"))]
+                ]
+                for values in product("12", repeat=3)
+            },
+            "hits 0 to 1, greatest at 3 of 8 combinations, all with a 1",
+        ),
+        # Means differ by less than the intervals do.
+        (
+            points({"16": {"lru": [1.0, 3.0], "fifo": [1.1, 3.0]}}),
+            "hits 2 to 2.05, no difference beyond the intervals",
+        ),
+        (
+            points(
+                {
+                    "16": {"lru": [4.0, 4.1], "fifo": [4.0, 4.12]},
+                    "64": {"lru": [1.0, 1.0], "fifo": [1.0, 1.0]},
+                }
+            ),
+            "hits 1 to 4.06, greatest (within intervals) at size 16",
+        ),
+        # Of a combination with a single value, nobody knows the interval.
+        (
+            points({"16": {"lru": [4.0, 4.0], "fifo": [1.0, None]}}),
+            "hits 1 to 4, no difference beyond the intervals",
+        ),
+        (
+            points({"16": {"lru": [4.0], "fifo": [None]}, "64": {"lru": [1.0]}}),
+            "hits 1 to 4, greatest at size 16",
+        ),
+        (points({"16": {"lru": [0.50004], "fifo": [0.50001]}}), "hits is 0.5 everywhere"),
+        (points({"16": {"lru": [None]}}), "hits has no value anywhere"),
+    ],
+)
+def test_the_headline_names_what_the_greatest_share_and_no_more(found: Found, says: str) -> None:
+    assert headline(found, "hits") == says
+
+
+def test_a_line_under_others_is_wider_than_they_are() -> None:
+    found = {
+        (("size", size), ("policy", policy)): [[float(value)]]
+        for policy, values in {"a": (1, 2, 3), "b": (1, 2, 3), "c": (1, 9, 5), "d": (1, 2, 4)}.items()
+        for size, value in zip("123", values, strict=True)
+    }
+    with style.styled():
+        figure = draw(found, ["hits"])
+    assert figure is not None
+    (axes,) = figure.axes
+    # b and d cover a, d covers b; c meets the others in one place only.
+    a, b, c, d = ((line.get_linewidth(), line.get_markersize()) for line in axes.lines)
+    assert a > b > c == d
+    assert "wide lines lie under others" in style.words(figure)
+    assert [handle.get_linewidth() for handle in figure.legends[0].get_lines()] == [d[0]] * 4
+
+
+def test_a_panel_of_equal_figures_says_so_and_has_no_scale() -> None:
+    found = {values: [[0.0, 0.0], [5.0, 6.0]] for values in FOUND}
+    with style.styled():
+        figure = draw(found, ["preemptions", "hits"])
+    assert figure is not None
+    same, hits = figure.axes
+    assert [text.get_text() for text in same.texts] == ["0 everywhere"]
+    assert not same.lines
+    assert not len(same.get_yticks())
+    assert [label.get_text() for label in same.get_xticklabels()] == ["128", "16"]
+    assert same.get_xlim() == pytest.approx(hits.get_xlim())
+    assert len(hits.get_yticks())
 
 
 def test_what_would_be_too_many_lines_is_not_drawn(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean
 from typing import TypeAlias
 
@@ -13,12 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from experiments.tools._intervals import interval
 from sim import style
 
 Values: TypeAlias = tuple[tuple[str, str], ...]
 """What was given to each flag that varies: (flag, value)."""
 Found: TypeAlias = Mapping[Values, Sequence[Sequence[float | None]]]
 """For each combination and each metric, the figures of all seeds."""
+
+Points: TypeAlias = Sequence[tuple[float, Sequence[float | None]]]
+"""A line in a panel: (where it stands across, the figures of all seeds)."""
 
 MOST_LINES = 24
 """More than these nobody can tell apart."""
@@ -27,6 +33,8 @@ _COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.SKY, 
 _MARKERS = ("o", "s", "^", "D")
 _LOGARITHMIC = 8
 """From this ratio of the greatest value to the least on, values stand at equal ratios."""
+_NEAR = 0.008
+"""Of a panel's height: lines that are closer cover each other."""
 _SPREAD = 0.5
 """Of the way from one value to the next: where no line joins them, marks of different lines stand beside each other."""
 
@@ -81,15 +89,50 @@ def _names(values: Values) -> str:
 
 
 def headline(found: Found, metric: str) -> str:
-    """Return the finding: between which means a metric lies, and where it is greatest."""
-    means = {values: mean(known) for values, rows in found.items() if (known := _known(rows[0]))}
-    if not means:
+    """Return the finding: between which means the first metric lies, and where it is greatest.
+
+    Of several seeds, combinations whose intervals overlap the greatest one's are as great; of one, those that read
+    alike.
+    """
+    several = max(len(rows[0]) for rows in found.values()) > 1
+    ranges: dict[Values, tuple[float, float]] = {}  # mean and half of its interval
+    for values, rows in found.items():
+        if known := _known(rows[0]):
+            middle, half = interval(known)
+            ranges[values] = middle, (math.inf if several else 0.0) if half is None else half
+    if not ranges:
         return f"{metric} has no value anywhere"
-    least, most = min(means.values()), max(means.values())
-    if least == most:
-        return f"{metric} is {most:.4g} everywhere"
-    best = next(values for values, value in means.items() if value == most)
-    return f"{metric} {least:.4g} to {most:.4g}, greatest at {_names(best)}"
+    most, within = max(ranges.values())
+    least, text = min(ranges.values())[0], f"{most:.4g}"
+    if f"{least:.4g}" == text:
+        return f"{metric} is {text} everywhere"
+    best = [
+        values
+        for values, (middle, half) in ranges.items()
+        if f"{middle:.4g}" == text or (several and middle + half >= most - within)
+    ]
+    span = f"{metric} {least:.4g} to {text}"
+    if len(best) == len(ranges):
+        return f"{span}, no difference beyond the intervals"
+    alike = all(f"{ranges[values][0]:.4g}" == text for values in best)
+    return f"{span}, greatest {'' if alike else '(within intervals) '}at {_where(best, list(ranges))}"
+
+
+def _where(chosen: Sequence[Values], every: Sequence[Values]) -> str:
+    """Name some combinations among all by what tells them from the others: values that matter, of flags that do."""
+    parts = []
+    for flag, _ in every[0]:
+        taken, there = (dict.fromkeys(dict(values)[flag] for values in group) for group in (chosen, every))
+        if len(taken) < len(there):
+            parts.append((flag, taken))
+    if [values for values in every if all(dict(values)[flag] in taken for flag, taken in parts)] == list(
+        chosen
+    ):
+        return ", ".join(f"{flag} {' or '.join(taken)}" for flag, taken in parts)
+    shared = [f"{flag} {next(iter(taken))}" for flag, taken in parts if len(taken) == 1]
+    return f"{len(chosen)} of {len(every)} combinations" + (
+        f", all with {', '.join(shared)}" if shared else ""
+    )
 
 
 def _known(figures: Sequence[float | None]) -> list[float]:
@@ -105,7 +148,11 @@ def draw(found: Found, metrics: Sequence[str]) -> Figure | None:
     if len(lines) > MOST_LINES:
         return None
     seeds = max(len(rows[0]) for rows in found.values())
+    panel_lines = [_points(found, lines, axis, place) for place in range(len(metrics))]
+    covers = [_covers(drawn) for drawn in panel_lines]
     marks = f"means over {seeds} seeds; small marks: single seeds" if seeds > 1 else "a run each"
+    if any(map(any, covers)):
+        marks += "; wide lines lie under others"
     columns = {1: 1, 2: 2, 4: 2}.get(len(metrics), 3)
     rows = -(-len(metrics) // columns)
     legend_rows = -(-len(lines) // _columns_of_legend(lines)) if len(lines) > 1 else 0
@@ -120,16 +167,15 @@ def draw(found: Found, metrics: Sequence[str]) -> Figure | None:
         hspace=0.5,
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place, metric in enumerate(metrics):
-        axes = panels[place]
+    for axes, metric, drawn, covered in zip(panels, metrics, panel_lines, covers, strict=False):
         axes.set_title(metric, fontsize=13, fontweight="bold", loc="left")
         _set_across(axes, axis)
-        for number, line in enumerate(lines.values()):
-            aside = 0.0 if axis.is_number else _SPREAD * ((number + 0.5) / len(lines) - 0.5)
-            points = [(axis.places[dict(values)[axis.flag]] + aside, found[values][place]) for values in line]
-            _draw_line(axes, points, number, "-" if axis.is_number else "")
-        highest = max((figure for each in found.values() for figure in _known(each[place])), default=0)
-        axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
+        if len(values := _values(drawn)) < 2:
+            _say_constant(axes, *values)
+            continue
+        for number, points in enumerate(drawn):
+            _draw_line(axes, points, number, "-" if axis.is_number else "", covered[number])
+        axes.set_ylim(0, _top(drawn))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
@@ -156,16 +202,83 @@ def _look(number: int) -> tuple[str, str]:
     return _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
 
 
-def _draw_line(
-    axes: Axes, points: Sequence[tuple[float, Sequence[float | None]]], number: int, joined: str
-) -> None:
+def _say_constant(axes: Axes, value: float | None = None) -> None:
+    """Say in a panel what there is no need to draw: a figure that is the same everywhere, or that nobody has."""
+    text = "no value anywhere" if value is None else f"{value:.4g} everywhere"
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=style.MUTED)
+    axes.set_yticks([])
+    places = [float(place) for place in axes.get_xticks()]
+    if len(places) > 1 and axes.get_autoscalex_on():  # nothing is drawn that would stretch the axis
+        axes.update_datalim([(min(places), 0.0), (max(places), 0.0)], updatey=False)
+        axes.autoscale_view(scaley=False)
+
+
+def _points(found: Found, lines: Mapping[Values, Sequence[Values]], axis: Axis, place: int) -> list[Points]:
+    """Return what is to draw of one metric, a line each; marks that no line joins stand beside each other."""
+    drawn = []
+    for number, line in enumerate(lines.values()):
+        aside = 0.0 if axis.is_number else _SPREAD * ((number + 0.5) / len(lines) - 0.5)
+        drawn.append(
+            [(axis.places[dict(values)[axis.flag]] + aside, found[values][place]) for values in line]
+        )
+    return drawn
+
+
+def _values(drawn: Sequence[Points]) -> set[float]:
+    return {value for points in drawn for _, figures in points for value in _known(figures)}
+
+
+def _top(drawn: Sequence[Points]) -> float:
+    """Return where a panel ends: a little above the greatest figure."""
+    greatest = max(_values(drawn), default=0.0)
+    return 1.08 * greatest if greatest > 0 else 1.0
+
+
+def _covers(drawn: Sequence[Points]) -> list[int]:
+    """Return for each line how many of the later ones lie on it: at two places in a row, or at its only one."""
+    near = _NEAR * _top(drawn)
+    means = [
+        {place: mean(known) for place, figures in points if (known := _known(figures))} for points in drawn
+    ]
+
+    def covers(later: dict[float, float], line: dict[float, float]) -> bool:
+        alike = [place in later and abs(later[place] - line[place]) < near for place in line]
+        return any(map(all, pairwise(alike))) or alike == [True]
+
+    if len(_values(drawn)) < 2:  # nothing is drawn
+        return [0] * len(drawn)
+    return [sum(covers(later, line) for later in means[number + 1 :]) for number, line in enumerate(means)]
+
+
+def _draw_line(axes: Axes, points: Points, number: int, joined: str, covered: int) -> None:
+    """Draw a line, the wider the more of later ones lie on it, so that it shows on both sides of them."""
     colour, marker = _look(number)
+    wider = (
+        covered if covered <= 5 else 5 + 0.4 * (covered - 5)
+    )  # many: thinner rims, lest they fill the panel
     known = [(place, _known(figures)) for place, figures in points if _known(figures)]
     for place, figures in known:
         if len(figures) > 1:
-            axes.plot([place] * len(figures), figures, "_", color=colour, markersize=9, alpha=0.6)
+            axes.plot(
+                [place] * len(figures),
+                figures,
+                "_",
+                color=colour,
+                markersize=9 + 5 * wider,
+                alpha=0.6,
+                zorder=2 - 0.02 * wider,
+            )
     across, means = [place for place, _ in known], [mean(figures) for _, figures in known]
-    axes.plot(across, means, linestyle=joined, marker=marker, color=colour, markersize=6)
+    axes.plot(
+        across,
+        means,
+        linestyle=joined,
+        marker=marker,
+        color=colour,
+        linewidth=2 + 2.5 * wider,
+        markersize=6 + 4 * wider,
+        clip_on=False,
+    )
 
 
 def _columns_of_legend(lines: Mapping[Values, object]) -> int:

@@ -22,13 +22,11 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -41,6 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 from allocator.checks import require_int
+from experiments.tools._intervals import interval
 from experiments.tools._sweep_figure import MOST_LINES, Found, Values, draw
 from sim import style
 from sim.command_line import flags_of, parse_dataclass, run_command
@@ -54,9 +53,6 @@ POINTS, TABLE, FIGURE = "points", "sweep.csv", "sweep"
 
 _LEFT_BY_NONE = ("out", "prometheus", "perfetto")
 """Flags of sim.replay for what a point does not leave."""
-
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5% quantiles of Student's t for 1 to 10 degrees of freedom (any table of the distribution)."""
 
 
 @dataclass(frozen=True)
@@ -217,28 +213,6 @@ def flat(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float | None
         elif value is None or isinstance(value, int | float):
             found[prefix + name] = value
     return found
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 97.5% quantile of Student's t.
-
-    From a table for few degrees of freedom, else by expansion from the normal quantile (Abramowitz and Stegun,
-    Handbook of Mathematical Functions, 26.7.5), then right to three digits after the point.
-    """
-    if degrees <= len(_T_975):
-        return _T_975[degrees - 1]
-    z = NormalDist().inv_cdf(0.975)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and half of its 95% confidence interval, None for a single value."""
-    if len(values) < 2:
-        return values[0], None
-    return mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def shown(values: Sequence[float | None]) -> str:
