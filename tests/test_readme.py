@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -150,13 +151,26 @@ def test_the_policy_is_compared_from_a_folder_of_ones_own(policy_folder: Path) -
     assert hits["lru"] < hits["my_policy:MRU"]  # prefixes that come round in a fixed order
 
 
-def test_what_keeping_system_prompts_brings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (command,) = re.findall(
-        r"-m experiments\.tools\.sweep (--vary head_priority.*?)\n```", TEXT, flags=re.DOTALL
-    )
-    arguments = shlex.split(command.replace("\\\n", " ").replace("results/kept", str(tmp_path)))
+def swept(flag: str, folder: str, out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run the sweep whose first flag varies this, and return the words that it prints."""
+    (command,) = re.findall(rf"-m experiments\.tools\.sweep (--vary {flag}.*?)\n```", TEXT, flags=re.DOTALL)
+    arguments = shlex.split(command.replace("\\\n", " ").replace(folder, str(out)))
     assert sweep.main(["--jobs", "1", "--no-figures", *arguments]) == 0
-    printed = capsys.readouterr().out.split()
+    return capsys.readouterr().out.split()
+
+
+def test_a_sweep_prints_this(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = swept("tokens_per_block", "results/sweep", tmp_path, capsys)
+    shown = block("sweep").split()
+    assert [word for word in printed if word in shown] == shown
+    # What it is to show: no two combinations could be mistaken for each other.
+    rates = [re.findall(r"[\d.]+", line)[1:3] for line in block("sweep").splitlines()[1:]]
+    spans = sorted((float(mean) - float(half), float(mean) + float(half)) for mean, half in rates)
+    assert all(below[1] < above[0] for below, above in pairwise(spans))
+
+
+def test_what_keeping_system_prompts_brings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = swept("head_priority", "results/kept", tmp_path, capsys)
     shown = block("retention").split()
     assert [word for word in printed if word in shown] == shown
 
