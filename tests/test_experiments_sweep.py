@@ -51,6 +51,19 @@ def test_the_metrics_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"the metrics drawn in {tmp_path / 'sweep.png'}" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_overloaded_combinations_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workload = ["synthetic", "--num-requests", "300", "--output-tokens-mean", "60"]
+    flags = ["--metrics", "requests", "overload.waiting"]
+    assert _sweep(tmp_path, "--vary", "requests_per_s=1,100", *flags, workload=workload) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1", "300", "–"] in rows
+    (crowded,) = [row for row in rows if row[:1] == ["100"]]
+    assert float(crowded[2]) >= 10
+    assert crowded[3:] == ["1", "of", "1"]
+    assert _sweep(tmp_path, "--vary", "requests_per_s=1", *flags, workload=workload) == 0
+    assert "overloaded" not in capsys.readouterr().out.split()
+
+
 def test_a_point_is_what_a_replay_gives(tmp_path: Path) -> None:
     assert _sweep(tmp_path / "sweep", "--vary", "tokens-per-block=32") == 0
     (point,) = (tmp_path / "sweep" / sweep.POINTS).iterdir()

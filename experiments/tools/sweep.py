@@ -7,6 +7,8 @@ What follows `--` is a command line of sim.replay without --out. Each finished p
 by what was run, so an interrupted sweep goes on where it was, and one with more values runs only the new ones.
 OUT/sweep.csv has a row a point; the table shows the mean over seeds and, after ±, half the 95% confidence interval
 of that mean (Student's t); OUT/sweep.png draws the same metrics over the flag with most values.
+Where requests came faster than they were served, the table has a last column with the runs of which that is true: their
+latencies grow with the length of the run (see sim.overload).
 """
 
 from __future__ import annotations
@@ -195,6 +197,8 @@ def figure(summary: Mapping[str, Any], metric: str) -> float | None:
     """Return a figure of a summary by its dotted name, None where there is none. Raises ValueError for no number."""
     value: Any = summary
     for name in metric.split("."):
+        if value is None:  # of a part that this run has not, host memory for example
+            return None
         if not isinstance(value, Mapping) or name not in value:
             raise ValueError(f"metric ({metric}) must be one of {', '.join(sorted(flat(summary)))}")
         value = value[name]
@@ -251,15 +255,29 @@ def by_combination(done: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Fo
     }
 
 
-def show(found: Found, metrics: Sequence[str], console: Console) -> None:
-    """Print a row a combination."""
+def overloads(done: Sequence[dict[str, Any]]) -> dict[Values, str]:
+    """Return in how many of its runs each combination was overloaded, of those that ever were."""
+    groups: dict[Values, list[bool]] = {}
+    for point in done:
+        is_overloaded = point["summary"].get("overload") is not None
+        groups.setdefault(tuple(point["values"].items()), []).append(is_overloaded)
+    return {values: f"{sum(runs)} of {len(runs)}" for values, runs in groups.items() if any(runs)}
+
+
+def show(
+    found: Found, metrics: Sequence[str], console: Console, overloaded: Mapping[Values, str] | None = None
+) -> None:
+    """Print a row a combination, with the runs in which it was overloaded where any was."""
     table = Table(box=box.SIMPLE_HEAD)
     for name, _ in next(iter(found)):
         table.add_column(name, justify="right")
     for metric in metrics:
         table.add_column(metric, justify="right", no_wrap=True)
+    if overloaded:
+        table.add_column("overloaded", justify="right", no_wrap=True)
     for values, rows in found.items():
-        table.add_row(*(value for _, value in values), *map(shown, rows))
+        last = [overloaded.get(values, "")] if overloaded else []
+        table.add_row(*(value for _, value in values), *map(shown, rows), *last)
     # A terminal that is too narrow wraps the lines; cut figures would be of no use.
     needed = Measurement.get(console, console.options.update(width=1000), table).maximum
     Console(file=console.file, width=max(needed, console.width)).print(table)
@@ -289,7 +307,7 @@ def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
     ]
     write_table(done, config.out / TABLE)
     found = by_combination(done, config.metrics)
-    show(found, config.metrics, console)
+    show(found, config.metrics, console, overloads(done))
     drawn = draw_figure(found, config) if config.figures else ""
     kept = len(todo) - len(missing)
     console.print(
