@@ -25,7 +25,8 @@ BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 130, 141, 143
 """Exit statuses; but for the first, what a shell reports for a command that SIGINT, SIGPIPE or SIGTERM ended."""
 
 
-_INTERRUPTION = "interrupted: the result is not complete"
+_INCOMPLETE = "the result is not complete"
+_INTERRUPTION = f"interrupted: {_INCOMPLETE}"
 
 
 def answer_interrupts() -> None:
@@ -48,6 +49,16 @@ class _Terminated(BaseException):
 
 def _terminate(*_: object) -> None:
     raise _Terminated
+
+
+@contextlib.contextmanager
+def when_ended(complete: str) -> Iterator[None]:
+    """Have the line of `run_command` say what is complete, in place of that the result is not, if it ends in here."""
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as stop:
+        stop.args = (complete,)
+        raise
 
 
 def run_command(action: Callable[[], object]) -> int:
@@ -77,11 +88,11 @@ def run_command(action: Callable[[], object]) -> int:
     except MemoryError as error:
         print(" ".join(f"error: there is not enough memory {error}".split()), file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print(_INTERRUPTION, file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {str(stop) or _INCOMPLETE}", file=sys.stderr)
         return INTERRUPTED
-    except _Terminated:
-        print("terminated: the result is not complete", file=sys.stderr)
+    except _Terminated as stop:
+        print(f"terminated: {str(stop) or _INCOMPLETE}", file=sys.stderr)
         return TERMINATED
     finally:
         if answers:

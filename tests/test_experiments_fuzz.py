@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from allocator.eviction import LRU
 from allocator.fuzz import SharingMachine, Tally
 from allocator.manager import KVCacheManager, KVSequence
 from allocator.prefix import Extent
-from experiments.tools import _program, fuzz
+from experiments.tools import _program, _progress, fuzz
 
 
 class Greedy(LRU):
@@ -94,6 +95,46 @@ def test_coverage_is_reported_by_module() -> None:
     rows = dict(line.split() for line in done.stdout.splitlines() if ".py " in line or " total " in line)
     assert 30 < float(rows["total"].rstrip("%")) < 100
     assert float(rows["fuzz.py"].rstrip("%")) > 50
+
+
+def test_the_progress_of_measuring_coverage_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_progress, "EVERY_S", 0.2)
+    assert fuzz.main(["--steps", "400", "--coverage-steps", "400", "--jobs", "1"]) == 0
+    counted = [
+        int(found[1])
+        for found in re.finditer(r"^measuring coverage: (\d+) of 400 steps$", capsys.readouterr().err, re.M)
+    ]
+    assert counted[0] == 0
+    assert counted == sorted(counted)
+    assert counted[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_who_ends_it_while_coverage_is_measured_learns_what_is_complete(
+    name: str, status: int, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "counts.json"
+    flags = ["--steps", "100", "--jobs", "1", "--json", str(file)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.tools.fuzz", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "measuring coverage: 0 of 100 steps\n"
+        process.send_signal(getattr(signal, name))
+        out, notices = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "all clean." in out
+    assert notices == f"{said}: the steps and their counts are complete, coverage is not measured\n"
+    counts = json.loads(file.read_text())
+    assert counts["steps"] >= 100
+    assert counts["coverage"] == {}
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ if __name__ == "__main__":
 
     answer_interrupts()
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -41,7 +43,8 @@ from allocator.checks import require_int
 from allocator.eviction import make_policy
 from allocator.fuzz import ManagerMachine, Tally, run_machine
 from experiments.tools._program import as_test, shorter
-from sim.command_line import parse_dataclass, require_writable, run_command
+from experiments.tools._progress import progress
+from sim.command_line import parse_dataclass, require_writable, run_command, when_ended
 
 RUN_STEPS = 5_000
 """Steps of one run: some seconds."""
@@ -71,7 +74,8 @@ class Config:
     jobs: int = 0
     """Processes; 0 takes all cores."""
     coverage_steps: int = 20_000
-    """Measure the branch coverage of allocator/ over so many of the steps (it slows them down); 0 for none."""
+    """Measure the branch coverage of allocator/ over so many of the steps, done once more for that, by one process and
+    more slowly: it can take longer than all else. 0 for none."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the counts to this file, too."""
 
@@ -100,9 +104,17 @@ def find_machine(name: str) -> type[ManagerMachine]:
     return found
 
 
-def one_run(machine: str, policy: str | None, steps: int, seed: int, program_steps: int) -> Outcome:
-    """Run a machine for about `steps` steps, or until it fails."""
-    outcome = Outcome((steps, seed))
+def one_run(
+    machine: str,
+    policy: str | None,
+    steps: int,
+    seed: int,
+    program_steps: int,
+    *,
+    tally: Tally | None = None,
+) -> Outcome:
+    """Run a machine for about `steps` steps, or until it fails. `tally`, if given, counts them as they are done."""
+    outcome = Outcome((steps, seed), Tally() if tally is None else tally)
     try:
         run_machine(
             _with_policy(machine, policy), steps, seed, steps_per_program=program_steps, tally=outcome.tally
@@ -173,9 +185,8 @@ def measure_coverage(config: Config, console: Console) -> dict[str, float]:
     package = Path(allocator.__file__).parent
     first_seed = next(runs(config))[1]
     code = (
-        "from experiments.tools.fuzz import one_run\n"
-        f"outcome = one_run{(config.machine, config.policy, steps, first_seed, config.program_steps)!r}\n"
-        "raise SystemExit(outcome.failure)\n"
+        "from experiments.tools.fuzz import counted_aloud\n"
+        f"counted_aloud{(config.machine, config.policy, steps, first_seed, config.program_steps)!r}\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         script, data, report = (Path(folder) / name for name in ("run.py", "data", "report.json"))
@@ -183,15 +194,16 @@ def measure_coverage(config: Config, console: Console) -> dict[str, float]:
         common = [sys.executable, "-m", "coverage"]
         options = ["--rcfile=", f"--data-file={data}"]
         environment = _with_path(package.parent)
-        for arguments in (
-            ["run", *options, "--branch", f"--source={package}", str(script)],
-            ["json", *options, "-q", "-o", str(report)],
-        ):
-            done = subprocess.run(
-                [*common, *arguments], env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise ValueError(f"coverage ({' '.join(arguments[:1])}) failed: {done.stderr.strip()[-300:]}")
+        with progress("measuring coverage", steps, "steps") as tell:
+            for arguments in (
+                ["run", *options, "--branch", f"--source={package}", str(script)],
+                ["json", *options, "-q", "-o", str(report)],
+            ):
+                status, said = _listened_to(
+                    [*common, *arguments], environment, lambda line: tell(int(line), "")
+                )
+                if status:
+                    raise ValueError(f"coverage ({arguments[0]}) failed: {said.strip()[-300:]}")
         measured = json.loads(report.read_text())
     shares = {
         Path(name).resolve().relative_to(package.resolve()).as_posix(): float(
@@ -201,6 +213,48 @@ def measure_coverage(config: Config, console: Console) -> dict[str, float]:
         if each["summary"]["num_statements"]
     }
     return shares | {"total": float(measured["totals"]["percent_covered"])}
+
+
+def counted_aloud(machine: str, policy: str | None, steps: int, seed: int, program_steps: int) -> None:
+    """Do `one_run`, and print every second how many steps are done. Raises SystemExit with the program that fails.
+
+    What else is printed meanwhile goes to stderr.
+    """
+    tally, over, out = Tally(), threading.Event(), sys.stdout
+
+    def count() -> None:
+        while not over.wait(1.0):
+            print(tally.steps, file=out, flush=True)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = one_run(machine, policy, steps, seed, program_steps, tally=tally)
+    finally:
+        over.set()
+        thread.join()
+    raise SystemExit(outcome.failure)
+
+
+def _listened_to(
+    command: list[str], environment: dict[str, str], hear: Callable[[str], None]
+) -> tuple[int, str]:
+    """Run a command, tell each line of its stdout as it comes, and return its exit status and its stderr."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                hear(line)
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.communicate()
+        errors.seek(0)
+        return status, errors.read()
 
 
 def _with_path(folder: Path) -> dict[str, str]:
@@ -226,6 +280,16 @@ def show_coverage(shares: dict[str, float], steps: int, console: Console) -> Non
 
 
 # -------------------------------------------------------- the command
+
+
+def write_counts(total: Tally, shares: dict[str, float], file: Path | None) -> None:
+    """Write the counts to a file, if one is asked for."""
+    if file is None:
+        return
+    names = ("steps", "programs", "evictions", "copies", "refusals")
+    counts = {name: getattr(total, name) for name in names}
+    text = json.dumps(counts | {"operations": dict(total.operations), "coverage": shares}, indent=2)
+    file.write_text(text + "\n")
 
 
 def shorten(failed: Outcome) -> str:
@@ -288,16 +352,12 @@ def run(config: Config, console: Console) -> int:
         return 1
     show(total, console)
     console.print(f"{total.steps:,} steps in {total.programs:,} programs, all clean.", highlight=False)
-    shares: dict[str, float] = {}
+    write_counts(total, {}, config.json)
     if config.coverage_steps:
-        shares = measure_coverage(config, console)
+        with when_ended("the steps and their counts are complete, coverage is not measured"):
+            shares = measure_coverage(config, console)
         show_coverage(shares, min(config.steps, config.coverage_steps), console)
-    if config.json is not None:
-        counts = {
-            name: getattr(total, name) for name in ("steps", "programs", "evictions", "copies", "refusals")
-        }
-        text = json.dumps(counts | {"operations": dict(total.operations), "coverage": shares}, indent=2)
-        config.json.write_text(text + "\n")
+        write_counts(total, shares, config.json)
     return 0
 
 
