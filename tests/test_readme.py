@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -173,6 +174,52 @@ def test_what_keeping_system_prompts_brings(tmp_path: Path, capsys: pytest.Captu
     printed = swept("head_priority", "results/kept", tmp_path, capsys)
     shown = block("retention").split()
     assert [word for word in printed if word in shown] == shown
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_blocks_are_rebuilt_from_the_table_of_events(
+    replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["synthetic", "--num-requests", "50", "--num-blocks", "64", "--num-replicas", str(replicas)]
+    assert replay([*flags, "--events", "--no-figures", "--out", "results/mine"]) == 0
+    capsys.readouterr()
+    code = block("events")
+    if replicas > 1:
+        assert "`read_events(path, replica=1)`" in TEXT
+        code = code.replace('.parquet")', '.parquet"), replica=1')
+    exec(compile(code, "README.md", "exec"), {})
+    counts = ast.literal_eval(capsys.readouterr().out)
+    assert sum(counts.values()) == 64
+    assert counts["free"] < 64, "ten seconds into the run, blocks hold something"
+
+
+def test_what_a_manifest_does_not_hold_has_to_be_asked_for_again(tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    asked = ["--perfetto", "--prometheus", str(tmp_path / "counters.prom")]
+    flags = ["synthetic", "--num-requests", "20", "--no-figures", "--events"]
+    assert replay([*flags, *asked, "--out", str(first)]) == 0
+    (tmp_path / "counters.prom").unlink()
+    manifest = ["--from-manifest", str(first / "manifest.json"), "--no-figures"]
+    assert replay([*manifest, "--out", str(again)]) == 0
+    assert "what `--perfetto` and `--prometheus` add has to be asked for again" in " ".join(TEXT.split())
+    names = [{path.name for path in folder.iterdir()} for folder in (first, again)]
+    assert names[0] - names[1] == {"timeline.perfetto-trace"}
+    assert not (tmp_path / "counters.prom").exists()
+
+
+def test_the_keys_of_the_summary_are_explained() -> None:
+    (name,) = re.findall(r"`\.venv/bin/python -m pydoc ([\w.]+)`", TEXT)
+    done = subprocess.run(
+        [sys.executable, "-m", "pydoc", name],
+        capture_output=True,
+        text=True,
+        cwd=Path(allocator.__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for key in ("requests", "ttft_s", "goodput", "miss_blocks", "internal_fragmentation", "replicas"):
+        assert re.search(rf"^    (\w+, )*{key}\b", done.stdout, re.MULTILINE), key
 
 
 @pytest.mark.parametrize("name", ["requests", "timeline"])
