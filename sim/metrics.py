@@ -364,6 +364,9 @@ def summarise(
                                    those of the hits that came from it; offloaded_blocks, evicted from the GPU and
                                    kept there; onboarded_blocks, moved back for who hit them; evicted_blocks, given
                                    up; swapped_out_blocks and swapped_in_blocks, of sequences that were preempted
+    preemptions                    how often a running sequence had to give up its blocks, or its place
+    cow_copies, cow_tokens         blocks that were copied before a sequence wrote to them, as others held them or the
+                                   cache had them, and the tokens in them
     recomputed_tokens              tokens computed again after a preemption, net of what was hit again
     out_of_block_steps             steps that could not take the blocks they wanted
     block_lifetime_s, block_idle_before_evict_s, block_reuse_gap_s
