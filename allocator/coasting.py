@@ -53,9 +53,10 @@ class Coasting(Decoding):
         it before the sequence is released.
         """
         pool = self.pool
-        if self.steps_matter or batch.unready or batch.ring.named:
+        is_plain = not (batch.unready or batch.ring.named)
+        if self.steps_matter or not is_plain:
             later = batch.growth(num_tokens) - batch.growth(1)
-            only_logged = self.only_logged and not (batch.unready or batch.ring.named)
+            only_logged = self.only_logged and is_plain
             version, evicted = self.index.version, pool.evicted_blocks
             self.advance(batch, num_tokens)
             if only_logged and pool.evicted_blocks == evicted:

@@ -217,11 +217,7 @@ class ChunkContent(Content):
         self.chunk_ids: NDArray[np.int64] = ids
         self.granularity = granularity
         self.num_named_tokens = named
-        self._expanded: tuple[int, bytes, int] = (
-            0,
-            b"",
-            0,
-        )  # tokens_per_block; keys, and their width, for that
+        self._expanded = 0, b"", 0  # what `_keys` returned last
 
     def family(self) -> Hashable:
         return self.granularity

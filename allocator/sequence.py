@@ -154,8 +154,7 @@ class KVSequence:
         """Return how many of its blocks, from the first on, the prefix index knows."""
         if self.anchor.grower is not None:
             self.catch_up()
-        anchor = self.anchor
-        return anchor.start + len(anchor.keys) // anchor.width
+        return self.anchor.end
 
     @property
     def hit_tokens(self) -> int:

@@ -272,9 +272,10 @@ def test_rows_that_the_reader_leaves_out_are_missed(
 
     monkeypatch.setattr(pl.LazyFrame, "collect_batches", cut)
     rule = f"must be a whole Parquet file: its footer tells of 2 rows, and {kept} can be read"
-    for options in ({}, {"skip_bad": True}, {"stream": True}):
+    ways: list[dict[str, Any]] = [{}, {"skip_bad": True}, {"stream": True}]
+    for options in ways:
         with pytest.raises(TraceError, match=rf"/t: {rule}$"):
-            read_trace(path, **options)  # type: ignore[arg-type]
+            read_trace(path, **options)
 
 
 def test_skip_bad_renumbers_parents(tmp_path: Path) -> None:

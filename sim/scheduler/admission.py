@@ -58,9 +58,8 @@ class GuaranteedNoEvict(AdmissionRule):
             needed += match.evictable_blocks - match.hit_blocks + match.host_blocks
             if match.repeated is not None:
                 needed += match.repeated_blocks
-            if (
-                match.partial is not None and match.copied_blocks
-            ):  # for the time being, the source is kept as well
+            if match.partial is not None and match.copied_blocks:
+                # For the time being, the source is kept as well.
                 needed = max(needed, self._manager.blocks_needed(match, job.target - match.hit_tokens))
         return needed
 
