@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from allocator.config import BuildConfig, CacheConfig, ModelSpec
+from sim.build_info import is_compiled, source_file
 from sim.cluster.config import ClusterConfig
 from sim.hardware import GPUSpec
 from sim.scheduler.config import EngineConfig
@@ -100,6 +101,7 @@ class Manifest:
             },
             "memory_budget": budget,
             "git_revision": git_revision(),
+            "compiled": is_compiled(),
             "versions": versions(),
         }
 
@@ -174,7 +176,7 @@ def _shown(value: Any) -> str:
 
 def git_revision() -> str | None:
     """Return the commit that this code is at, "-dirty" appended if it was changed; None outside a checkout."""
-    here = Path(__file__).resolve()
+    here = source_file()
 
     def git(*arguments: str) -> str | None:
         try:

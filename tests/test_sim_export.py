@@ -404,7 +404,7 @@ def test_the_revision_is_the_checkouts_or_none(monkeypatch: pytest.MonkeyPatch, 
     assert found is None or len(found.removesuffix("-dirty")) == 40
     # A copy in a folder that git does not track has no revision, even inside a repository.
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    monkeypatch.setattr(manifest, "source_file", lambda: tmp_path / "build_info.py")
     assert git_revision() is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import ClassVar
 
 from allocator.eviction.policy import EvictionPolicy
 from allocator.prefix import Extent
@@ -15,7 +16,7 @@ class LRU(EvictionPolicy):
     the tail goes first: the order is exactly that of a list of single blocks.
     """
 
-    drains_victims = True
+    drains_victims: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._order: OrderedDict[Extent, None] = OrderedDict()

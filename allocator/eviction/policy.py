@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from allocator.prefix import Extent
 
@@ -32,7 +33,7 @@ class EvictionPolicy(ABC):
     before anybody looks.
     """
 
-    drains_victims = False
+    drains_victims: ClassVar[bool] = False
     in_use = False  # whether a pool has it
 
     def attached(self, num_blocks: int) -> None:

@@ -40,6 +40,7 @@ from rich.table import Table
 from experiments.bench._managers import VLLM, Ours, our_blocks_per_s, vllm_blocks_per_s
 from experiments.bench._serving import OUTPUT_TOKENS, PROMPTS_SHA256, Run, Workload, make_workload, serve
 from experiments.bench._yardstick import median_yardstick
+from sim.build_info import is_compiled, what_runs
 from sim.command_line import parse_dataclass, require_writable, run_command
 
 REQUESTS = 2000
@@ -78,6 +79,7 @@ class Timing:
     hits_per_request: list[int]
     blocks_per_s: dict[str, float]
     yardstick_s: float
+    compiled: bool
 
 
 def check_workload(workload: Workload, config: Config) -> None:
@@ -121,6 +123,7 @@ def time_manager(
         done[0].hits,
         {str(chunk): median(blocks_per_s(chunk) for _ in range(runs)) for chunk in _CHUNKS},
         median_yardstick(),
+        is_compiled(),
     )
 
 
@@ -179,7 +182,7 @@ def _show(timings: list[Timing], workload: Workload, config: Config, missing: st
         f"{workload.name} workload, seed {config.seed}: {len(workload.prompts):,} requests, {workload.tokens:,} "
         f"tokens, {workload.num_blocks:,} blocks of 16, {workload.max_running} running. Where our time goes, a "
         f"request: {shares}. Medians of {config.runs} runs (extremes). Yardstick, a million dict inserts and "
-        f"look-ups: {min(t.yardstick_s for t in timings):.3f} s. {missing}"
+        f"look-ups: {min(t.yardstick_s for t in timings):.3f} s. {what_runs()} {missing}"
     )
 
 

@@ -41,6 +41,7 @@ from rich.table import Table
 
 from allocator.config import BuildConfig, CacheConfig, load_model
 from experiments.bench._yardstick import median_yardstick
+from sim.build_info import is_compiled, what_runs
 from sim.command_line import parse_dataclass, require_writable, run_command
 from sim.cost import RooflineCost
 from sim.engine import simulate
@@ -113,6 +114,7 @@ class Timing:
     peak_mib: float
     skipping: bool
     yardstick_s: float
+    compiled: bool
 
 
 def cases(config: Config) -> list[Case]:
@@ -222,6 +224,7 @@ def time_case(case: Case, runs: int) -> Timing:
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         case.skipping,
         median_yardstick(),
+        is_compiled(),
     )
 
 
@@ -276,7 +279,8 @@ def run(config: Config, console: Console) -> list[Timing]:
     )
     if spread:
         console.print(
-            f"Yardstick, a million dict inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s."
+            f"Yardstick, a million dict inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s. "
+            f"{what_runs()}"
         )
     return timings
 

@@ -1,0 +1,226 @@
+"""The compiled modules: found by content, complete or not there, with the results of those they are made from."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments.tools import compiled
+from experiments.tools.compiled import (
+    MODULES,
+    compiled_packages,
+    digest,
+    environment,
+    opened,
+    sources,
+)
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "paged-kv-lab"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Return a copy of the sources."""
+    for package in ("allocator", "sim"):
+        shutil.copytree(
+            sources() / package, tmp_path / "copy" / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_class_is_open_to_subclasses_that_are_not_compiled(module: str) -> None:
+    """But protocols, which nobody makes instances of, and tuples with names, which are none of mypyc's classes."""
+    found = 0
+    for node in ast.parse(opened((sources() / module).read_text())).body:
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base) for base in node.bases}
+            decorators = {ast.unparse(each) for each in node.decorator_list}
+            is_open = "mypyc_attr(allow_interpreted_subclasses=True)" in decorators
+            assert is_open != bool(bases & {"Protocol", "NamedTuple"}), node.name
+            found += is_open
+    assert found or module == "allocator/manager.py"
+
+
+def test_the_digest_follows_every_source(copy: Path) -> None:
+    before = digest(copy)
+    assert digest(copy) == before == digest(sources())
+    path = copy / "sim" / "hardware.py"  # not compiled itself, but compiled modules go by its types
+    path.write_text(path.read_text() + "\n")
+    changed = digest(copy)
+    assert changed != before
+    path.rename(path.with_name("other.py"))
+    assert digest(copy) not in (before, changed)
+
+
+def test_nothing_is_left_of_what_does_not_compile(cache: Path, copy: Path) -> None:
+    (copy / "allocator" / "ring.py").write_text("class LastSlots(:\n")
+    with pytest.raises(
+        ValueError, match=r"^allocator and sim do not compile: allocator/ring.py:\d+: error: "
+    ):
+        compiled_packages(copy, QUIET)
+    assert list(cache.iterdir()) == []
+
+
+def test_what_was_compiled_is_not_compiled_again(
+    cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def compile_nothing(folder: Path) -> None:
+        folders.append(folder)
+        (folder / "build").mkdir()
+
+    monkeypatch.setattr(compiled, "_compile", compile_nothing)
+    first = compiled_packages(copy, QUIET)
+    assert (first / "sim" / "replica.py").exists()
+    assert not (first / "build").exists()
+    assert compiled_packages(copy, QUIET) == first
+    (copy / "allocator" / "more.py").touch()
+    assert compiled_packages(copy, QUIET) != first
+    assert len(folders) == 2
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_mypyc_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^mypyc is not installed, and compiling needs it: pip install "):
+        compiled_packages(sources(), QUIET)
+
+
+@pytest.mark.parametrize("module", ["sim.nothing", "nothing.at.all", "-c", "sim..replay"])
+def test_a_command_that_is_none_is_refused_before_anything_is_compiled(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "compiled_packages", None)
+    with pytest.raises(ValueError, match=rf"^module \({module}\) must be one that python -m can run"):
+        compiled.main([module])
+
+
+def test_what_patches_compiled_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^module \(experiments.tools.fuzz\) must run interpreted"):
+        compiled.main(["experiments.tools.fuzz"])
+
+
+def test_the_compiled_packages_are_found_first_and_the_users_modules_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command, and by whatever it starts."""
+    (tmp_path / "made" / "sim").mkdir(parents=True)
+    (tmp_path / "made" / "sim" / "__init__.py").write_text("mine = 1")
+    (tmp_path / "my_policy.py").touch()
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import subprocess, sys; again = [sys.executable, '-c', 'import sim, my_policy; print(sim.mine)'];"
+        "import sim, my_policy, experiments; print(sim.mine, flush=True); subprocess.run(again, check=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(tmp_path / "made", sources()),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "1\n1\n", done.stderr
+
+
+WORKLOAD = ["--num-requests", "400", "--turns-mean", "2", "--sampling-share", "0.1", "--beam-share", "0.1"]
+RUNS = """
+
+--policy s3fifo --admission max_utilization --num-blocks 600
+--window 256 --num-sinks 16 --no-event-skipping
+--host-cache-bytes 2000000000 --num-blocks 400 --preemption swap --admission max_utilization
+--enable-partial-reuse --num-blocks 500 --events --block-map-samples 20
+--policy priority --head-tokens 64 --head-priority 90 --prompt-priority 10 --prompt-duration-s 5 --num-blocks 500
+--policy mine:Mine --num-blocks 400 --cost mine:Slower
+--policy gdsf --queue-order longest_prefix --protect-waiting-hits --num-blocks 400
+--queue-order shortest --no-mixed-steps --victim cheapest --admission max_utilization --num-blocks 300
+--num-replicas 3 --routing longest_prefix --policy sieve --num-blocks 300
+--prefill-replicas 1 --num-replicas 3
+""".splitlines()[1:]
+MINE = """
+from allocator.eviction.lru import LRU
+from sim.cost import RooflineCost
+
+class Mine(LRU):
+    def hit(self, extent):
+        super().hit(extent)
+        self.hits = getattr(self, "hits", 0) + 1
+
+class Slower(RooflineCost):
+    def __init__(self, setting):
+        super().__init__(setting.model, setting.gpu)
+
+    def step(self, batch):
+        return super().step(batch) + 10**9
+
+    def decode_affine(self, decode_sequences):
+        base, slope = super().decode_affine(decode_sequences)
+        return base + 10**9, slope
+"""
+"""Classes derived from compiled ones, and not compiled themselves."""
+
+
+CLASSES = """
+from allocator.batch import Batch
+from allocator.content import Content, TokenContent, UniqueContent
+from allocator.eviction import LRU, EvictionPolicy
+
+assert isinstance(LRU(), EvictionPolicy) and not isinstance(LRU(), Content)
+assert isinstance(TokenContent([1]), Content) and not isinstance(TokenContent([1]), EvictionPolicy)
+assert not isinstance(UniqueContent(1), TokenContent) and not isinstance([], Batch)
+assert type(LRU.victim).__name__ == "method_descriptor"  # compiled
+"""
+
+
+@pytest.mark.slow
+def test_abstract_classes_know_their_own_instances_alone(tmp_path: Path) -> None:
+    """mypyc's would share one register of subclasses."""
+    target = compiled_packages(sources(), QUIET)
+    done = subprocess.run(
+        [sys.executable, "-c", CLASSES], env=environment(target, sources()), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_results_are_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what ran, as the manifest says, and how long that took."""
+    trace = tmp_path / "trace.parquet"
+    monkeypatch.setenv("PYTHONPATH", str(sources()))
+    command = [sys.executable, "-m", "sim.traces", "generate", str(trace), *WORKLOAD]
+    subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "mine.py").write_text(MINE)
+    for number, options in enumerate(RUNS):
+        found = []
+        for kind in ([], ["experiments.tools.compiled"]):
+            out = tmp_path / f"{number}-{len(kind)}"
+            command = [sys.executable, "-m", *kind, "sim.replay", str(trace), "--out", str(out)]
+            done = subprocess.run([*command, *options.split()], capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 0, (options, done.stderr)
+            manifest = json.loads((out / "manifest.json").read_text())
+            assert manifest["compiled"] == bool(kind)
+            assert manifest["git_revision"] is not None or not (sources() / ".git").exists()
+            found.append(
+                {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+            )
+            del found[-1][Path("manifest.json")]
+            summary = json.loads(found[-1].pop(Path("summary.json")))
+            found[-1][Path("summary")] = json.dumps(
+                {name: value for name, value in summary.items() if not name.endswith("wall_s")}
+            ).encode()
+        assert found[0].keys() == found[1].keys()
+        different = [str(path) for path in found[0] if found[0][path] != found[1][path]]
+        assert not different, (options, different)
