@@ -379,9 +379,22 @@ class Batch(Sequence[KVSequence]):
         if num_tokens == 1:
             return [] if now is None else [now], first, first
         if num_tokens > size:  # a member that starts one does so again after every tokens_per_block ticks
-            return self._starting_within(size), self.growth(num_tokens), first
+            cycles, rest = divmod(num_tokens, size)
+            found, blocks = [], cycles * len(self.members)
+            for offset, bucket in self._by_turn():
+                found.append(bucket)
+                if offset < rest:
+                    blocks += len(bucket)
+            return found, blocks, first
         found = self._starting_within(num_tokens)
         return found, sum(map(len, found)), first
+
+    def _by_turn(self) -> list[tuple[int, Bucket]]:
+        """Return all buckets in the order in which they start blocks, and after how many ticks each next does."""
+        size, tick = self.tokens_per_block, self.tick
+        turns = [((residue - tick) % size, bucket) for residue, bucket in self.buckets.items()]
+        turns.sort(key=_by_offset)
+        return turns
 
     def _starting_within(self, ticks: int) -> list[Bucket]:
         """Return the buckets that start blocks in the next ticks, at most tokens_per_block, in the order of time."""
@@ -389,9 +402,7 @@ class Batch(Sequence[KVSequence]):
         turn = tick % size
         end = turn + ticks
         if ticks > 2 * len(buckets):  # ask each bucket, not each tick
-            order = [((residue - tick) % size, bucket) for residue, bucket in buckets.items()]
-            order.sort(key=_by_offset)
-            return [bucket for offset, bucket in order if offset < ticks]
+            return [bucket for offset, bucket in self._by_turn() if offset < ticks]
         if end <= size:
             return list(filter(None, map(buckets.get, range(turn, end))))
         return list(filter(None, map(buckets.get, chain(range(turn, size), range(end - size)))))
@@ -400,10 +411,10 @@ class Batch(Sequence[KVSequence]):
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks, after how
         many ticks each.
         """
-        size, tick = self.tokens_per_block, self.tick
-        order = sorted(((residue - tick) % size, bucket) for residue, bucket in self.buckets.items())
+        size = self.tokens_per_block
+        turns = self._by_turn()
         for cycle in range(0, num_tokens + 1, size):
-            for offset, bucket in order:
+            for offset, bucket in turns:
                 when = cycle + offset
                 if 0 < when <= num_tokens:
                     yield when, bucket, False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 from allocator.content import Content
 from allocator.partial import PartialHit, PartialReuse
@@ -12,7 +11,6 @@ from allocator.prefix import Extent, PrefixIndex, Root
 from allocator.sequence import KVSequence
 
 
-@dataclass(slots=True, eq=False)  # not frozen: that would triple the time it takes to make one
 class PrefixMatch:
     """The result of one lookup, good until the cache next changes (then admission looks up again).
 
@@ -31,21 +29,57 @@ class PrefixMatch:
                   others have on the GPU
     """
 
-    index: PrefixIndex
-    content: Content
-    salt: Hashable
-    path: Sequence[tuple[Extent, int]]
-    repeated: Extent | None
-    hit_blocks: int
-    hit_tokens: int
-    query_blocks: int
-    miss_blocks: dict[str, int]
-    version: int
-    partial: PartialHit | None = None
-    computed_by: KVSequence | None = None
-    host_blocks: int = 0
-    held: int = 0
-    idle: int = 0
+    __slots__ = (
+        "computed_by",
+        "content",
+        "held",
+        "hit_blocks",
+        "hit_tokens",
+        "host_blocks",
+        "idle",
+        "index",
+        "miss_blocks",
+        "partial",
+        "path",
+        "query_blocks",
+        "repeated",
+        "salt",
+        "version",
+    )
+
+    def __init__(
+        self,
+        index: PrefixIndex,
+        content: Content,
+        salt: Hashable,
+        path: Sequence[tuple[Extent, int]],
+        repeated: Extent | None,
+        hit_blocks: int,
+        hit_tokens: int,
+        query_blocks: int,
+        miss_blocks: dict[str, int],
+        version: int,
+        partial: PartialHit | None = None,
+        computed_by: KVSequence | None = None,
+        host_blocks: int = 0,
+        held: int = 0,
+        idle: int = 0,
+    ) -> None:
+        self.index = index
+        self.content = content
+        self.salt = salt
+        self.path = path
+        self.repeated = repeated
+        self.hit_blocks = hit_blocks
+        self.hit_tokens = hit_tokens
+        self.query_blocks = query_blocks
+        self.miss_blocks = miss_blocks
+        self.version = version
+        self.partial = partial
+        self.computed_by = computed_by
+        self.host_blocks = host_blocks
+        self.held = held
+        self.idle = idle
 
     @property
     def partial_tokens(self) -> int:
