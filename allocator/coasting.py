@@ -69,10 +69,11 @@ class Coasting(Decoding):
             # Who starts at once had filled its last block when the batch coasted before.
             date = batch.coasted_at if first else now
             if num_tokens <= self.tokens_per_block:
-                each, dated = iter(blocks), pool.lifetimes is not None
+                each, dated = blocks.tolist(), pool.lifetimes is not None
+                each.reverse()
                 for bucket in starts:
                     for sequence in bucket:
-                        sequence.table.append(next(each))
+                        sequence.table.append(each.pop())
                     if dated:
                         bucket.dates.append(date)
                         date = now
