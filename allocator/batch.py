@@ -30,8 +30,7 @@ class Bucket(dict[KVSequence, int]):
     __slots__ = ("dates", "eager")
 
     def __init__(self) -> None:
-        super().__init__()
-        self.eager: dict[KVSequence, int] = {}
+        self.eager: dict[KVSequence, int] = {}  # a new dict is empty, without its constructor
         self.dates = array("q")
 
 

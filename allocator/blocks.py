@@ -97,9 +97,8 @@ class FreeBlocks(ABC):
                 self._draw(left)
             else:
                 left = self._refill(count)
-        taken = freed[left:]
+        taken = freed[: left - 1 : -1] if left else freed[::-1]
         del freed[left:]
-        taken.reverse()
         self.available -= count
         return taken
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+from math import sqrt
 from typing import TYPE_CHECKING
 
 from sim.arrivals import NEVER
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 def steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
     """Return the fewest steps s, at least 1, with s · first + increment · s (s − 1) / 2 >= time, which is positive.
 
-    That is s >= (sqrt(b² + 8 · increment · time) − b) / (2 · increment) with b = 2 · first − increment, at least
-    increment itself, since the first step attends to a key for every sequence. Integers throughout: the root is
-    rounded down, so s may be one short.
+    That is s >= 4 · time / (b + sqrt(b² + 8 · increment · time)) with b = 2 · first − increment, at least increment
+    itself, since the first step attends to a key for every sequence. Numbers of 53 bits lead there, or a few steps
+    beside it; integers decide.
     """
-    if not increment_ps:
-        return max(1, -(-time_ps // first_ps))
     b = 2 * first_ps - increment_ps
-    steps = (isqrt(b * b + 8 * increment_ps * time_ps) - b) // (2 * increment_ps) or 1
+    steps = int(4 * time_ps / (b + sqrt(b * float(b) + 8.0 * increment_ps * time_ps))) or 1
     while steps * first_ps + increment_ps * (steps * (steps - 1) // 2) < time_ps:
         steps += 1
-    return steps
+    before = steps - 1
+    while before and before * first_ps + increment_ps * (before * (before - 1) // 2) >= time_ps:
+        before -= 1
+    return before + 1
 
 
 class Stretch:

@@ -118,6 +118,7 @@ def opened(source: str) -> str:
 
     mypyc's classes are closed to subclasses that are not compiled, unless they say otherwise. And what it makes of an
     abstract class goes on using its base's register of subclasses: what is an instance of one would be one of all.
+    A decorator that mypyc does not know makes a class an interpreted one; that for help() is left out.
     """
     names: list[str] = []
 
@@ -125,7 +126,8 @@ def opened(source: str) -> str:
         names.append(found[1])
         return f"@mypyc_attr(allow_interpreted_subclasses=True)\n{found[0]}"
 
-    text = _CLASS.sub(decorated, source.replace(_IMPORTS, _IMPORTS + _MORE_IMPORTS, 1))
+    text = source.replace(_IMPORTS, _IMPORTS + _MORE_IMPORTS, 1).replace("@with_field_docs\n", "")
+    text = _CLASS.sub(decorated, text)
     registers = "".join(f"if isinstance({name}, ABCMeta):\n    _abc._abc_init({name})\n" for name in names)
     return f"{text}\n{registers}"
 
