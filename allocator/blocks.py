@@ -148,8 +148,8 @@ class FreeBlocks(ABC):
         raise AssertionError(f"{type(self).__name__} has made no stock of which {left} blocks could be left")
 
     def free_evicted(self, ids: array[int]) -> None:
-        """Put blocks that have just lost their content below the free ones, the first of them to be taken first."""
-        self._freed[:0] = ids[::-1]
+        """Put blocks that have just lost their content below the free ones, the last of them to be taken first."""
+        self._freed[:0] = ids
         self.available += len(ids)
 
     def give(self, ids: Sequence[int]) -> None:

@@ -143,7 +143,7 @@ class HostPool(FreeBlocks):
         self._free(ids)
 
     def forget(self, extent: Extent, num_blocks: int) -> array[int]:
-        """Take the last blocks of an evictable extent, leave ghosts, and return the ids tail first."""
+        """Take the last blocks of an evictable extent, leave ghosts, and return the ids."""
         assert extent.host is not None
         if num_blocks == len(extent.host):
             del self.order[extent]
@@ -154,7 +154,7 @@ class HostPool(FreeBlocks):
         if self.partial is not None and parent is not None and parent.ids:
             self.partial.changed(parent)  # it may be one now that nothing builds on
         if self.events is not None:
-            self.events.add_blocks(FORGOTTEN, NOBODY, -1, -1, ids)
+            self.events.add_blocks(FORGOTTEN, NOBODY, -1, -1, ids[::-1])
         return ids
 
     def _evict(self, wanted: int) -> None:

@@ -150,11 +150,11 @@ class BlockPool(FreeBlocks):
         self._evicted += count
         ids = self._trim(extent, count)
         if self.events is not None:
-            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids)
+            self.events.add_blocks(EVICTED, NOBODY, -1, -1, ids[::-1])
         return ids
 
     def _trim(self, extent: Extent, count: int) -> array[int]:
-        """Let everybody know that an extent loses its last `count` blocks; return these, tail first."""
+        """Let everybody know that an extent loses its last `count` blocks; return these."""
         parent, partial = extent.parent, self.partial
         assert parent is not None
         if self.lifetimes is not None:

@@ -311,7 +311,7 @@ class PrefixIndex:
         self.version += 1
 
     def trim(self, extent: Extent, num_blocks: int) -> array[int]:
-        """Take the last `num_blocks` blocks out of the index, leave ghosts, and return the ids tail first."""
+        """Take the last `num_blocks` blocks out of the index, leave ghosts, and return the ids."""
         keep = len(extent.ids) - num_blocks
         self.version += 1
         if keep:
@@ -324,7 +324,6 @@ class PrefixIndex:
             extent.parent.live_children -= 1
             ids, extent.ids = extent.ids, _NO_BLOCKS
             extent.born = None
-        ids.reverse()
         if keep or extent.children or not self.ghost_capacity:
             self._bury(extent, keep)
             return ids
@@ -336,10 +335,10 @@ class PrefixIndex:
         return ids
 
     def trim_host(self, extent: Extent, num_blocks: int) -> array[int]:
-        """Do what `trim` does to an extent that only the host holds; return the host ids tail first."""
+        """Do what `trim` does to an extent that only the host holds; return the host ids."""
         assert extent.host is not None
         keep = len(extent.host) - num_blocks
-        ids = extent.host[: keep - 1 if keep else None : -1]
+        ids = extent.host[keep:]
         del extent.host[keep:]
         if keep == 0:
             extent.host = None

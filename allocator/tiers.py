@@ -51,12 +51,12 @@ class HostTier:
     # -------------------------------------------------------- eviction from the GPU
 
     def evict(self, extent: Extent, count: int) -> array[int]:
-        """Take the last `count` blocks of an extent from the GPU and return their ids, tail first.
+        """Take the last `count` blocks of an extent from the GPU and return their ids.
 
         Content below what is not offloaded would be out of reach, so the host forgets it. What a request wanted
         for the blocks ends here; on the host, the least recently offloaded goes first.
         """
-        ids = extent.ids[: -count - 1 : -1]
+        ids = extent.ids[-count:]
         if extent.host is not None:  # somebody needs it there, and has it there
             self._reanchor(extent, demote(self.index, extent, count))
             return ids
@@ -89,7 +89,7 @@ class HostTier:
             self.queue.release_host(each)
         for each in reversed(self._held_below(extent)):  # releasing may have joined some
             assert each.host is not None
-            self.host.give(self.host.forget(each, len(each.host)))
+            self.host.give(self.host.forget(each, len(each.host))[::-1])
 
     @staticmethod
     def _held_below(extent: Extent) -> list[Extent]:

@@ -53,7 +53,7 @@ class Forest:
         word = self.word(extent)
         count = min(count, len(extent.ids))
         gone = self.index.trim(extent, count)
-        for length, block in zip(range(len(word), len(word) - count, -1), gone, strict=True):
+        for length, block in zip(range(len(word), len(word) - count, -1), reversed(gone), strict=True):
             assert self.live.pop(word[:length]) == block
             self.ghosts[word[:length]] = None
         while len(self.ghosts) > self.index.ghost_capacity:
