@@ -8,7 +8,7 @@ from itertools import chain
 from operator import itemgetter
 from struct import Struct
 from struct import error as StructError
-from typing import overload
+from typing import Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,8 @@ class Bucket(dict[KVSequence, int]):
         self.dates = array("q")
 
 
-_NONE = Bucket()
-_by_offset = itemgetter(0)
+_NONE: Final = Bucket()
+_by_offset: Final = itemgetter(0)
 
 
 def _nothing(sequence: KVSequence) -> None:

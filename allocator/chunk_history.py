@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Hashable
 from math import gcd
 from struct import Struct
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,15 @@ from allocator.content_base import Content, History
 
 _Layers = tuple[tuple[int, int], ...]
 
-UNIT_BYTES = 8
+UNIT_BYTES: Final = 8
 """Of the key of a unit in a content of chunks."""
 
 _NO_IDS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-_streams = itertools.count(1)
+_streams: Final = itertools.count(1)
 """As new_stream, but of 63 bits: no content of token ids meets one of chunks."""
 
 
-_pack = Struct("<q").pack  # half the time of int.to_bytes
+_pack: Final = Struct("<q").pack  # half the time of int.to_bytes
 
 
 def stream_key(stream: int) -> bytes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from array import array
 from itertools import chain
+from typing import Final
 
 from allocator.batch import Batch, Bucket
 from allocator.decoding import Decoding
 from allocator.sequence import KVSequence
 
-_MOST_DATES = 4096
+_MOST_DATES: Final = 4096
 """Blocks that members of a batch start at the same ticks before everybody is caught up."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Final
 
 from allocator.content import Content
 from allocator.partial import PartialHit, PartialReuse
@@ -122,7 +123,7 @@ class PrefixMatch:
         return int(partial is not None and not partial.extent.references and not partial.can_be_stolen)
 
 
-_NO_SALTS: dict[Hashable, Root] = {}
+_NO_SALTS: Final[dict[Hashable, Root]] = {}
 
 
 def find_match(

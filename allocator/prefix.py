@@ -23,7 +23,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from allocator.retention import Retention
@@ -32,7 +32,7 @@ _MERGED_GHOST_BYTES = 4096
 """Ghosts evicted in a row share a node up to this size: few nodes, and no long copies to grow one."""
 
 
-_NO_BLOCKS = array("i")
+_NO_BLOCKS: Final = array("i")
 """Of what has lost all its blocks: replaced, never added to, once it has some again."""
 
 

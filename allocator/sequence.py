@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from allocator.quotas import Tenant
 
 
-_NO_TWINS: set[int] = set()  # what most sequences have: never added to
-_NOT_WINDOWED: list[Extent | None] = []
+_NO_TWINS: Final[set[int]] = set()  # what most sequences have: never added to
+_NOT_WINDOWED: Final[list[Extent | None]] = []
 
 
 class KVSequence:

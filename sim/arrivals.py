@@ -5,11 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from sim.request import Request
 
-NEVER = 1 << 80
+NEVER: Final = 1 << 80
 """Later than any time."""
 
 _ALIVE, _REJECTED = -1, -2

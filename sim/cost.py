@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ class StepWork:
 
 
 @with_field_docs
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class StepBatch:
     """What one engine step computes, as far as its duration depends on it."""
 
@@ -41,7 +41,7 @@ class StepBatch:
     """Sequences that generate one token each."""
     decode_context: int
     """Keys that those sequences attend to, summed over them, this step's included."""
-    prefills: list[tuple[int, int]] = field(default_factory=list)
+    prefills: list[tuple[int, int]]
     """A pair a prefill chunk: its tokens, and the keys that the last of them attends to (itself included)."""
     copied_tokens: int = 0
     """Slots that are copied from block to block before the step's writes."""
@@ -52,6 +52,25 @@ class StepBatch:
     if nobody counted them."""
     work: StepWork | None = None
     """The same step in full, for a cost that `needs_work`; models of time do without."""
+
+    def __init__(
+        self,
+        decode_sequences: int,
+        decode_context: int,
+        prefills: list[tuple[int, int]] | None = None,
+        copied_tokens: int = 0,
+        swapped_tokens: int = 0,
+        window_keys: tuple[int, ...] = (),
+        work: StepWork | None = None,
+    ) -> None:
+        # What dataclass writes is interpreted even where this module is compiled, and a step makes one of these.
+        self.decode_sequences = decode_sequences
+        self.decode_context = decode_context
+        self.prefills = [] if prefills is None else prefills
+        self.copied_tokens = copied_tokens
+        self.swapped_tokens = swapped_tokens
+        self.window_keys = window_keys
+        self.work = work
 
 
 class StepCost(Protocol):

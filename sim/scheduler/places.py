@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from typing import Final
 
 from allocator.eviction.protecting import Protecting
 from allocator.manager import KVCacheManager, PrefixMatch
@@ -16,7 +17,7 @@ from sim.scheduler.retention import Wishes
 from sim.scheduler.waiting import make_waiting
 from sim.scheduler.window_keys import WindowKeys
 
-NO_TICK = 1 << 80
+NO_TICK: Final = 1 << 80
 """Later than any tick of a batch."""
 
 
