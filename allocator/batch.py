@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Container, Iterator, Sequence
-from itertools import chain
-from operator import itemgetter
 from struct import Struct
 from struct import error as StructError
 from typing import Final, overload
@@ -35,7 +34,6 @@ class Bucket(dict[KVSequence, int]):
 
 
 _NONE: Final = Bucket()
-_by_offset: Final = itemgetter(0)
 
 
 def _nothing(sequence: KVSequence) -> None:
@@ -77,6 +75,8 @@ class Batch(Sequence[KVSequence]):
         self.nameless = 0  # members whose content cannot name tokens one by one
         self.members: dict[KVSequence, int] = {}  # and the row of each
         self.buckets: dict[int, Bucket] = {}
+        self._residues: list[int] = []  # of the buckets, rising
+        self._in_order: list[Bucket] = []  # the buckets by residue
         self._free_rows: list[int] = []
         self._num_rows = 0  # given out so far, free ones included
         # Of whom the ring holds less than its latest steps: the tick from which on its ids are to be settled, and
@@ -136,6 +136,9 @@ class Batch(Sequence[KVSequence]):
         bucket = self.buckets.get(residue)
         if bucket is None:
             bucket = self.buckets[residue] = Bucket()
+            place = bisect_left(self._residues, residue)
+            self._residues.insert(place, residue)
+            self._in_order.insert(place, bucket)
         bucket[sequence] = bucket.eager[sequence] = row
         if not sequence.settled_history.nameable:
             self.nameless += 1
@@ -172,6 +175,8 @@ class Batch(Sequence[KVSequence]):
         bucket.eager.pop(sequence, None)
         if not bucket:
             del self.buckets[residue]
+            place = bisect_left(self._residues, residue)
+            del self._residues[place], self._in_order[place]
         if not sequence.settled_history.nameable:
             self.nameless -= 1
         if self.unready:
@@ -378,40 +383,25 @@ class Batch(Sequence[KVSequence]):
         if num_tokens == 1:
             return [] if now is None else [now], first, first
         if num_tokens > size:  # a member that starts one does so again after every tokens_per_block ticks
-            cycles, rest = divmod(num_tokens, size)
-            found, blocks = [], cycles * len(self.members)
-            for offset, bucket in self._by_turn():
-                found.append(bucket)
-                if offset < rest:
-                    blocks += len(bucket)
-            return found, blocks, first
+            return self._starting_within(size), self.growth(num_tokens), first
         found = self._starting_within(num_tokens)
         return found, sum(map(len, found)), first
 
-    def _by_turn(self) -> list[tuple[int, Bucket]]:
-        """Return all buckets in the order in which they start blocks, and after how many ticks each next does."""
-        size, tick = self.tokens_per_block, self.tick
-        turns = [((residue - tick) % size, bucket) for residue, bucket in self.buckets.items()]
-        turns.sort(key=_by_offset)
-        return turns
-
     def _starting_within(self, ticks: int) -> list[Bucket]:
         """Return the buckets that start blocks in the next ticks, at most tokens_per_block, in the order of time."""
-        size, tick, buckets = self.tokens_per_block, self.tick, self.buckets
-        turn = tick % size
-        end = turn + ticks
-        if ticks > 2 * len(buckets):  # ask each bucket, not each tick
-            return [bucket for offset, bucket in self._by_turn() if offset < ticks]
-        if end <= size:
-            return list(filter(None, map(buckets.get, range(turn, end))))
-        return list(filter(None, map(buckets.get, chain(range(turn, size), range(end - size)))))
+        residues, in_order = self._residues, self._in_order
+        turn = self.tick % self.tokens_per_block
+        first, end = bisect_left(residues, turn), turn + ticks
+        if end <= self.tokens_per_block:
+            return in_order[first : bisect_left(residues, end)]
+        return in_order[first:] + in_order[: bisect_left(residues, end - self.tokens_per_block)]
 
     def events(self, num_tokens: int) -> Iterator[tuple[int, Bucket, bool]]:
         """Yield, in order of time, the buckets that start (True) or fill (False) a block in the next ticks, after how
         many ticks each.
         """
-        size = self.tokens_per_block
-        turns = self._by_turn()
+        size, tick = self.tokens_per_block, self.tick
+        turns = sorted(((residue - tick) % size, bucket) for residue, bucket in self.buckets.items())
         for cycle in range(0, num_tokens + 1, size):
             for offset, bucket in turns:
                 when = cycle + offset
