@@ -143,7 +143,7 @@ class Replica:
         expiry_ps = min(self._expiry_ps, self.next_expiry())
         if expiry_ps >= start_ps + steps * first_ps + increment_ps * (steps * (steps - 1) // 2):
             return steps
-        return steps_until(expiry_ps - start_ps, first_ps, increment_ps)
+        return steps_until(expiry_ps - start_ps, first_ps, increment_ps)[0]
 
     # ---------------------------------------------------------------- arrivals
 
@@ -228,8 +228,8 @@ class Replica:
             steps = self.steps_to_expiry(start, steps, first, increment)
         end = start + steps * first + increment * (steps * (steps - 1) // 2)
         if arrivals.next_ps < end and scheduler.accepts_arrivals():
-            steps = steps_until(arrivals.next_ps - start, first, increment)
-            end = start + steps * first + increment * (steps * (steps - 1) // 2)
+            steps, taken = steps_until(arrivals.next_ps - start, first, increment)
+            end = start + taken
         self.take_coast(start, end, steps, first, increment)
         return end
 

@@ -12,21 +12,25 @@ if TYPE_CHECKING:
     from sim.replica import Replica
 
 
-def steps_until(time_ps: int, first_ps: int, increment_ps: int) -> int:
-    """Return the fewest steps s, at least 1, with s · first + increment · s (s − 1) / 2 >= time, which is positive.
+def steps_until(time_ps: int, first_ps: int, increment_ps: int) -> tuple[int, int]:
+    """Return the fewest steps s, at least 1, that take at least that time, which is positive; and how long they take.
 
-    That is s >= 4 · time / (b + sqrt(b² + 8 · increment · time)) with b = 2 · first − increment, at least increment
-    itself, since the first step attends to a key for every sequence. Numbers of 53 bits lead there, or a few steps
-    beside it; integers decide.
+    They take s · first + increment · s (s − 1) / 2, which is time or more if s >= 4 · time / (b + sqrt(b² + 8 ·
+    increment · time)) with b = 2 · first − increment, at least increment itself, since the first step attends to a key
+    for every sequence. Numbers of 53 bits lead there, or a few steps beside it; integers decide.
     """
-    b = 2 * first_ps - increment_ps
-    steps = int(4 * time_ps / (b + sqrt(b * float(b) + 8.0 * increment_ps * time_ps))) or 1
-    while steps * first_ps + increment_ps * (steps * (steps - 1) // 2) < time_ps:
+    time, b = float(time_ps), 2.0 * first_ps - increment_ps
+    steps = int(4.0 * time / (b + sqrt(b * b + 8.0 * increment_ps * time))) or 1
+    taken = steps * first_ps + increment_ps * (steps * (steps - 1) // 2)
+    while taken < time_ps:
+        taken += first_ps + increment_ps * steps
         steps += 1
-    before = steps - 1
-    while before and before * first_ps + increment_ps * (before * (before - 1) // 2) >= time_ps:
-        before -= 1
-    return before + 1
+    last = first_ps + increment_ps * (steps - 1)
+    while taken - last >= time_ps and steps > 1:
+        taken -= last
+        last -= increment_ps
+        steps -= 1
+    return steps, taken
 
 
 class Stretch:
@@ -88,7 +92,7 @@ class Stretch:
 
     def steps_until(self, time_ps: int) -> int:
         """Return how many steps it takes, at least 1, to end at that time or later."""
-        return steps_until(time_ps - self.start_ps, self.first_ps, self.increment_ps)
+        return steps_until(time_ps - self.start_ps, self.first_ps, self.increment_ps)[0]
 
     def extend(self, steps: int) -> None:
         """Take so many steps in all as one; the last one begins by now."""

@@ -27,7 +27,7 @@ def test_the_fewest_steps_that_take_so_long(first: int, increment: int, steps: i
 
     increment = min(increment, first)
     time = max(end(steps) + beside, 1)
-    found = steps_until(time, first, increment)
+    found, taken = steps_until(time, first, increment)
     assert found >= 1
-    assert end(found) >= time
+    assert taken == end(found) >= time
     assert found == 1 or end(found - 1) < time

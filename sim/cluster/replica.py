@@ -163,8 +163,8 @@ class ClusterReplica(Replica):
         if self._plan is None:
             first, increment, steps = self._first_ps, self._increment_ps, self._limit
             if ends_before:
-                steps = steps_until(now_ps - self._start_ps, first, increment)
-                self.end_ps = self._start_ps + steps * first + increment * (steps * (steps - 1) // 2)
+                steps, taken = steps_until(now_ps - self._start_ps, first, increment)
+                self.end_ps = self._start_ps + taken
             self.take_coast(self._start_ps, self.end_ps, steps, first, increment)
         elif self._stretch is not None and self._skipping:
             self._stretch.extend(self._stretch.steps_until(now_ps) if ends_before else self._limit)
