@@ -118,7 +118,9 @@ def test_a_token_costs_less_the_more_sequences_decode() -> None:
 def test_an_admission_costs_by_the_extent_not_by_the_block() -> None:
     def admission(blocks: int) -> tuple[int, int]:
         manager = KVCacheManager(10_000, SIZE)
-        manager.pool.give(manager.pool.take(10_000))  # the first time a block is used, it comes with many others
+        manager.pool.give(
+            manager.pool.take(10_000)
+        )  # the first time a block is used, it comes with many others
         content = prompt(1, blocks)
         first = count_lines(lambda: manager.admit(content, content.num_prompt_tokens))
         match = manager.lookup(content)

@@ -66,6 +66,16 @@ def test_the_digest_follows_every_source(copy: Path) -> None:
     assert digest(copy) not in (before, changed)
 
 
+def test_mypyc_takes_every_module(copy: Path) -> None:
+    """It makes C of them; that C is compiled, and run, with --run-slow."""
+    for module in MODULES:
+        (copy / module).write_text(opened((copy / module).read_text()))
+    code = f"from mypyc.build import mypycify; mypycify({['--ignore-missing-imports', *MODULES]})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(path.stat().st_size for path in (copy / "build").glob("__native*.c")) > 10**6
+
+
 def test_nothing_is_left_of_what_does_not_compile(cache: Path, copy: Path) -> None:
     (copy / "allocator" / "ring.py").write_text("class LastSlots(:\n")
     with pytest.raises(
