@@ -11,6 +11,7 @@ Policies choose; only the pool changes anything.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from allocator.blocks import FreeBlocks, OutOfBlocks
@@ -99,7 +100,8 @@ class BlockPool(FreeBlocks):
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
-        chosen = self.policy.victim(wanted)
+        choose: Callable[[int], object] = self.policy.victim
+        chosen = choose(wanted)
         if type(chosen) is tuple and len(chosen) == 2:
             extent, count = chosen
             if (

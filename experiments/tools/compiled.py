@@ -24,6 +24,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,8 @@ from sim.build_info import SOURCES_VARIABLE
 from sim.command_line import run_command
 
 _ALLOCATOR = """
-admission batch blocks chunk_history coasting content content_base decoding eviction/lru eviction/policy lifetimes
-manager matching pool prefilling prefix retaining ring sequence sharing state stats swapping tables
+admission batch blocks chunk_history coasting content content_base decoding lifetimes manager matching pool prefilling
+prefix retaining ring sequence sharing state stats swapping tables
 """
 _SIM = """
 arrivals cost recorder replica request stretch
@@ -50,22 +51,23 @@ scheduler/scheduler
 MODULES = [f"allocator/{name}.py" for name in _ALLOCATOR.split()] + [
     f"sim/{name}.py" for name in _SIM.split()
 ]
-"""What is compiled: where a replay spends its time."""
+"""What is compiled: where a replay spends its time, but for policies. Those are the users', and what is wrong with
+one is told best where everything is interpreted.
+"""
 
 _PACKAGES = ("allocator", "sim")
-_PATCHING = "experiments.tools.fuzz"
 _SETUP = """
 from mypyc.build import mypycify
 from setuptools import setup
 setup(name="modules", ext_modules=mypycify({}, opt_level="2", debug_level="0"))
 """
-_CLASS = re.compile(r"^(?:@.*\n)*class (\w+)(?!.*\((?:Protocol|NamedTuple)\)).*:$", re.MULTILINE)
-_IMPORTS = "from __future__ import annotations\n"
-_MORE_IMPORTS = """
-import _abc  # type: ignore
-from abc import ABCMeta
-from mypy_extensions import mypyc_attr
-"""
+_CLASS = re.compile(
+    r"^\n((?:@.*\n)*class (\w+)(?!.*\((?:Protocol|NamedTuple)\)).*:$)", re.MULTILINE
+)  # and the empty line before, so that lines keep their numbers
+_IMPORTS = "from __future__ import annotations"
+_MORE_IMPORTS = (
+    "; import _abc; from abc import ABCMeta; from mypy_extensions import mypyc_attr  # type: ignore"
+)
 
 
 def sources() -> Path:
@@ -123,10 +125,10 @@ def opened(source: str) -> str:
     names: list[str] = []
 
     def decorated(found: re.Match[str]) -> str:
-        names.append(found[1])
-        return f"@mypyc_attr(allow_interpreted_subclasses=True)\n{found[0]}"
+        names.append(found[2])
+        return f"@mypyc_attr(allow_interpreted_subclasses=True)\n{found[1]}"
 
-    text = source.replace(_IMPORTS, _IMPORTS + _MORE_IMPORTS, 1).replace("@with_field_docs\n", "")
+    text = source.replace(_IMPORTS, _IMPORTS + _MORE_IMPORTS, 1).replace("@with_field_docs\n", "\n")
     text = _CLASS.sub(decorated, text)
     registers = "".join(f"if isinstance({name}, ABCMeta):\n    _abc._abc_init({name})\n" for name in names)
     return f"{text}\n{registers}"
@@ -134,14 +136,21 @@ def opened(source: str) -> str:
 
 def _compile(folder: Path) -> None:
     options = ["--ignore-missing-imports", *MODULES]
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", _SETUP.format(options), "build_ext", "--inplace"],
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )
-    if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:  # interrupted: the C compiler that was started must not go on
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        lines = [line for line in output.splitlines() if line.strip()]
         wrong = next((line for line in lines if "error:" in line), lines[-1] if lines else "no word of why")
         raise ValueError(f"allocator and sim do not compile: {wrong.strip()}")
 
@@ -169,8 +178,6 @@ def main(arguments: list[str]) -> None:
         known = False
     if not known:
         raise ValueError(f"module ({module}) must be one that python -m can run, for example sim.replay")
-    if module == _PATCHING:
-        raise ValueError(f"module ({module}) must run interpreted: it watches policies by patching them")
     root = sources()
     target = compiled_packages(root, Console(stderr=True))
     sys.stdout.flush()
