@@ -29,7 +29,8 @@ class Bucket(dict[KVSequence, int]):
     __slots__ = ("dates", "eager")
 
     def __init__(self) -> None:
-        self.eager: dict[KVSequence, int] = {}  # a new dict is empty, without its constructor
+        # No super().__init__(): a dict's has nothing to do here, and small batches make many buckets.
+        self.eager: dict[KVSequence, int] = {}
         self.dates = array("q")
 
 
@@ -401,9 +402,9 @@ class Batch(Sequence[KVSequence]):
         many ticks each.
         """
         size, tick = self.tokens_per_block, self.tick
-        turns = sorted(((residue - tick) % size, bucket) for residue, bucket in self.buckets.items())
+        order = sorted(((residue - tick) % size, bucket) for residue, bucket in self.buckets.items())
         for cycle in range(0, num_tokens + 1, size):
-            for offset, bucket in turns:
+            for offset, bucket in order:
                 when = cycle + offset
                 if 0 < when <= num_tokens:
                     yield when, bucket, False

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from allocator.checks import as_int
 
 MAX_BLOCKS = 2**31 - 1
-_FRESH: Final = 1024
-"""Blocks never used before that are put on the stack at once: one by one would be no different, and slower."""
+_FRESH_AT_ONCE: Final = 1024
+"""Blocks never used before that are put on the stack together: fewer would be no different, and slower."""
 
 
 class OutOfBlocks(Exception):
@@ -132,7 +132,7 @@ class FreeBlocks(ABC):
             elif self._fresh == self.num_blocks:
                 self._evict(-left)
             else:
-                fresh = min(max(-left, _FRESH), self.num_blocks - self._fresh)
+                fresh = min(max(-left, _FRESH_AT_ONCE), self.num_blocks - self._fresh)
                 self._fresh += fresh
                 ids = np.arange(self._fresh - 1, self._fresh - fresh - 1, -1, dtype=np.int32)
                 freed[:0] = array("i", ids.tobytes())

@@ -100,6 +100,7 @@ class BlockPool(FreeBlocks):
 
     def _choose(self, wanted: int) -> tuple[Extent, int]:
         """Ask the policy for a victim. Policies are the users', and a mistake in an answer would corrupt the pool."""
+        # What it declares to answer is not what it may answer: compiled code would believe it.
         choose: Callable[[int], object] = self.policy.victim
         chosen = choose(wanted)
         if type(chosen) is tuple and len(chosen) == 2:

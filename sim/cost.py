@@ -43,14 +43,14 @@ class StepBatch:
     """Keys that those sequences attend to, summed over them, this step's included."""
     prefills: list[tuple[int, int]]
     """A pair a prefill chunk: its tokens, and the keys that the last of them attends to (itself included)."""
-    copied_tokens: int = 0
+    copied_tokens: int
     """Slots that are copied from block to block before the step's writes."""
-    swapped_tokens: int = 0
+    swapped_tokens: int
     """Slots that move between GPU and host memory, either way, before anything is computed."""
-    window_keys: tuple[int, ...] = ()
+    window_keys: tuple[int, ...]
     """For each of the cost's `windows`, the keys that lie in it, summed over the decoding sequences as above; empty
     if nobody counted them."""
-    work: StepWork | None = None
+    work: StepWork | None
     """The same step in full, for a cost that `needs_work`; models of time do without."""
 
     def __init__(

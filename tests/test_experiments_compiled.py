@@ -185,7 +185,7 @@ class Slower(RooflineCost):
         base, slope = super().decode_affine(decode_sequences)
         return base + 10**9, slope
 """
-"""Classes derived from compiled ones, and not compiled themselves."""
+"""Classes of a user, interpreted, of which the second is derived from a compiled one."""
 
 
 CLASSES = """

@@ -65,9 +65,7 @@ _CLASS = re.compile(
     r"^\n((?:@.*\n)*class (\w+)(?!.*\((?:Protocol|NamedTuple)\)).*:$)", re.MULTILINE
 )  # and the empty line before, so that lines keep their numbers
 _IMPORTS = "from __future__ import annotations"
-_MORE_IMPORTS = (
-    "; import _abc; from abc import ABCMeta; from mypy_extensions import mypyc_attr  # type: ignore"
-)
+_MORE_IMPORTS = "; import _abc; from abc import ABCMeta; from mypy_extensions import mypyc_attr"
 
 
 def sources() -> Path:
