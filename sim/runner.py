@@ -86,8 +86,7 @@ def run(
             spec.cache.tensor_parallel_size,
         )
     )
-    policy, routing, timing = spec.cache.policy, spec.cluster.routing, spec.timing.cost
-    with blaming(policy=policy, routing=routing, cost=timing):
+    with blaming(policy=spec.cache.policy, routing=spec.cluster.routing):
         result = _simulate(spec, loaded, budget, cost, progress, folder)
     if not Window.of(result, spec.engine).counted.any():  # when later turns arrive is not known before
         last_s = int(result.requests["arrival_ps"].astype(np.int64).max()) / PS_PER_S

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from allocator.checks import require_int
+from allocator.checks import as_int
 from allocator.config import BuildConfig, MemoryBudget
 from allocator.field_docs import with_field_docs
 from allocator.model import ModelSpec
@@ -14,7 +14,8 @@ from sim.calibration import CalibratedCost, Calibration
 from sim.cost import RooflineCost, StepBatch, StepCost
 from sim.hardware import GPUSpec
 from sim.published import DistServeCost, DynamoCost
-from sim.user_code import blaming, require_methods
+from sim.request import MAX_TIME_PS
+from sim.user_code import failed_in, require_methods
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,71 @@ class TimingConfig:
             if not callable(getattr(made, method, None)):
                 raise ValueError(f"cost ({self.cost}) must have a method {method}, see sim.cost.StepCost")
         require_methods("cost", self.cost, made, StepCost)
-        with blaming(cost=self.cost):
-            self._try_out(made)
-        return made  # type: ignore[no-any-return]
+        cost = UsersCost(self.cost, made)
+        if not cost.needs_work:  # one that does the work has none to do yet
+            cost.step(StepBatch(1, 1, window_keys=(1,) * len(cost.windows)))
+            cost.decode_affine(1)
+        return cost
 
-    def _try_out(self, made: StepCost) -> None:
-        """Raise ValueError unless what a user's cost answers are integers. One that does the work is not asked."""
-        if getattr(made, "needs_work", False):
-            return
-        windows = len(getattr(made, "windows", ()))
-        require_int(f"cost ({self.cost}): step", made.step(StepBatch(1, 1, window_keys=(1,) * windows)), 0)
-        affine = made.decode_affine(1)
-        if affine is not None:
-            if not isinstance(affine, tuple) or len(affine) != 2:
-                raise ValueError(
-                    f"cost ({self.cost}): decode_affine ({affine!r}) must be (base, slope), or None"
-                )
-            require_int(f"cost ({self.cost}): base + slope of decode_affine", sum(affine), 0)
+
+class UsersCost:
+    """A user's model of time: what it answers is looked at, and what goes wrong in it is told in a line.
+
+    Integers of any type (NumPy's, for example) become Python's.
+    """
+
+    def __init__(self, name: str, made: StepCost) -> None:
+        """Take the name it was chosen by, and what was made from that."""
+        self._name = name
+        self._made = made
+        self.needs_work: bool = bool(getattr(made, "needs_work", False))
+        self.windows = self._integers("windows")
+        self.window_slopes = self._integers("window_slopes")
+        if len(self.windows) != len(self.window_slopes):
+            raise ValueError(
+                f"cost ({name}): windows {self.windows} and window_slopes {self.window_slopes} must be equally many"
+            )
+
+    def step(self, batch: StepBatch) -> int:
+        """Return the duration of a step, picoseconds."""
+        try:
+            answer = self._made.step(batch)
+        except Exception as error:
+            raise failed_in("step", "cost", self._name, error) from error
+        return self._integer("step", answer, 0)
+
+    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
+        """Return base and slope of a step of so many decoding sequences, or None if it has none."""
+        try:
+            answer = self._made.decode_affine(decode_sequences)
+        except Exception as error:
+            raise failed_in("decode_affine", "cost", self._name, error) from error
+        if answer is None:
+            return None
+        try:
+            base, slope = answer
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"cost ({self._name}): decode_affine ({answer!r}) must be (base, slope), or None"
+            ) from None
+        slope = self._integer("slope of decode_affine", slope, 0)
+        # Each of them attends to one key at least, which may make up for a negative base.
+        return self._integer("base of decode_affine", base, -slope * decode_sequences), slope
+
+    def _integer(self, what: str, given: object, minimum: int) -> int:
+        found = as_int(f"cost ({self._name}): {what}", given, minimum)
+        if found > MAX_TIME_PS:
+            raise ValueError(
+                f"cost ({self._name}): {what} ({found}) must be at most {MAX_TIME_PS} picoseconds"
+            )
+        return found
+
+    def _integers(self, what: str) -> tuple[int, ...]:
+        """Return an attribute with a number for each window, none if it is not there."""
+        given = getattr(self._made, what, ())
+        if not isinstance(given, tuple | list):
+            raise ValueError(f"cost ({self._name}): {what} ({given!r}) must be a tuple")
+        return tuple(self._integer(what, each, 0) for each in given)
 
 
 def _roofline(setting: Setting) -> StepCost:

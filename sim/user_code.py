@@ -39,9 +39,20 @@ def blaming(**named: str) -> Iterator[None]:
         for option, name in named.items():
             if ":" in name and (found := _fault(_class_of(name), error)) is not None:
                 method, trace, reason = found
-                told = ": ".join(filter(None, [type(error).__name__, reason]))
-                raise UserCodeError(f"{option} ({name}) failed in {method}: {told}", trace) from error
+                raise UserCodeError(_told(option, name, method, type(error), reason), trace) from error
         raise
+
+
+def failed_in(method: str, option: str, name: str, error: Exception) -> UserCodeError:
+    """Return the UserCodeError for what a method of a user's class raised, as caught where it was called."""
+    way = error.__traceback__
+    within = None if way is None else way.tb_next  # without the frame of the call
+    trace = "".join(traceback.format_exception(type(error), error, within, chain=False))
+    return UserCodeError(_told(option, name, method, type(error), str(error)), trace)
+
+
+def _told(option: str, name: str, method: str, kind: type[Exception], reason: str) -> str:
+    return f"{option} ({name}) failed in {method}: " + ": ".join(filter(None, [kind.__name__, reason]))
 
 
 def require_methods(option: str, name: str, made: object, contract: type) -> None:

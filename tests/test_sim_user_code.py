@@ -13,9 +13,11 @@ from sim.replay import main
 from sim.user_code import UserCodeError, blaming, require_methods
 
 CLASSES = """
+import numpy as np
+
 from allocator.eviction import LRU
 from sim.cluster.routing import LeastLoaded, RoutingPolicy
-from sim.cost import StepBatch
+from sim.cost import RooflineCost, StepBatch
 
 
 class Routing(RoutingPolicy):
@@ -79,6 +81,58 @@ class Single(Cost):
 class Short(Cost):
     def step(self):
         return 1
+
+
+class Negative(Cost):  # of prompts alone
+    def step(self, batch):
+        return -1 if batch.prefills else 10**9
+
+
+class Never(Cost):
+    def step(self, batch):
+        return 10**25 if batch.prefills else 10**9
+
+
+class Late(Cost):  # wrong for more than one sequence
+    def step(self, batch):
+        return 10**9
+
+    def decode_affine(self, decode_sequences):
+        return (10**9, 0) if decode_sequences == 1 else (1.5, 0)
+
+
+class Shrinking(Late):
+    def decode_affine(self, decode_sequences):
+        return (10**9, 0) if decode_sequences == 1 else (10**9, -1)
+
+
+class Windowed(Late):
+    windows = (4096,)
+
+
+class Window(Late):
+    windows = 4096
+
+
+class Unmade(RooflineCost):
+    def __init__(self, setting):
+        pass
+
+
+class Integers(Cost):
+    def step(self, batch):
+        return np.int64(10**9 + batch.decode_context)
+
+    def decode_affine(self, decode_sequences):
+        return [np.int64(10**9), np.uint8(1)]
+
+
+class Plain(Cost):
+    def step(self, batch):
+        return 10**9 + batch.decode_context
+
+    def decode_affine(self, decode_sequences):
+        return 10**9, 1
 """
 
 
@@ -165,6 +219,8 @@ def test_what_a_users_class_raises_is_said_to_be_its_own(
         ("cost", "Short", "step must take (batch), as sim.cost.StepCost.step does"),
         ("cost", "Seconds", "step (0.5) must be an integer"),
         ("cost", "Single", "decode_affine (5) must be (base, slope), or None"),
+        ("cost", "Windowed", "windows (4096,) and window_slopes () must be equally many"),
+        ("cost", "Window", "windows (4096) must be a tuple"),
     ],
 )
 def test_what_does_not_fit_is_found_out_before_the_run(
@@ -174,6 +230,48 @@ def test_what_does_not_fit_is_found_out_before_the_run(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {option} (theirs:{name}): {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Negative", "step (-1) must be at least 0"),
+        ("Never", "step (10000000000000000000000000) must be at most 9000000000000000000 picoseconds"),
+        ("Late", "base of decode_affine (1.5) must be an integer"),
+        ("Shrinking", "slope of decode_affine (-1) must be at least 0"),
+    ],
+)
+def test_what_a_cost_answers_later_is_looked_at_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    arguments = ["synthetic", "--num-requests", "60", "--requests-per-s", "100", "--cost", f"theirs:{name}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: cost (theirs:{name}): {said}\n"
+
+
+def test_a_cost_without_what_its_base_made_is_the_users_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "synthetic",
+        "--num-requests",
+        "5",
+        "--cost",
+        "theirs:Unmade",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: cost (theirs:Unmade) failed in step: AttributeError: ")
+
+
+def test_integers_of_any_type_are_a_cost(tmp_path: Path) -> None:
+    arguments = ["synthetic", "--num-requests", "40", "--requests-per-s", "100", "--no-figures"]
+    for name in ("Integers", "Plain"):
+        assert main([*arguments, "--cost", f"theirs:{name}", "--out", str(tmp_path / name)]) == 0
+    for kind in ("requests", "timeline"):
+        first, second = ((tmp_path / name / f"{kind}.parquet").read_bytes() for name in ("Integers", "Plain"))
+        assert first == second
 
 
 def test_other_commands_say_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
