@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 
+from allocator.births import drop_last
 from allocator.blocks import FreeBlocks
 from allocator.event_log import FORGOTTEN, HOST_FREED, NOBODY, EventLog
 from allocator.partial import PartialReuse
@@ -32,7 +33,7 @@ def demote(index: PrefixIndex, extent: Extent, num_blocks: int, host: array[int]
     keep = len(extent.ids) - num_blocks
     del extent.ids[keep:]
     if extent.born is not None:
-        del extent.born[keep:]
+        drop_last(extent.born, num_blocks)
     index.version += 1
     if keep == 0:
         parent.live_children -= 1

@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.births import last
 from allocator.prefix import Extent
 
 Durations = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -30,7 +31,7 @@ class Lifetimes:
         """Take what lets a pool complete the eviction of the victim that it is emptying."""
         self._settle = settle
         self.evictions: list[tuple[int, int, int]] = []  # now, blocks, last use; see `gone`
-        self._born = array("q")  # when the blocks were filled that were evicted, in their order
+        self._born = array("q")  # births of what was evicted, the last run first: the moment, how many blocks
         self._hits: list[tuple[int, int, int]] = []  # now, blocks, last use
 
     def __len__(self) -> int:
@@ -55,7 +56,8 @@ class Lifetimes:
         """Note when the last `num_blocks` blocks of `extent` were filled, of which `evictions` were noted."""
         born = extent.born
         assert born is not None
-        self._born.extend(born[: -num_blocks - 1 : -1])  # the last block went first
+        births = born if num_blocks == len(extent.ids) else last(born, num_blocks)
+        self._born.extend(births[::-1])  # the last block went first
 
     def take(self) -> dict[str, Durations]:
         """Return and forget the durations, by name, in the order in which they ended.
@@ -67,15 +69,27 @@ class Lifetimes:
             np.fromiter(chain.from_iterable(rows), np.int64, 3 * len(rows)).reshape(-1, 3)
             for rows in (self.evictions, self._hits)
         )
-        lived = np.repeat(evictions[:, 0], evictions[:, 1]) - np.array(self._born, dtype=np.int64)
+        born = np.array(self._born, dtype=np.int64).reshape(-1, 2)
         self.evictions.clear()  # in place: the pool adds to the same list
         self._hits.clear()
         del self._born[:]
         return {
-            "lifetime": joined([(lived, np.ones_like(lived))]),
+            "lifetime": joined([_lived(evictions, born)]),
             "idle_before_evict": joined([(evictions[:, 0] - evictions[:, 2], evictions[:, 1])]),
             "reuse_gap": joined([(hits[:, 0] - hits[:, 2], hits[:, 1])]),
         }
+
+
+def _lived(evictions: NDArray[np.int64], born: NDArray[np.int64]) -> Durations:
+    """Return how long blocks lived. Of the same blocks, in the same order, both tell by runs, but by different ones:
+    rows of `evictions` begin with now and how many, rows of `born` are a moment and how many.
+    """
+    evicted, filled = np.cumsum(evictions[:, 1]), np.cumsum(born[:, 1])
+    ends = np.concatenate((evicted, filled))
+    ends.sort(kind="stable")  # merges the two, in a hundredth of np.union1d's time
+    ends = ends[np.diff(ends, prepend=0) > 0]
+    now = evictions[np.searchsorted(evicted, ends), 0]
+    return now - born[np.searchsorted(filled, ends), 0], np.diff(ends, prepend=0)
 
 
 def joined(parts: Sequence[Durations]) -> Durations:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from allocator.births import one_by_one
 from allocator.blocks import FreeBlocks, OutOfBlocks
 from allocator.event_log import EVICTED, NOBODY, UNSTORED, EventLog
 from allocator.eviction.policy import EvictionPolicy
@@ -47,7 +48,7 @@ class BlockPool(FreeBlocks):
         self.events: EventLog | None = None
         self.expiries = Expiries()
         self.partial: PartialReuse | None = None
-        self._date = array("q", (0,))  # to make more of
+        self._births = array("q", (0, 0))  # to make more of
         self.shared: dict[int, int] = {}  # holders of an uncached block, where more than one
         # Called for every block that fills up: not at all where the policy does not care.
         self.notes_cached = type(policy).cached is not EvictionPolicy.cached
@@ -213,16 +214,18 @@ class BlockPool(FreeBlocks):
     def cached(self, extent: Extent, num_blocks: int, dates: array[int] | None = None) -> None:
         """Note that `num_blocks` referenced blocks were appended to `extent` in the index.
 
-        dates  when they were filled, int64 [num_blocks], if that was before now; the extent's from now on
+        dates  when they were filled, int64 [num_blocks], if that was before now
         """
         if self.lifetimes is not None:
-            if dates is None:
-                self._date[0] = self.now
-                dates = self._date * num_blocks
-            if extent.born is None:
-                extent.born = dates
+            if dates is not None:
+                births = one_by_one(dates)
             else:
-                extent.born.extend(dates)
+                births = self._births
+                births[0], births[1] = num_blocks, self.now
+            if extent.born is None:
+                extent.born = births[:]
+            else:
+                extent.born.extend(births)
         if self.notes_cached:
             self.policy.cached(extent, num_blocks)
         if self.partial is not None:

@@ -25,6 +25,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
+from allocator.births import cut_first, drop_last
+
 if TYPE_CHECKING:
     from allocator.retention import Retention
 
@@ -57,7 +59,7 @@ class Extent:
                     grown in place, so that all its blocks have been hit and released together (a root, which
                     has no blocks, always is)
     retention       how its blocks are to be kept while nobody references them, None if nobody asked
-    born, touched   lifetimes: when each block was filled, when the extent was last used (caller's clock)
+    born, touched   lifetimes: when its blocks were filled (see births.py), when it was last used; the caller's clock
     grower          the sequence that prolongs it, if not all that it has filled is here; whoever reads keys or ids
                     lets it catch up before
     """
@@ -247,9 +249,8 @@ class PrefixIndex:
         head.sealed = extent.sealed
         head.touched = extent.touched
         head.retention = extent.retention
-        if extent.born is not None:
-            head.born = extent.born[:at]
-            del extent.born[:at]
+        if extent.born:  # neither of a ghost nor of what only the host holds
+            head.born = cut_first(extent.born, at)
         parent.children[head.first_key] = head
         del extent.keys[:cut]
         del extent.ids[:at]
@@ -318,7 +319,7 @@ class PrefixIndex:
             ids = extent.ids[keep:]
             del extent.ids[keep:]
             if extent.born is not None:
-                del extent.born[keep:]
+                drop_last(extent.born, num_blocks)
         else:
             assert extent.parent is not None
             extent.parent.live_children -= 1

@@ -181,7 +181,7 @@ def test_whoever_never_leaves_remembers_when_its_blocks_were_filled(size: int) -
     extent = next(iter(manager.index.extents()))
     assert extent.born is not None
     filled = [size * block + size - 1 for block in range(6000 // size)]
-    assert extent.born.tolist() == [0] * (4 // size) + filled
+    assert np.repeat(extent.born[1::2], extent.born[::2]).tolist() == [0] * (4 // size) + filled
 
 
 def test_beams_that_die_after_coasting_leave_what_they_filled_in_the_cache() -> None:
