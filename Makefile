@@ -1,4 +1,5 @@
 # make install   a virtual environment in .venv with everything the project needs
+# make compiled  the inner loops of allocator and simulator in C, found by every command from then on
 # make demo      replay a synthetic workload; tables on the terminal, figures in results/demo
 # make test      lint, types, tests; TRACES=DIR adds the tests that replay public traces
 # make bench     time the simulator and the allocator on this machine
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRACES ?=
 
-.PHONY: install demo test bench
+.PHONY: install compiled demo test bench
 
 install: $(VENV)/.installed
 
@@ -17,6 +18,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda12,compiled,test]'
 	@touch $@
+
+compiled: install
+	$(BIN)/python -m experiments.tools.compiled
 
 demo: install
 	$(BIN)/python -m experiments.demo

@@ -7,9 +7,9 @@ Everything is simulated and seeded: the table is the same on every machine. Each
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sim.command_line import answer_interrupts
+    from sim.command_line import begin_command
 
-    answer_interrupts()
+    begin_command(__spec__)
 
 import sys
 import time

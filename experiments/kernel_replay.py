@@ -14,9 +14,9 @@ several samples of a prompt, and a pool so small that sequences are preempted. A
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sim.command_line import answer_interrupts
+    from sim.command_line import begin_command
 
-    answer_interrupts()
+    begin_command(__spec__)
 
 import sys
 from dataclasses import dataclass, replace

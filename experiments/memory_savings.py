@@ -19,9 +19,9 @@ other figures are not fitted. Give a trace file to see your own.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sim.command_line import answer_interrupts
+    from sim.command_line import begin_command
 
-    answer_interrupts()
+    begin_command(__spec__)
 
 import dataclasses
 import sys

@@ -9,9 +9,9 @@ it was.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sim.command_line import answer_interrupts
+    from sim.command_line import begin_command
 
-    answer_interrupts()
+    begin_command(__spec__)
 
 import sys
 from collections.abc import Mapping, Sequence

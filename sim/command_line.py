@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from sim.compiled.packages import prefer_compiled
 from sim.parser_errors import in_one_line
 from sim.user_code import UserCodeError
 
@@ -36,6 +38,15 @@ def answer_interrupts() -> None:
     all pass a KeyboardInterrupt on.
     """
     signal.signal(signal.SIGINT, _leave)
+
+
+def begin_command(command: ModuleSpec | None) -> None:
+    """Answer interrupts, and start over with the compiled packages if there are any (see sim.compiled.packages).
+
+    For a module that replays requests when it is run: to be called with its __spec__, ahead of its imports.
+    """
+    answer_interrupts()
+    prefer_compiled(command)
 
 
 def _leave(*_: object) -> None:

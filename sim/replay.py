@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from sim.command_line import run_command
+from sim.command_line import begin_command, run_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,4 +120,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin_command(__spec__)
     sys.exit(main())

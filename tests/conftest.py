@@ -5,10 +5,13 @@ Only pytest and hypothesis are imported here, so that the kernel tests run where
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+os.environ["PAGED_KV_LAB_INTERPRETED"] = "1"  # the commands that tests run are those of the sources
 
 _SLOW_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 

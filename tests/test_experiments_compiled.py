@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,9 @@ import pytest
 from rich.console import Console
 
 from experiments.tools import compiled
-from experiments.tools.compiled import (
-    MODULES,
-    compiled_packages,
-    digest,
-    environment,
-    opened,
-    sources,
-)
+from sim.compiled import build, packages
+from sim.compiled.build import MODULES, compiled_packages, opened
+from sim.compiled.packages import INTERPRETED_VARIABLE, digest, environment, find, folder, sources
 
 QUIET = Console(quiet=True)
 
@@ -28,7 +24,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "paged-kv-lab"
+    return folder()
 
 
 @pytest.fixture
@@ -52,7 +48,7 @@ def test_every_class_is_open_to_subclasses_that_are_not_compiled(module: str) ->
             is_open = "mypyc_attr(allow_interpreted_subclasses=True)" in decorators
             assert is_open != bool(bases & {"Protocol", "NamedTuple"}), node.name
             found += is_open
-    assert found or module == "allocator/manager.py"
+    assert found or module in ("allocator/births.py", "allocator/manager.py")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -98,25 +94,28 @@ def test_nothing_is_left_of_what_does_not_compile(cache: Path, copy: Path) -> No
 def test_what_was_compiled_is_not_compiled_again(
     cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = []
+    made = []
 
-    def compile_nothing(folder: Path) -> None:
-        folders.append(folder)
-        (folder / "build").mkdir()
+    def compile_nothing(where: Path) -> None:
+        made.append(where)
+        (where / "build").mkdir()
 
-    monkeypatch.setattr(compiled, "_compile", compile_nothing)
+    monkeypatch.setattr(build, "_compile", compile_nothing)
+    assert find(copy) is None
     first = compiled_packages(copy, QUIET)
+    assert find(copy) == first
     assert (first / "sim" / "replica.py").exists()
     assert not (first / "build").exists()
     assert compiled_packages(copy, QUIET) == first
     (copy / "allocator" / "more.py").touch()
+    assert find(copy) is None
     assert compiled_packages(copy, QUIET) != first
-    assert len(folders) == 2
+    assert len(made) == 2
     assert len(list(cache.iterdir())) == 2
 
 
 def test_mypyc_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^mypyc is not installed, and compiling needs it: pip install "):
         compiled_packages(sources(), QUIET)
 
@@ -149,6 +148,78 @@ def test_the_compiled_packages_are_found_first_and_the_users_modules_too(
         text=True,
     )
     assert done.stdout == "1\n1\n", done.stderr
+
+
+INTERPRETED_ANSWER = "error: missing from python -m sim.replay: --out PATH"
+RUNS_COMPILED = "import os, sys; print(sys.argv[1:], os.environ['PAGED_KV_LAB_SOURCES'])"
+
+
+@pytest.fixture
+def made(cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the sources of which there are compiled packages, whose sim.replay says how it was called."""
+    target = cache / digest(copy)
+    (target / "allocator").mkdir(parents=True)
+    (target / "sim").mkdir()
+    for name, text in (("__init__", ""), ("replay", RUNS_COMPILED), ("command_line", "raise AssertionError")):
+        (target / "sim" / f"{name}.py").write_text(text)
+    monkeypatch.delenv(INTERPRETED_VARIABLE)
+    return copy
+
+
+def outcome(copy: Path, *arguments: str) -> str:
+    """Return what Python says when called from another folder, where it finds a copy of the sources first."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": f"{copy}:{sources()}"},
+        cwd=copy.parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr
+
+
+def test_commands_run_what_has_been_compiled(made: Path) -> None:
+    assert outcome(made, "-m", "sim.replay", "a", "b c") == f"['a', 'b c'] {made}\n"
+    assert outcome(made, "-W", "ignore", "-m", "sim.replay") == f"[] {made}\n"
+
+
+def test_commands_run_the_sources_once_they_have_changed(made: Path) -> None:
+    path = made / "sim" / "report.py"
+    path.write_text(path.read_text() + "\n")
+    assert outcome(made, "-m", "sim.replay", "a").startswith(INTERPRETED_ANSWER)
+
+
+def test_commands_run_the_sources_if_told_to(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INTERPRETED_VARIABLE, "1")
+    assert outcome(made, "-m", "sim.replay", "a").startswith(INTERPRETED_ANSWER)
+
+
+@pytest.mark.parametrize("runner", ["cProfile", "pdb"])
+def test_what_looks_at_a_command_sees_the_sources(made: Path, runner: str) -> None:
+    options = ["-c", "continue", "-c", "quit"] if runner == "pdb" else []
+    assert INTERPRETED_ANSWER in outcome(made, "-m", runner, *options, "-m", "sim.replay", "a")
+
+
+def test_the_fuzzer_sees_the_sources(made: Path) -> None:
+    assert outcome(made, "-m", "experiments.tools.fuzz", "--help").startswith("usage: ")
+
+
+def test_a_machine_without_mypy_has_no_compiled_packages(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise packages.metadata.PackageNotFoundError(name)
+
+    assert find(made) is not None
+    monkeypatch.setattr(packages.metadata, "version", missing)
+    assert find(made) is None
+
+
+def test_compiling_alone_says_what_follows(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled, "compiled_packages", lambda root, console: cache / "made")
+    compiled.main([])
+    said = capsys.readouterr().out
+    assert said == f"compiled in {cache}/made: commands run it from now on, until the sources change\n"
 
 
 WORKLOAD = ["--num-requests", "400", "--turns-mean", "2", "--sampling-share", "0.1", "--beam-share", "0.1"]

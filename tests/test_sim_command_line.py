@@ -171,4 +171,4 @@ def test_the_bench_finds_out_before_it_times_anything(
 def test_the_bench_names_the_file_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator, "cases", lambda config: [])
     with pytest.raises(ValueError, match=r"^json \(/dev/full\) cannot be written: No space left on device$"):
-        simulator.run(simulator.Config(json=Path("/dev/full")), Console())
+        simulator.run(simulator.Config(json=Path("/dev/full"), modes="interpreted"), Console())

@@ -9,8 +9,10 @@ and blocks. Not in the clock: making or reading the trace (but see below), sizin
 columns when the run has ended, metrics, figures and files. Above 100,000 requests the requests are made, or read from
 a native file, while they are replayed, and the records go to disk: both are in the clock then.
 
-Every workload runs in a process of its own, several times over (once above 100,000 requests); the median counts, the
-extremes are shown. Peak memory is that process's largest resident set, interpreter and imports included.
+Every workload runs with the inner loops compiled, as commands run them once they have been (see
+experiments.tools.compiled; this one compiles them if need be), and from the sources as they are, interpreted; each time
+in a process of its own, several times over (once above 100,000 requests); the median counts, the extremes are shown.
+Peak memory is that process's largest resident set, interpreter and imports included.
 
 Because machines differ, a yardstick is timed in the same process: a plain loop of dictionary inserts and look-ups.
 """
@@ -30,8 +32,10 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich import box
@@ -41,8 +45,10 @@ from rich.table import Table
 
 from allocator.config import BuildConfig, CacheConfig, load_model
 from experiments.bench._yardstick import median_yardstick
-from sim.build_info import is_compiled, what_runs
+from sim.build_info import is_compiled
 from sim.command_line import parse_dataclass, require_writable, run_command
+from sim.compiled.build import compiled_packages
+from sim.compiled.packages import sources
 from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.hardware import GPUSpec
@@ -68,6 +74,8 @@ class Config:
     """Requests of each synthetic workload."""
     runs: int = 5
     """Runs of each workload."""
+    modes: Literal["both", "compiled", "interpreted"] = "both"
+    """How to run them."""
     trace: Path | None = None
     """A trace to time as well, served by llama-3-8b on h100-80gb."""
     scaling: bool = False
@@ -228,8 +236,34 @@ def time_case(case: Case, runs: int) -> Timing:
     )
 
 
+def _folders(config: Config, console: Console) -> list[Path]:
+    """Return where the packages are that are to be timed, the compiled ones first."""
+    folders = []
+    if config.modes != "interpreted":
+        try:
+            folders.append(compiled_packages(sources(), console))
+        except ValueError as error:
+            if config.modes == "compiled":
+                raise
+            console.print(f"compiled: not timed, as {error}", highlight=False)
+    return folders + [sources()] * (config.modes != "compiled")
+
+
+@contextmanager
+def _found_first(folder: Path) -> Iterator[None]:
+    """Let processes that are started meanwhile import their packages from a folder."""
+    before = sys.path[:]
+    sys.path.insert(0, str(folder))
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: this process alone answers Ctrl-C
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, answer)
+        sys.path[:] = before
+
+
 def run(config: Config, console: Console) -> list[Timing]:
-    """Time every case in a process of its own, print the table, and write the figures if asked to."""
+    """Time every case in processes of their own, print the tables, and write the figures if asked to."""
     for name in ("num_requests", "runs"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} ({getattr(config, name)}) must be at least 1")
@@ -239,23 +273,40 @@ def run(config: Config, console: Console) -> list[Timing]:
         require_writable("json", config.json)
     if config.trace is not None:
         read_trace(config.trace, stream=True)  # checked now, not after the workloads that come before it
+    folders = _folders(config, Console(stderr=True))
     timings = []
     context = multiprocessing.get_context("spawn")
     for case in track(cases(config), "timing", console=Console(stderr=True), transient=True):
-        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: this process alone answers Ctrl-C
-        try:
-            pool = context.Pool(1)
-        finally:
-            signal.signal(signal.SIGINT, answer)
-        with pool:
-            timings.append(pool.apply(time_case, (case, config.runs)))
+        for folder in folders:
+            with _found_first(folder):
+                pool = context.Pool(1)
+            with pool:
+                timings.append(pool.apply(time_case, (case, config.runs)))
     if config.json is not None:
         text = json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
         try:
             config.json.write_text(text)
         except OSError as error:
             raise ValueError(f"json ({config.json}) cannot be written: {error.strerror}") from None
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for compiled in (True, False):
+        chosen = [timing for timing in timings if timing.compiled == compiled]
+        if chosen:
+            console.print(_table(chosen, "compiled" if compiled else "interpreted"))
+    spread = [timing.yardstick_s for timing in timings]
+    console.print(
+        f"Median of {config.runs} runs, and the extremes; one run above {_KEPT:,} requests.\n"
+        "In the clock: scheduling, allocation, the cost model, SimPy, and all records; above "
+        f"{_KEPT:,} requests, making or reading them, and writing the records to disk.\n"
+        "Not in the clock: making or reading fewer requests, sizing the pool, columns, metrics, figures, files.\n"
+        f"Yardstick, a million dict inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s."
+    )
+    return timings
+
+
+def _table(timings: list[Timing], title: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("workload", overflow="fold")
     for heading in ("wall, s", "least, most", "ms a\nrequest", "steps", "µs a\nstep", "peak,\nMiB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -269,20 +320,7 @@ def run(config: Config, console: Console) -> list[Timing]:
             f"{timing.us_per_step:.2f}",
             f"{timing.peak_mib:.0f}",
         )
-    console.print(table)
-    spread = [timing.yardstick_s for timing in timings]
-    console.print(
-        f"Median of {config.runs} runs, and the extremes; one run above {_KEPT:,} requests.\n"
-        "In the clock: scheduling, allocation, the cost model, SimPy, and all records; above "
-        f"{_KEPT:,} requests, making or reading them, and writing the records to disk.\n"
-        "Not in the clock: making or reading fewer requests, sizing the pool, columns, metrics, figures, files."
-    )
-    if spread:
-        console.print(
-            f"Yardstick, a million dict inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s. "
-            f"{what_runs()}"
-        )
-    return timings
+    return table
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,9 +11,9 @@ what no policy can exceed.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sim.command_line import answer_interrupts
+    from sim.command_line import begin_command
 
-    answer_interrupts()
+    begin_command(__spec__)
 
 import heapq
 import sys

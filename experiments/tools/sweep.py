@@ -14,9 +14,9 @@ latencies grow with the length of the run (see sim.overload).
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from sim.command_line import answer_interrupts
+    from sim.command_line import begin_command
 
-    answer_interrupts()
+    begin_command(__spec__)
 
 import csv
 import difflib
