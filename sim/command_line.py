@@ -54,12 +54,12 @@ def _leave(*_: object) -> None:
     os._exit(INTERRUPTED)  # nothing has been made yet that would have to be cleaned up
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """Raised where a command was when it was asked to end, so that it cleans up as it does when interrupted."""
 
 
 def _terminate(*_: object) -> None:
-    raise _Terminated
+    raise Terminated
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def when_ended(complete: str) -> Iterator[None]:
     """Have the line of `run_command` say what is complete, in place of that the result is not, if it ends in here."""
     try:
         yield
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except (KeyboardInterrupt, Terminated) as stop:
         stop.args = (complete,)
         raise
 
@@ -102,7 +102,7 @@ def run_command(action: Callable[[], object]) -> int:
     except KeyboardInterrupt as stop:
         print(f"interrupted: {str(stop) or _INCOMPLETE}", file=sys.stderr)
         return INTERRUPTED
-    except _Terminated as stop:
+    except Terminated as stop:
         print(f"terminated: {str(stop) or _INCOMPLETE}", file=sys.stderr)
         return TERMINATED
     finally:

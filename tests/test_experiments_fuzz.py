@@ -18,6 +18,7 @@ from allocator.fuzz import SharingMachine, Tally
 from allocator.manager import KVCacheManager, KVSequence
 from allocator.prefix import Extent
 from experiments.tools import _program, _progress, fuzz
+from sim.command_line import Terminated
 
 
 class Greedy(LRU):
@@ -46,22 +47,29 @@ def test_a_clean_run_counts_the_same_again(
     assert re.fullmatch(r"(5\d\d steps clean, 50%\n){2}", notices)
 
 
+@pytest.mark.parametrize(
+    ("end", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)], ids=["interrupted", "terminated"]
+)
 def test_an_interrupted_run_shows_what_it_did(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: type[BaseException],
+    status: int,
+    request: pytest.FixtureRequest,
 ) -> None:
     def interrupted(*runs: object, **options: object) -> Callable[[object], Iterator[fuzz.Outcome]]:
         def outcomes(_: object) -> Iterator[fuzz.Outcome]:
             yield fuzz.Outcome((5000, 0), Tally(steps=5004, operations=Counter({"admit": 700})))
-            raise KeyboardInterrupt
+            raise end
 
         return outcomes
 
     monkeypatch.setattr(fuzz, "Parallel", interrupted)
-    assert fuzz.main(["--steps", "20000"]) == 130
+    assert fuzz.main(["--steps", "20000"]) == status
     out, notices = capsys.readouterr()
     assert "5,004 of 20,000 steps, all clean so far." in out
     assert re.search(r"admit +700 ", out)
-    assert notices.splitlines()[-1].startswith("interrupted")
+    assert notices.splitlines()[-1].startswith(f"{request.node.callspec.id}: ")
 
 
 def test_the_program_that_is_printed_fails_when_pasted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ from allocator.eviction import make_policy
 from allocator.fuzz import ManagerMachine, Tally, run_machine
 from experiments.tools._program import as_test, shorter
 from experiments.tools._progress import progress
-from sim.command_line import parse_dataclass, require_writable, run_command, when_ended
+from sim.command_line import Terminated, parse_dataclass, require_writable, run_command, when_ended
 
 RUN_STEPS = 5_000
 """Steps of one run: some seconds."""
@@ -338,7 +338,7 @@ def run(config: Config, console: Console) -> int:
             if outcome.failure is not None:
                 failed = outcome
                 break
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if total.steps:
             show(total, console)
             console.print(f"{total.steps:,} of {config.steps:,} steps, all clean so far.", highlight=False)
