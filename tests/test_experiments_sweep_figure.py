@@ -170,6 +170,22 @@ def test_a_line_under_others_is_wider_than_they_are() -> None:
     assert [handle.get_linewidth() for handle in figure.legends[0].get_lines()] == [d[0]] * 4
 
 
+def test_marks_of_what_was_overloaded_are_hollow() -> None:
+    crowded = (("policy", "lru"), ("tokens_per_block", "16"))
+    with style.styled():
+        figure = draw(FOUND, ["one"], {crowded})
+        plain = draw(FOUND, ["one"])
+    assert figure is not None
+    assert plain is not None
+    (one,) = figure.axes
+    white = [
+        (list(line.get_xdata()), list(line.get_ydata())) for line in one.lines if line.get_color() == "white"
+    ]
+    assert white == [([16.0], [5.0])]
+    assert any(text.get_text().endswith("; hollow: overloaded") for text in figure.texts)
+    assert not any("hollow" in text.get_text() for text in plain.texts)
+
+
 def test_a_panel_of_equal_figures_says_so_and_has_no_scale() -> None:
     found = {values: [[0.0, 0.0], [5.0, 6.0]] for values in FOUND}
     with style.styled():
@@ -190,8 +206,8 @@ def test_what_would_be_too_many_lines_is_not_drawn(tmp_path: Path) -> None:
     }
     few = dict(list(many.items())[: MOST_LINES + 1])
     config = sweep.Config(tmp_path, metrics=("hits",))
-    assert "sweep.png" in sweep.draw_figure(few, config)
+    assert "sweep.png" in sweep.draw_figure(few, config, ())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.png", "sweep.svg"]
-    assert "more than 24 lines" in sweep.draw_figure(many, config)
+    assert "more than 24 lines" in sweep.draw_figure(many, config, ())
     assert not list(tmp_path.iterdir())  # lest it be taken for this sweep's
-    assert sweep.draw_figure({(): [[1.0]]}, config) == ""
+    assert sweep.draw_figure({(): [[1.0]]}, config, ()) == ""

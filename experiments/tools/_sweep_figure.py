@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
@@ -23,8 +23,8 @@ Values: TypeAlias = tuple[tuple[str, str], ...]
 Found: TypeAlias = Mapping[Values, Sequence[Sequence[float | None]]]
 """For each combination and each metric, the figures of all seeds."""
 
-Points: TypeAlias = Sequence[tuple[float, Sequence[float | None]]]
-"""A line in a panel: (where it stands across, the figures of all seeds)."""
+Points: TypeAlias = Sequence[tuple[float, Sequence[float | None], bool]]
+"""A line in a panel: (where it stands across, the figures of all seeds, whether any of their runs was overloaded)."""
 
 MOST_LINES = 24
 """More than these nobody can tell apart."""
@@ -139,8 +139,11 @@ def _known(figures: Sequence[float | None]) -> list[float]:
     return [figure for figure in figures if figure is not None]
 
 
-def draw(found: Found, metrics: Sequence[str]) -> Figure | None:
-    """Return the figure; None where nothing varies, or there would be more than MOST_LINES lines."""
+def draw(found: Found, metrics: Sequence[str], overloaded: Collection[Values] = ()) -> Figure | None:
+    """Return the figure; None where nothing varies, or there would be more than MOST_LINES lines.
+
+    The marks of the `overloaded` combinations are hollow.
+    """
     if len(found) < 2:
         return None
     axis = choose_axis(found)
@@ -148,11 +151,13 @@ def draw(found: Found, metrics: Sequence[str]) -> Figure | None:
     if len(lines) > MOST_LINES:
         return None
     seeds = max(len(rows[0]) for rows in found.values())
-    panel_lines = [_points(found, lines, axis, place) for place in range(len(metrics))]
+    panel_lines = [_points(found, lines, axis, place, overloaded) for place in range(len(metrics))]
     covers = [_covers(drawn) for drawn in panel_lines]
     marks = f"means over {seeds} seeds; small marks: single seeds" if seeds > 1 else "a run each"
     if any(map(any, covers)):
         marks += "; wide lines lie under others"
+    if any(values in overloaded for values in found):
+        marks += "; hollow: overloaded"
     columns = {1: 1, 2: 2, 4: 2}.get(len(metrics), 3)
     rows = -(-len(metrics) // columns)
     legend_rows = -(-len(lines) // _columns_of_legend(lines)) if len(lines) > 1 else 0
@@ -213,19 +218,28 @@ def _say_constant(axes: Axes, value: float | None = None) -> None:
         axes.autoscale_view(scaley=False)
 
 
-def _points(found: Found, lines: Mapping[Values, Sequence[Values]], axis: Axis, place: int) -> list[Points]:
+def _points(
+    found: Found,
+    lines: Mapping[Values, Sequence[Values]],
+    axis: Axis,
+    place: int,
+    overloaded: Collection[Values],
+) -> list[Points]:
     """Return what is to draw of one metric, a line each; marks that no line joins stand beside each other."""
     drawn = []
     for number, line in enumerate(lines.values()):
         aside = 0.0 if axis.is_number else _SPREAD * ((number + 0.5) / len(lines) - 0.5)
         drawn.append(
-            [(axis.places[dict(values)[axis.flag]] + aside, found[values][place]) for values in line]
+            [
+                (axis.places[dict(values)[axis.flag]] + aside, found[values][place], values in overloaded)
+                for values in line
+            ]
         )
     return drawn
 
 
 def _values(drawn: Sequence[Points]) -> set[float]:
-    return {value for points in drawn for _, figures in points for value in _known(figures)}
+    return {value for points in drawn for _, figures, _ in points for value in _known(figures)}
 
 
 def _top(drawn: Sequence[Points]) -> float:
@@ -238,7 +252,7 @@ def _covers(drawn: Sequence[Points]) -> list[int]:
     """Return for each line how many of the later ones lie on it: at two places in a row, or at its only one."""
     near = _NEAR * _top(drawn)
     means = [
-        {place: mean(known) for place, figures in points if (known := _known(figures))} for points in drawn
+        {place: mean(known) for place, figures, _ in points if (known := _known(figures))} for points in drawn
     ]
 
     def covers(later: dict[float, float], line: dict[float, float]) -> bool:
@@ -256,8 +270,8 @@ def _draw_line(axes: Axes, points: Points, number: int, joined: str, covered: in
     wider = (
         covered if covered <= 5 else 5 + 0.4 * (covered - 5)
     )  # many: thinner rims, lest they fill the panel
-    known = [(place, _known(figures)) for place, figures in points if _known(figures)]
-    for place, figures in known:
+    known = [(place, _known(figures), hollow) for place, figures, hollow in points if _known(figures)]
+    for place, figures, _ in known:
         if len(figures) > 1:
             axes.plot(
                 [place] * len(figures),
@@ -268,7 +282,8 @@ def _draw_line(axes: Axes, points: Points, number: int, joined: str, covered: in
                 alpha=0.6,
                 zorder=2 - 0.02 * wider,
             )
-    across, means = [place for place, _ in known], [mean(figures) for _, figures in known]
+    across, means = [place for place, _, _ in known], [mean(figures) for _, figures, _ in known]
+    size = 6 + 4 * wider
     axes.plot(
         across,
         means,
@@ -276,9 +291,20 @@ def _draw_line(axes: Axes, points: Points, number: int, joined: str, covered: in
         marker=marker,
         color=colour,
         linewidth=2 + 2.5 * wider,
-        markersize=6 + 4 * wider,
+        markersize=size,
         clip_on=False,
     )
+    hollow = [place for place, (_, _, overloaded) in enumerate(known) if overloaded]
+    if hollow:
+        axes.plot(
+            [across[place] for place in hollow],
+            [means[place] for place in hollow],
+            linestyle="",
+            marker=marker,
+            color="white",
+            markersize=size - 3,
+            clip_on=False,
+        )
 
 
 def _columns_of_legend(lines: Mapping[Values, object]) -> int:

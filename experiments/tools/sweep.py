@@ -26,11 +26,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 from joblib import Parallel, cpu_count, delayed
@@ -244,24 +244,33 @@ def write_table(done: Sequence[dict[str, Any]], path: Path) -> None:
     os.replace(staged, path)
 
 
-def by_combination(done: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Found:
-    """Return the metrics of all seeds for each combination."""
+Summaries: TypeAlias = Mapping[Values, Sequence[Mapping[str, Any]]]
+"""For each combination, the summaries of all its runs."""
+
+
+def by_combination(done: Sequence[dict[str, Any]]) -> Summaries:
+    """Return the summaries of all seeds for each combination."""
     groups: dict[Values, list[Mapping[str, Any]]] = {}
     for point in done:
         groups.setdefault(tuple(point["values"].items()), []).append(point["summary"])
+    return groups
+
+
+def figures_of(groups: Summaries, metrics: Sequence[str]) -> Found:
+    """Return the metrics of all seeds for each combination."""
     return {
         values: [[figure(summary, metric) for summary in summaries] for metric in metrics]
         for values, summaries in groups.items()
     }
 
 
-def overloads(done: Sequence[dict[str, Any]]) -> dict[Values, str]:
+def overloads(groups: Summaries) -> dict[Values, str]:
     """Return in how many of its runs each combination was overloaded, of those that ever were."""
-    groups: dict[Values, list[bool]] = {}
-    for point in done:
-        is_overloaded = point["summary"].get("overload") is not None
-        groups.setdefault(tuple(point["values"].items()), []).append(is_overloaded)
-    return {values: f"{sum(runs)} of {len(runs)}" for values, runs in groups.items() if any(runs)}
+    counts = {
+        values: sum(summary.get("overload") is not None for summary in summaries)
+        for values, summaries in groups.items()
+    }
+    return {values: f"{count} of {len(groups[values])}" for values, count in counts.items() if count}
 
 
 def show(
@@ -306,9 +315,10 @@ def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
         for point, path in zip(todo, paths, strict=True)
     ]
     write_table(done, config.out / TABLE)
-    found = by_combination(done, config.metrics)
-    show(found, config.metrics, console, overloads(done))
-    drawn = draw_figure(found, config) if config.figures else ""
+    groups = by_combination(done)
+    found, overloaded = figures_of(groups, config.metrics), overloads(groups)
+    show(found, config.metrics, console, overloaded)
+    drawn = draw_figure(found, config, overloaded) if config.figures else ""
     kept = len(todo) - len(missing)
     console.print(
         f"{len(todo)} points"
@@ -318,11 +328,11 @@ def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
     )
 
 
-def draw_figure(found: Found, config: Config) -> str:
+def draw_figure(found: Found, config: Config, overloaded: Collection[Values]) -> str:
     """Draw the metrics, where that can be done, in place of an earlier figure; return what to say of it."""
     stem = config.out / FIGURE
     with style.styled():
-        drawing = draw(found, config.metrics)
+        drawing = draw(found, config.metrics, overloaded)
         if drawing is not None:
             style.save(drawing, stem)
             return f", the metrics drawn in {stem}.png"
