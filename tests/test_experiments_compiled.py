@@ -114,6 +114,20 @@ def test_what_was_compiled_is_not_compiled_again(
     assert len(list(cache.iterdir())) == 2
 
 
+def test_what_nobody_has_used_for_a_month_is_removed(
+    cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_compile", lambda where: (where / "build").mkdir())
+    first = compiled_packages(copy, QUIET)
+    (copy / "sim" / "more.py").touch()
+    second = compiled_packages(copy, QUIET)
+    for made in (first, second):
+        os.utime(made, (0, 0))
+    assert find(copy) == second  # it is used
+    (copy / "sim" / "other.py").touch()
+    assert {*cache.iterdir(), compiled_packages(copy, QUIET)} - {*cache.iterdir()} == {first}
+
+
 def test_mypyc_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^mypyc is not installed, and compiling needs it: pip install "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +34,7 @@ MODULES = [f"allocator/{name}.py" for name in _ALLOCATOR.split()] + [
 one is told best where everything is interpreted.
 """
 
+_MONTH_S = 30 * 24 * 3600
 _SETUP = """
 from mypyc.build import mypycify
 from setuptools import setup
@@ -72,7 +75,16 @@ def compiled_packages(root: Path, console: Console) -> Path:
         shutil.rmtree(made / ".mypy_cache", ignore_errors=True)
         if not target.is_dir():  # somebody else may have been faster
             made.rename(target)
+    _clear_out(target.parent)
     return target
+
+
+def _clear_out(kept: Path) -> None:
+    """Remove what nobody has used for a month: packages of sources that are no more, 6 MB each."""
+    for each in kept.iterdir():
+        with contextlib.suppress(OSError):  # somebody else may do the same
+            if each.stat().st_mtime < time.time() - _MONTH_S:
+                shutil.rmtree(each)
 
 
 def opened(source: str) -> str:

@@ -5,6 +5,7 @@ Imports nothing beyond the standard library, as every command asks this first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -51,7 +52,11 @@ def find(root: Path) -> Path | None:
         found = folder() / digest(root)
     except (OSError, metadata.PackageNotFoundError):
         return None
-    return found if found.is_dir() else None
+    if not found.is_dir():
+        return None
+    with contextlib.suppress(OSError):  # a folder that is only read is as good
+        os.utime(found)  # so that what nobody uses any more can be told
+    return found
 
 
 def environment(target: Path, root: Path) -> dict[str, str]:
