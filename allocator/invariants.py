@@ -27,6 +27,7 @@ def check_invariants(manager: KVCacheManager) -> None:
     - the content of an anchored position is the key under which the index has it;
     - the block that a sequence writes next is its alone and not cached, or known to need a copy;
     - extents fit together: starts, keys, widths, live children; ghosts lie below what is live and in bounds;
+    - with lifetimes, every cached block has a time at which it was filled, none after those that follow it;
     - with a host tier, all that `invariants_host` adds.
 
     In a windowed cache, what concerns tree and tables is in `windowed_invariants`.
@@ -54,6 +55,8 @@ def check_invariants(manager: KVCacheManager) -> None:
         assert pool.shared.get(block, 1) == holders, f"block {block} has {holders} holders"
     assert set(pool.shared) <= set(private), "a block without holders is listed as shared"
 
+    if pool.lifetimes is not None:
+        _check_births(cached.values(), pool.now)
     if pool.partial is not None:
         pool.partial.check()
     manager._prefilling.check()
@@ -109,6 +112,16 @@ def _check_tree(manager: KVCacheManager, transfers: Iterable[Extent]) -> dict[in
     assert index.ghost_blocks == ghosts, f"{ghosts} ghosts, not {index.ghost_blocks}"
     assert ghosts <= index.ghost_capacity
     return cached
+
+
+def _check_births(extents: Iterable[Extent], now: int) -> None:
+    for extent in extents:
+        assert extent.born is not None, f"{extent} was never filled"
+        blocks, dates = extent.born[::2], extent.born[1::2]
+        assert min(blocks) > 0
+        assert sum(blocks) == len(extent.ids), f"{extent} has {sum(blocks)} dates of birth"
+        assert sorted(dates) == dates.tolist(), f"{extent} was filled back to front: {dates.tolist()}"
+        assert dates[-1] <= now, f"{extent} will be filled at {dates[-1]}, and it is {now}"
 
 
 def _check_sequences(manager: KVCacheManager, stats: CacheStats) -> Counter[int]:

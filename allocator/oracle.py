@@ -87,6 +87,7 @@ class Oracle(Recount):
             ghost_blocks=self.ghosts,
             events=self.keeps_log,
             num_host_blocks=self.host_blocks,
+            lifetimes=num_blocks % 2 == 1,
         )
 
     def make_policy(self) -> EvictionPolicy:
@@ -289,6 +290,10 @@ class Oracle(Recount):
         assert stats.free_blocks + stats.evictable_blocks == self.num_blocks, "blocks leaked"
         self.host.check_drained()
         assert stats.logical_blocks == stats.logical_tokens == stats.kv_tokens == 0
+        lifetimes = getattr(getattr(self.manager, "pool", None), "lifetimes", None)
+        if lifetimes is not None:
+            gone = {name: int(weights.sum()) for name, (_, weights) in lifetimes.take().items()}
+            assert gone["lifetime"] == gone["idle_before_evict"] == stats.evicted_blocks + stats.stolen_blocks
 
     # ------------------------------------------------ the life of a sequence
 

@@ -72,6 +72,34 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "date_of_one_evicted_block_dropped",
+        "prefix.py",
+        "                drop_last(extent.born, num_blocks)\n",
+        "                drop_last(extent.born, 1)\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "split_head_born_as_whole",
+        "prefix.py",
+        "            head.born = cut_first(extent.born, at)\n",
+        "            head.born = extent.born[:]\n",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "part_of_an_extent_lived_as_whole",
+        "lifetimes.py",
+        "born if num_blocks == len(extent.ids) else last(born, num_blocks)",
+        "born",
+        "ReuseMachine",
+    ),
+    Mutant(
+        "part_of_a_run_lived_as_whole",
+        "births.py",
+        "        found[0] += left  # only some of that run\n",
+        "        pass\n",
+        "ReuseMachine",
+    ),
+    Mutant(
         "copy_on_write_skipped",
         "tables.py",
         "        tail = self.shared_tail(sequence)\n        if tail is None:\n            return\n",
