@@ -8,15 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from experiments.tools import compiled
-from sim.compiled import build, packages
+from sim.compiled import build
 from sim.compiled.build import MODULES, compiled_packages, opened
-from sim.compiled.packages import INTERPRETED_VARIABLE, digest, environment, find, folder, sources
+from sim.compiled.packages import INTERPRETED_VARIABLE, digest, environment, find, folder, seal, sources
 
 QUIET = Console(quiet=True)
 
@@ -114,6 +115,31 @@ def test_what_was_compiled_is_not_compiled_again(
     assert len(list(cache.iterdir())) == 2
 
 
+def test_what_is_damaged_is_compiled_again(cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_compile", lambda where: (where / "build").mkdir())
+    made = compiled_packages(copy, QUIET)
+    (made / "sim" / "replay.py").unlink()
+    assert compiled_packages(copy, QUIET) == made == find(copy)
+    assert list(cache.iterdir()) == [made]
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(
+        ValueError, match=r"^the cache \(.*/file/paged-kv-lab/compiled\) cannot be written: Not a "
+    ):
+        compiled_packages(copy, QUIET)
+
+
+def test_a_machine_without_a_c_compiler_is_told(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-compiler -O2")
+    with pytest.raises(ValueError, match=r"^no-compiler is not installed, and compiling needs a C compiler"):
+        compiled_packages(copy, QUIET)
+
+
 def test_what_nobody_has_used_for_a_month_is_removed(
     cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +202,7 @@ def made(cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (target / "sim").mkdir()
     for name, text in (("__init__", ""), ("replay", RUNS_COMPILED), ("command_line", "raise AssertionError")):
         (target / "sim" / f"{name}.py").write_text(text)
+    seal(target)
     monkeypatch.delenv(INTERPRETED_VARIABLE)
     return copy
 
@@ -204,7 +231,22 @@ def test_commands_run_the_sources_once_they_have_changed(made: Path) -> None:
 
 
 def test_commands_run_the_sources_if_told_to(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(INTERPRETED_VARIABLE, "1")
+    for told, obeyed in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv(INTERPRETED_VARIABLE, told)
+        assert outcome(made, "-m", "sim.replay", "a").startswith(INTERPRETED_ANSWER) == obeyed
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "not sealed"])
+def test_commands_run_the_sources_where_something_compiled_is_damaged(made: Path, damage: str) -> None:
+    target = find(made)
+    assert target is not None
+    if damage == "gone":
+        (target / "sim" / "command_line.py").unlink()
+    elif damage == "cut short":
+        (target / "sim" / "replay.py").write_text("")
+    else:
+        (target / "contents").unlink()
+    assert find(made) is None
     assert outcome(made, "-m", "sim.replay", "a").startswith(INTERPRETED_ANSWER)
 
 
@@ -220,10 +262,10 @@ def test_the_fuzzer_sees_the_sources(made: Path) -> None:
 
 def test_a_machine_without_mypy_has_no_compiled_packages(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise packages.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
     assert find(made) is not None
-    monkeypatch.setattr(packages.metadata, "version", missing)
+    monkeypatch.setattr(metadata, "version", missing)
     assert find(made) is None
 
 

@@ -30,7 +30,7 @@ from importlib.util import find_spec
 
 from rich.console import Console
 
-from sim.command_line import run_command
+from sim.command_line import run_command, when_ended
 from sim.compiled.build import compiled_packages
 from sim.compiled.packages import environment, sources
 
@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> None:
     if module is not None and not _is_module(module):
         raise ValueError(f"module ({module}) must be one that python -m can run, for example sim.replay")
     root = sources()
-    target = compiled_packages(root, Console(stderr=True))
+    with when_ended("nothing is compiled"):
+        target = compiled_packages(root, Console(stderr=True))
     if module is None:
         print(f"compiled in {target}: commands run it from now on, until the sources change")
         return

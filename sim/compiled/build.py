@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from importlib.util import find_spec
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sim.compiled.packages import PACKAGES, digest, find, folder
+from sim.compiled.packages import PACKAGES, digest, find, folder, is_complete, seal
 
 _ALLOCATOR = """
 admission batch births blocks chunk_history coasting content content_base decoding lifetimes manager matching pool
@@ -50,7 +52,8 @@ _MORE_IMPORTS = "; import _abc; from abc import ABCMeta; from mypy_extensions im
 def compiled_packages(root: Path, console: Console) -> Path:
     """Return a folder with the packages of `root`, compiled; compile them if nobody has.
 
-    Raises ValueError where mypy, setuptools or a C compiler is missing, or the modules do not compile.
+    Raises ValueError where mypy, setuptools or a C compiler is missing, the modules do not compile, or the folder
+    cannot be written.
     """
     for name in ("mypyc", "setuptools"):
         if find_spec(name) is None:
@@ -58,24 +61,38 @@ def compiled_packages(root: Path, console: Console) -> Path:
     target = find(root)
     if target is not None:
         return target
-    target = folder() / digest(root)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch,
-        console.status("compiling the allocator and the simulator, once: a minute or two"),
-    ):
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if shutil.which(compiler) is None:
+        raise ValueError(f"{compiler} is not installed, and compiling needs a C compiler (CC names another)")
+    try:
+        return _build(root, console)
+    except OSError as error:
+        raise ValueError(f"the cache ({folder()}) cannot be written: {error.strerror}") from None
+
+
+def _build(root: Path, console: Console) -> Path:
+    kept = folder()
+    kept.mkdir(parents=True, exist_ok=True)
+    notice = "compiling the allocator and the simulator, once: a minute or two"
+    if not console.is_terminal:
+        console.print(notice)
+    with tempfile.TemporaryDirectory(dir=kept, prefix="build-") as scratch, console.status(notice):
         made = Path(scratch) / "packages"
         for package in PACKAGES:
             shutil.copytree(root / package, made / package, ignore=shutil.ignore_patterns("__pycache__"))
+        target = kept / digest(made)  # of what was copied: somebody may be editing
         for module in MODULES:
             path = made / module
             path.write_text(opened(path.read_text()))
         _compile(made)
         shutil.rmtree(made / "build")
         shutil.rmtree(made / ".mypy_cache", ignore_errors=True)
-        if not target.is_dir():  # somebody else may have been faster
+        seal(made)
+        if not is_complete(target):  # somebody else may have been faster
+            if target.exists():
+                target.rename(Path(scratch) / "damaged")
             made.rename(target)
-    _clear_out(target.parent)
+    _clear_out(kept)
     return target
 
 
@@ -111,6 +128,8 @@ def _compile(folder: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _SETUP.format(options), "build_ext", "--inplace"],
         cwd=folder,
+        env=os.environ
+        | {"TMPDIR": str(folder.parent)},  # what the compiler leaves when it is killed goes, too
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,15 +1,13 @@
 """Where the compiled packages are, and which commands run them: those that are started once they have been made.
 
-Imports nothing beyond the standard library, as every command asks this first.
+Imports next to nothing, as every command asks this first, before it answers Ctrl-C.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import sys
-from importlib import metadata
+from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
 
@@ -19,7 +17,9 @@ PACKAGES = ("allocator", "sim")
 SOURCES_VARIABLE = "PAGED_KV_LAB_SOURCES"
 """Environment variable: the folder of the sources that what runs was compiled from."""
 INTERPRETED_VARIABLE = "PAGED_KV_LAB_INTERPRETED"
-"""Environment variable: set to anything, commands run the sources even where they have been compiled."""
+"""Environment variable: set to 1, commands run the sources even where they have been compiled."""
+_CONTENTS = "contents"
+"""File in the folder of compiled packages: what belongs there, and how large it is."""
 
 
 def sources() -> Path:
@@ -35,7 +35,13 @@ def folder() -> Path:
 
 
 def digest(root: Path) -> str:
-    """Return what the compiled packages of `root` depend on, in 32 hexadecimal digits: themselves, mypy, and Python."""
+    """Return what the compiled packages of `root` depend on, in 32 hexadecimal digits: themselves, mypy, and Python.
+
+    Raises PackageNotFoundError, a ModuleNotFoundError, without mypy.
+    """
+    import hashlib
+    from importlib import metadata
+
     found = hashlib.sha256(repr((sys.version, EXTENSION_SUFFIXES[0], metadata.version("mypy"))).encode())
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -45,18 +51,45 @@ def digest(root: Path) -> str:
 
 
 def find(root: Path) -> Path | None:
-    """Return the folder of the compiled packages of `root`, as it is now; None if nobody has compiled them."""
+    """Return the folder of the compiled packages of `root`, as it is now; None if nobody has compiled them.
+
+    None, too, where something of theirs has gone missing since.
+    """
     if not folder().is_dir():  # as a rule, and quickly said
         return None
     try:
         found = folder() / digest(root)
-    except (OSError, metadata.PackageNotFoundError):
+    except (OSError, ModuleNotFoundError):
         return None
-    if not found.is_dir():
+    if not is_complete(found):
         return None
-    with contextlib.suppress(OSError):  # a folder that is only read is as good
+    with suppress(OSError):  # a folder that is only read is as good
         os.utime(found)  # so that what nobody uses any more can be told
     return found
+
+
+def is_complete(target: Path) -> bool:
+    """Return whether there are compiled packages, and all that was there when they were sealed."""
+    try:
+        return (target / _CONTENTS).read_text() == _contents(target)
+    except OSError:
+        return False
+
+
+def _contents(target: Path) -> str:
+    """Return the names and sizes of all files of compiled packages, a line each."""
+    lines = []
+    for package in PACKAGES:
+        for place, _, names in os.walk(target / package):
+            if not place.endswith("__pycache__"):
+                lines += [os.path.join(place, name) for name in names]
+    lines += [str(path) for path in target.glob("*.so")]
+    return "".join(sorted(f"{os.path.relpath(line, target)} {os.stat(line).st_size}\n" for line in lines))
+
+
+def seal(target: Path) -> None:
+    """Note what belongs to compiled packages: they are complete."""
+    (target / _CONTENTS).write_text(_contents(target))
 
 
 def environment(target: Path, root: Path) -> dict[str, str]:
@@ -76,7 +109,8 @@ def prefer_compiled(command: ModuleSpec | None) -> None:
     To be called by a module that is run, with its __spec__, ahead of its imports. One that runs within another, a
     profiler or a debugger, stays as it is: those are to see the sources.
     """
-    if os.environ.get(INTERPRETED_VARIABLE) or os.environ.get(SOURCES_VARIABLE) or not _was_called(command):
+    told_not_to = os.environ.get(INTERPRETED_VARIABLE, "0") not in ("", "0")
+    if told_not_to or os.environ.get(SOURCES_VARIABLE) or not _was_called(command):
         return
     root = sources()
     target = find(root)
