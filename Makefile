@@ -9,7 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRACES ?=
 
-.PHONY: install compiled demo test bench
+.PHONY: help install compiled demo test bench
+
+help:
+	@sed -n 's/^# //p' Makefile
 
 install: $(VENV)/.installed
 

@@ -117,7 +117,7 @@ class BlockPool(FreeBlocks):
                 return chosen
         raise ValueError(
             f"policy {type(self.policy).__name__} chose {chosen!r}: a victim must be an extent without references "
-            f"and cached children, and between 1 and {wanted} of its blocks"
+            f"and cached children, and an int, between 1 and {wanted}, of its blocks"
         )
 
     def _evict_stock(self, left: int) -> None:

@@ -29,7 +29,7 @@ class TimingOptions:
 
     cost: str = "roofline"
     """Model of a step's duration: roofline, distserve or dynamo (published fits, whatever the model and GPU), or
-    package.module:Class, made with one argument (sim.timing.Setting)."""
+    package.module:Class, a sim.cost.StepCost made with one argument (sim.timing.Setting)."""
     calibration: Path | None = None
     """File of measured attention times (experiments.tools.calibrate writes it), in place of the roofline's."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sim.build_info import is_compiled
 from sim.metrics import int_column
 from sim.quantities import NONE, percent_text, seconds_text
 
@@ -205,7 +206,8 @@ def report_rows(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
         *_replicas(run, summary),
         (
             "wall time",
-            f"{summary['wall_s']:.2f} s simulating, {summary['total_wall_s']:.2f} s in all",
+            f"{summary['wall_s']:.2f} s simulating{' (compiled)' * is_compiled()}, "
+            f"{summary['total_wall_s']:.2f} s in all",
         ),
     ]
 

@@ -36,7 +36,7 @@ class TimingConfig:
 
     cost: str = "roofline"
     """Model of a step's duration: roofline, distserve or dynamo (published fits, whatever the model and GPU), or
-    package.module:Class, made with one argument (sim.timing.Setting)."""
+    package.module:Class, a sim.cost.StepCost made with one argument (sim.timing.Setting)."""
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +73,10 @@ class TimingConfig:
             cost.step(StepBatch(1, 1, window_keys=(1,) * len(cost.windows)))
             cost.decode_affine(1)
         return cost
+
+
+_KEYS_TRIED = (1, 1000)
+"""Keys of each sequence for which both methods of a user's cost are asked."""
 
 
 class UsersCost:
@@ -117,7 +121,23 @@ class UsersCost:
             ) from None
         slope = self._integer("slope of decode_affine", slope, 0)
         # Each of them attends to one key at least, which may make up for a negative base.
-        return self._integer("base of decode_affine", base, -slope * decode_sequences), slope
+        base = self._integer("base of decode_affine", base, -slope * decode_sequences)
+        if not self.needs_work:
+            for keys in _KEYS_TRIED:
+                self._compare(decode_sequences, keys, base, slope)
+        return base, slope
+
+    def _compare(self, sequences: int, keys: int, base: int, slope: int) -> None:
+        """Raise ValueError unless step says of sequences of so many keys each what decode_affine says."""
+        seen = tuple(sequences * min(keys, window) for window in self.windows)
+        step_ps = self.step(StepBatch(sequences, sequences * keys, window_keys=seen))
+        in_windows = sum(each * slope for each, slope in zip(seen, self.window_slopes, strict=True))
+        expected = base + slope * sequences * keys + in_windows
+        if step_ps != expected:
+            raise ValueError(
+                f"cost ({self._name}): decode_affine ({base}, {slope}) must say what step does, but of {sequences} "
+                f"sequences with {keys} keys each they say {expected} and {step_ps}"
+            )
 
     def _integer(self, what: str, given: object, minimum: int) -> int:
         found = as_int(f"cost ({self._name}): {what}", given, minimum)

@@ -124,6 +124,17 @@ def test_the_routing_policy_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "out" / "summary.json").exists()
 
 
+def test_the_cost_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_cost.py").write_text(block("cost"))
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["synthetic", "--num-requests", "50", "--no-figures"]
+    for name, cost in (("slow", ["--cost", "my_cost:SlowHost"]), ("plain", [])):
+        assert replay([*arguments, *cost, "--out", str(tmp_path / name)]) == 0
+    slow, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("slow", "plain"))
+    gain = slow["tpot_s"]["p50"] - plain["tpot_s"]["p50"]
+    assert gain == pytest.approx(200e-6, rel=0.5)
+
+
 def test_the_policy_is_compared_from_a_folder_of_ones_own(policy_folder: Path) -> None:
     """With nothing but the README's file there, by the README's command."""
     (policy_folder / "test_my_policy.py").unlink()

@@ -119,6 +119,11 @@ class Unmade(RooflineCost):
         pass
 
 
+class Inconsistent(Late):
+    def decode_affine(self, decode_sequences):
+        return 10**9, int(decode_sequences > 1)
+
+
 class Integers(Cost):
     def step(self, batch):
         return np.int64(10**9 + batch.decode_context)
@@ -238,6 +243,11 @@ def test_what_does_not_fit_is_found_out_before_the_run(
         ("Negative", "step (-1) must be at least 0"),
         ("Never", "step (10000000000000000000000000) must be at most 9000000000000000000 picoseconds"),
         ("Late", "base of decode_affine (1.5) must be an integer"),
+        (
+            "Inconsistent",
+            "decode_affine (1000000000, 1) must say what step does, but of 2 sequences with 1 keys each they say "
+            "1000000002 and 1000000000",
+        ),
         ("Shrinking", "slope of decode_affine (-1) must be at least 0"),
     ],
 )

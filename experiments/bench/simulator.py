@@ -127,21 +127,21 @@ class Timing:
 
 def cases(config: Config) -> list[Case]:
     """Return the workloads that the configuration asks for."""
-    found = [Case(f"{rate} requests/s, 128 output tokens", config.num_requests, rate) for rate in (5, 12, 20)]
+    found = [Case(f"{rate} requests/s", config.num_requests, rate) for rate in (5, 12, 20)]
     found += [
-        Case("1 request/s, 1024 output tokens", config.num_requests, 1, output_tokens=1024, skipping=skipping)
+        Case("1/s, 1024 tokens out", config.num_requests, 1, output_tokens=1024, skipping=skipping)
         for skipping in (True, False)
     ]
     if config.trace is not None:
         name = config.trace.stem
-        for scale, rate in ((1.0, ""), (4.0, ", a quarter of the rate")):
+        for scale, rate in ((1.0, ""), (4.0, ", rate / 4")):
             for size in (512, 16):
                 text = f"{name}{rate}, blocks of {size}"
                 found.append(Case(text, tokens_per_block=size, trace=config.trace, time_scale=scale))
     if config.scaling:
         found += _scaling(config)
     if config.streamed:
-        text = "20 requests/s, 128 output tokens, from a file, records on disk"
+        text = "20 requests/s, from a file, records on disk"
         found.append(Case(text, config.streamed, 20, streamed=True))
     return found
 
@@ -294,13 +294,24 @@ def run(config: Config, console: Console) -> list[Timing]:
             console.print(_table(chosen, "compiled" if compiled else "interpreted"))
     spread = [timing.yardstick_s for timing in timings]
     console.print(
-        f"Median of {config.runs} runs, and the extremes; one run above {_KEPT:,} requests.\n"
+        "Prompts of 512 tokens, 128 tokens of output unless said otherwise. "
+        f"Medians of {config.runs} runs, and the extremes; one run above {_KEPT:,} requests.\n"
         "In the clock: scheduling, allocation, the cost model, SimPy, and all records; above "
         f"{_KEPT:,} requests, making or reading them, and writing the records to disk.\n"
         "Not in the clock: making or reading fewer requests, sizing the pool, columns, metrics, figures, files.\n"
         f"Yardstick, a million dict inserts and look-ups: {min(spread):.3f} to {max(spread):.3f} s."
     )
+    if ratios := _ratios(timings):
+        console.print(f"Compiled takes {min(ratios):.2f} to {max(ratios):.2f} of the interpreted time.")
     return timings
+
+
+def _ratios(timings: list[Timing]) -> list[float]:
+    """Return compiled time over interpreted time, of each case that ran both ways."""
+    walls: dict[tuple[str, bool], dict[bool, float]] = {}
+    for timing in timings:
+        walls.setdefault((timing.workload, timing.skipping), {})[timing.compiled] = timing.wall_s
+    return [found[True] / found[False] for found in walls.values() if len(found) == 2]
 
 
 def _table(timings: list[Timing], title: str) -> Table:
