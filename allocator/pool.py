@@ -55,7 +55,7 @@ class BlockPool(FreeBlocks):
         self._notes_exposed = type(policy).exposed is not EvictionPolicy.exposed
         # A policy that empties one victim before it chooses the next need not be asked block by block. It has to
         # say so itself: a subclass may choose differently.
-        self.drains: bool = vars(type(policy)).get("drains_victims", False)
+        self.drains = bool(vars(type(policy)).get("drains_victims", False))
         self._settle_at = 0  # the stock at which index and policy are to be told
         index.settle = self.settle
         self._windowed = index.windowed

@@ -271,25 +271,28 @@ class PrefixIndex:
         """
         width = anchor.width
         at, total = 0, len(ids)
-        while at < total:
-            child = (anchor.children or {}).get(keys[at * width : (at + 1) * width])
-            if child is None:
-                yield self.attach(anchor, keys[at * width :], ids[at:]), True
-                return
-            if child.grower is not None:
-                child.grower.catch_up()
-            is_ghost = not child.ids
-            if self.draining is not None and (child is self.draining or (is_ghost and self.forgot)):
-                self.settle()
-                continue
-            matched = common_blocks(child.keys, keys, at, width)
-            if matched * width < len(child.keys):
-                child = split(child, matched)
-            if is_ghost:
-                self.revive(child, ids[at : at + matched])
-            yield child, is_ghost
-            anchor = child
-            at += matched
+        try:
+            while at < total:
+                child = (anchor.children or {}).get(keys[at * width : (at + 1) * width])
+                if child is None:
+                    yield self.attach(anchor, keys[at * width :], ids[at:]), True
+                    return
+                if child.grower is not None:
+                    child.grower.catch_up()
+                is_ghost = not child.ids
+                if self.draining is not None and (child is self.draining or (is_ghost and self.forgot)):
+                    self.settle()
+                    continue
+                matched = common_blocks(child.keys, keys, at, width)
+                if matched * width < len(child.keys):
+                    child = split(child, matched)
+                if is_ghost:
+                    self.revive(child, ids[at : at + matched])
+                yield child, is_ghost
+                anchor = child
+                at += matched
+        except StopIteration as error:  # a policy's: compiled code would take it for the end of this
+            raise RuntimeError("a StopIteration came up where blocks are indexed") from error
 
     def attach(self, parent: Extent, keys: bytes, ids: array[int]) -> Extent:
         """Hang a new extent below `parent`, which must have no child with that first key."""

@@ -86,7 +86,8 @@ def run_command(action: Callable[[], object]) -> int:
         if answers:
             signal.signal(signal.SIGTERM, _terminate)
         action()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where whoever called has closed it
+            sys.stdout.flush()
     except BrokenPipeError:
         # What is still buffered would be written, and fail again, when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,10 @@
-"""How long a step takes: the StepCost contract and the roofline that implements it by default."""
+"""How long a step takes: what a step is, and the roofline that implements the StepCost contract by default."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from allocator.field_docs import with_field_docs
 from allocator.model import ModelSpec
 from sim.hardware import GPUSpec
+from sim.step_cost import StepCost
 
 if TYPE_CHECKING:
     from sim.scheduler.job import Job
+
+__all__ = ["PS_PER_S", "RooflineCost", "StepBatch", "StepCost", "StepWork", "causal_scores"]
 
 PS_PER_S = 10**12
 
@@ -71,28 +74,6 @@ class StepBatch:
         self.swapped_tokens = swapped_tokens
         self.window_keys = window_keys
         self.work = work
-
-
-class StepCost(Protocol):
-    """The duration of a step, in integer picoseconds so that sums in closed form are exact.
-
-    A cost that finds the duration by doing the work has an attribute `needs_work` that is true. One to which it
-    matters how many keys lie in attention windows says so with two more attributes, tuples of equal length:
-    `windows`, different numbers of keys, and `window_slopes`, picoseconds a key that lies in each.
-    """
-
-    def step(self, batch: StepBatch) -> int:
-        """Return the duration of a step that computes `batch`. Pure: equal batches take equally long."""
-        ...
-
-    def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
-        """Return (base, slope) in picoseconds such that, for every context C that `decode_sequences` sequences
-        can have, step(StepBatch(decode_sequences, C)) == base + slope · C, exactly. With `windows`, in which
-        K keys lie, it is base + slope · C + Σ window_slopes · K.
-
-        None says that no such pair exists; decode steps are then computed one by one.
-        """
-        ...
 
 
 class RooflineCost:

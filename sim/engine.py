@@ -67,7 +67,12 @@ def simulate(
     wishes = make_wishes(retention, build, cache, requests, has_host=num_host_blocks > 0)
     scheduler = Scheduler(manager, build, engine, cost, wishes)
     replica = Replica(requests, scheduler, recorder, cost, engine.event_skipping, progress)
-    return recorder.result(run_clock(lambda environment: replica.run(environment.timeout)))
+    wall_s = run_clock(lambda environment: replica.run(environment.timeout))
+    if replica.done != len(requests):
+        raise RuntimeError(
+            f"the run ended with {replica.done} of {len(requests)} requests finished or rejected"
+        )
+    return recorder.result(wall_s)
 
 
 def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any, None]]) -> float:
@@ -76,18 +81,26 @@ def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any,
     Raises ValueError if it goes on for longer than 64-bit integers can tell.
     """
     environment = simpy.Environment()
-    environment.process(process(environment))
+    running = environment.process(process(environment))
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic garbage before the run ends, and scanning it all takes a third of the time
     start = perf_counter()
+    failure: Exception | None = None
     try:
         environment.run()
-    except OverflowError as error:  # the records, all int64, are what finds it out: no step looks at the time
-        raise ValueError(_TOO_LONG) from error
+    except Exception as error:
+        # SimPy raises an error anew from its args, which does not suit every one: this is the one that was raised.
+        failure = running.value if running.triggered and not running.ok else error
     finally:
         wall_s = perf_counter() - start  # before the collector takes its turn, in one go
         if collecting:
             gc.enable()
+    if isinstance(
+        failure, OverflowError
+    ):  # the records, all int64, are what finds it out: no step looks at the time
+        raise ValueError(_TOO_LONG) from failure
+    if failure is not None:
+        raise failure
     if environment.now > MAX_TIME_PS:
         raise ValueError(_TOO_LONG)
     return wall_s

@@ -37,7 +37,7 @@ class Replica:
         self.cost = cost
         self._skipping = skipping
         self._progress = progress
-        self._done = 0
+        self.done = 0  # requests that are finished or rejected
         self._needs_work: bool = getattr(cost, "needs_work", False)
         self._affine: dict[int, tuple[int, int] | None] = {}
         self._window_slopes: tuple[int, ...] = getattr(cost, "window_slopes", ())
@@ -69,53 +69,56 @@ class Replica:
         running, waiting, batch = scheduler.running, scheduler.waiting, scheduler.batch
         skipping = self._skipping
         now = clock = 0
-        while True:
-            if arrivals.next_ps <= now:
-                self.take_arrivals(now)
-            if not running and not waiting:
-                next_ps = arrivals.next_ps
-                if next_ps == NEVER:
-                    arrivals.close()
-                    yield timeout(now - clock)
-                    return
-                yield timeout(next_ps - clock)
-                now = clock = next_ps
-                self.set_clock(now)
-                continue
-            if retains:
-                self._expiry_ps = self.next_expiry()
-            plan = None
-            end = self._coast(now) if skipping else None
-            if end is not None:
-                now = end
-            else:
-                plan = self.schedule(now)
-                first_ps = self.step_ps(plan)
-                if not plan.chunks and plan.is_quiet:  # the first says it, as a rule, and at once
-                    stretch = Stretch(self, plan, now, first_ps)
-                    if skipping:
-                        stretch.skip()
-                    yield timeout(stretch.end_ps - clock)
-                    now = clock = stretch.end_ps
-                    while not skipping and stretch.step():
+        try:
+            while True:
+                if arrivals.next_ps <= now:
+                    self.take_arrivals(now)
+                if not running and not waiting:
+                    next_ps = arrivals.next_ps
+                    if next_ps == NEVER:
+                        arrivals.close()
+                        yield timeout(now - clock)
+                        return
+                    yield timeout(next_ps - clock)
+                    now = clock = next_ps
+                    self.set_clock(now)
+                    continue
+                if retains:
+                    self._expiry_ps = self.next_expiry()
+                plan = None
+                end = self._coast(now) if skipping else None
+                if end is not None:
+                    now = end
+                else:
+                    plan = self.schedule(now)
+                    first_ps = self.step_ps(plan)
+                    if not plan.chunks and plan.is_quiet:  # the first says it, as a rule, and at once
+                        stretch = Stretch(self, plan, now, first_ps)
+                        if skipping:
+                            stretch.skip()
                         yield timeout(stretch.end_ps - clock)
                         now = clock = stretch.end_ps
-                    stretch.record()
+                        while not skipping and stretch.step():
+                            yield timeout(stretch.end_ps - clock)
+                            now = clock = stretch.end_ps
+                        stretch.record()
+                    else:
+                        end = now + first_ps
+                        yield timeout(end - clock)
+                        self.record(plan, now, end, 1, first_ps, 0, None)
+                        now = clock = end
+                if tells_time:
+                    self.set_clock(now)
                 else:
-                    end = now + first_ps
-                    yield timeout(end - clock)
-                    self.record(plan, now, end, 1, first_ps, 0, None)
-                    now = clock = end
-            if tells_time:
-                self.set_clock(now)
-            else:
-                pool.now = now
-            if scheduler.end_tick == batch.tick:
-                self.end_decodes(now)
-            if plan is not None and plan.completed:
-                self.end_prefills(plan, now)
-            if now >= self._map_due_ps:
-                self.sample_map(now)
+                    pool.now = now
+                if scheduler.end_tick == batch.tick:
+                    self.end_decodes(now)
+                if plan is not None and plan.completed:
+                    self.end_prefills(plan, now)
+                if now >= self._map_due_ps:
+                    self.sample_map(now)
+        except StopIteration as error:  # a policy's: compiled code would take it for the end of this
+            raise RuntimeError("a StopIteration came up where steps are taken") from error
 
     # ---------------------------------------------------------------- time
 
@@ -169,11 +172,11 @@ class Replica:
         self._reject(turn, turn.arrival_ps, "follows_rejected")
 
     def _count_done(self) -> None:
-        self._done += 1
-        if not self._done & 63:
+        self.done += 1
+        if not self.done & 63:
             self.recorder.pack()
             if self._progress is not None:
-                self._progress(self._done)
+                self._progress(self.done)
 
     # ---------------------------------------------------------------- steps
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,10 @@ class Request:
             raise ValueError(f"parent ({self.parent}) must be -1 or an earlier request of {self.request_id}")
         self._check_content()
         object.__setattr__(self, "num_sequences", self.num_samples * self.beam_width)
+
+    def __reduce__(self) -> tuple[type[Request], tuple[object, ...]]:
+        """Say how to copy and pickle it: by making another, as nothing of this one can be set."""
+        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
 
     def _check_content(self) -> None:
         if self.chunk_ids is not None and self.token_ids is not None:

@@ -15,7 +15,7 @@ from sim.cost import RooflineCost, StepBatch, StepCost
 from sim.hardware import GPUSpec
 from sim.published import DistServeCost, DynamoCost
 from sim.request import MAX_TIME_PS
-from sim.user_code import failed_in, require_methods
+from sim.user_code import attribute, failed_in, require_methods
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class TimingConfig:
         except Exception as error:  # whatever a user's module does when imported
             raise ValueError(f"cost ({self.cost}) cannot be made: {error}") from None
         for method in ("step", "decode_affine"):
-            if not callable(getattr(made, method, None)):
+            if not callable(attribute("cost", self.cost, made, method, None)):
                 raise ValueError(f"cost ({self.cost}) must have a method {method}, see sim.cost.StepCost")
-        require_methods("cost", self.cost, made, StepCost)
+        require_methods("cost", self.cost, made, StepCost, "sim.cost.StepCost")
         cost = UsersCost(self.cost, made)
         if not cost.needs_work:  # one that does the work has none to do yet
             cost.step(StepBatch(1, 1, window_keys=(1,) * len(cost.windows)))
@@ -89,7 +89,12 @@ class UsersCost:
         """Take the name it was chosen by, and what was made from that."""
         self._name = name
         self._made = made
-        self.needs_work: bool = bool(getattr(made, "needs_work", False))
+        self.needs_work = bool(attribute("cost", name, made, "needs_work", False))
+        hidden = [each for each in ("windows", "window_slopes") if _hides(type(made), each)]
+        if hidden:
+            raise ValueError(
+                f"cost ({name}): {hidden[0]} must be set in __init__, after RooflineCost's, which sets its own"
+            )
         self.windows = self._integers("windows")
         self.window_slopes = self._integers("window_slopes")
         if len(self.windows) != len(self.window_slopes):
@@ -101,7 +106,7 @@ class UsersCost:
         """Return the duration of a step, picoseconds."""
         try:
             answer = self._made.step(batch)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failed_in("step", "cost", self._name, error) from error
         return self._integer("step", answer, 0)
 
@@ -109,7 +114,7 @@ class UsersCost:
         """Return base and slope of a step of so many decoding sequences, or None if it has none."""
         try:
             answer = self._made.decode_affine(decode_sequences)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failed_in("decode_affine", "cost", self._name, error) from error
         if answer is None:
             return None
@@ -149,10 +154,17 @@ class UsersCost:
 
     def _integers(self, what: str) -> tuple[int, ...]:
         """Return an attribute with a number for each window, none if it is not there."""
-        given = getattr(self._made, what, ())
+        given = attribute("cost", self._name, self._made, what, ())
         if not isinstance(given, tuple | list):
             raise ValueError(f"cost ({self._name}): {what} ({given!r}) must be a tuple")
         return tuple(self._integer(what, each, 0) for each in given)
+
+
+def _hides(kind: type, attribute: str) -> bool:
+    """Return whether a class derived from RooflineCost has an attribute that its instances have already."""
+    if not issubclass(kind, RooflineCost):
+        return False
+    return any(attribute in vars(base) for base in kind.__mro__[: kind.__mro__.index(RooflineCost)])
 
 
 def _roofline(setting: Setting) -> StepCost:

@@ -155,8 +155,11 @@ def test_what_nobody_has_used_for_a_month_is_removed(
 
 
 def test_mypyc_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^mypyc is not installed, and compiling needs it: pip install "):
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ValueError, match=r"^mypy is not installed, and compiling needs it: pip install "):
         compiled_packages(sources(), QUIET)
 
 
@@ -178,11 +181,11 @@ def test_the_compiled_packages_are_found_first_and_the_users_modules_too(
     (tmp_path / "my_policy.py").touch()
     monkeypatch.chdir(tmp_path)
     code = (
-        "import subprocess, sys; again = [sys.executable, '-c', 'import sim, my_policy; print(sim.mine)'];"
+        "import subprocess, sys; again = [sys.executable, '-P', '-c', 'import sim, my_policy; print(sim.mine)'];"
         "import sim, my_policy, experiments; print(sim.mine, flush=True); subprocess.run(again, check=True)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         env=environment(tmp_path / "made", sources()),
         capture_output=True,
         text=True,
@@ -278,6 +281,19 @@ def test_compiling_alone_says_what_follows(
     assert said == f"compiled in {cache}/made: commands run it from now on, until the sources change\n"
 
 
+def test_a_folder_that_path_variables_cannot_name_keeps_to_the_sources(made: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "a:b"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "sim.replay", "a"],
+        env=os.environ | {"PYTHONPATH": f"{made}:{sources()}"},
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.startswith(INTERPRETED_ANSWER)
+
+
 WORKLOAD = ["--num-requests", "400", "--turns-mean", "2", "--sampling-share", "0.1", "--beam-share", "0.1"]
 RUNS = """
 
@@ -331,7 +347,10 @@ def test_abstract_classes_know_their_own_instances_alone(tmp_path: Path) -> None
     """mypyc's would share one register of subclasses."""
     target = compiled_packages(sources(), QUIET)
     done = subprocess.run(
-        [sys.executable, "-c", CLASSES], env=environment(target, sources()), capture_output=True, text=True
+        [sys.executable, "-P", "-c", CLASSES],
+        env=environment(target, sources()),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -365,3 +384,94 @@ def test_the_results_are_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytes
         assert found[0].keys() == found[1].keys()
         different = [str(path) for path in found[0] if found[0][path] != found[1][path]]
         assert not different, (options, different)
+
+
+WRONG = """
+import copy
+import pickle
+
+from allocator.eviction import LRU
+from sim.cluster.routing import LeastLoaded
+from sim.cost import RooflineCost
+
+
+class Stops(LRU):
+    def victim(self, wanted):
+        return next(iter(()))
+
+
+class StopsSplitting(LRU):
+    def split(self, head, tail):
+        raise StopIteration
+
+
+class Answers(LRU):
+    def victim(self, wanted):
+        extent, count = super().victim(wanted)
+        return extent, float(count)
+
+
+class Drains(LRU):
+    drains_victims = 1
+
+
+class Short:
+    def __init__(self, setting):
+        pass
+
+    def step(self):
+        return 1
+
+    def decode_affine(self, decode_sequences):
+        return None
+
+
+class Stepped(RooflineCost):
+    def __init__(self, setting):
+        pass
+
+
+class Copies(LeastLoaded):
+    def choose(self, request, replicas):
+        for other in (copy.deepcopy(request), pickle.loads(pickle.dumps(request))):
+            assert other.num_sequences == request.num_sequences and other is not request
+        return super().choose(request, replicas)
+"""
+ANSWERS = {
+    "policy wrong:Stops": "policy (wrong:Stops) failed in victim: StopIteration",
+    "policy wrong:StopsSplitting": "policy (wrong:StopsSplitting) failed in split: StopIteration",
+    "policy wrong:Answers": "policy Answers chose (",
+    "policy wrong:Drains": "",
+    "cost wrong:Short": "cost (wrong:Short): step must take (batch), as sim.cost.StepCost.step does",
+    "cost wrong:Stepped": "cost (wrong:Stepped) failed in step: AttributeError: ",
+    "routing wrong:Copies": "",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [[], ["experiments.tools.compiled"]], ids=["interpreted", "compiled"])
+@pytest.mark.parametrize("option", ANSWERS)
+def test_what_a_user_does_wrong_is_told_in_either_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, kind: list[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(sources()))
+    (tmp_path / "wrong.py").write_text(WRONG)
+    arguments = [
+        "synthetic",
+        "--num-requests",
+        "60",
+        "--num-blocks",
+        "40",
+        "--no-figures",
+        "--num-replicas",
+        "2",
+    ]
+    arguments += ["--system-prompts", "3", "--system-prompt-tokens", "128", "--out", "out"]
+    command = [sys.executable, "-m", *kind, "sim.replay", *arguments, *f"--{option}".split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    answer = ANSWERS[option]
+    if answer:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {answer}"), done.stderr
+    else:
+        assert done.returncode == 0, done.stderr

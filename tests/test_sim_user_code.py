@@ -56,6 +56,46 @@ class Unaware(LRU):
         pass
 
 
+class Stops(LRU):
+    def victim(self, wanted):
+        return next(iter(()))
+
+
+class StopsSplitting(LRU):
+    def split(self, head, tail):
+        raise StopIteration
+
+
+class Undone(LRU):
+    released = None
+
+
+class Odd(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+class RaisesOdd(LRU):
+    def victim(self, wanted):
+        raise Odd("one", "two")
+
+
+class Exits(LRU):
+    def victim(self, wanted):
+        raise SystemExit
+
+
+class Looks(LRU):
+    @property
+    def released(self):
+        raise KeyError("which")
+
+
+class StopsRouting(RoutingPolicy):
+    def choose(self, request, replicas):
+        return next(replica for replica in replicas if replica is None)
+
+
 class Cost:
     def __init__(self, setting):
         self.left = 5
@@ -119,6 +159,24 @@ class Unmade(RooflineCost):
         pass
 
 
+class Exit(Cost):
+    def step(self, batch):
+        raise SystemExit(0)
+
+
+class Unknown(Late):
+    @property
+    def windows(self):
+        raise OSError("unknown")
+
+
+class Hides(RooflineCost):
+    windows = (512,)
+
+    def __init__(self, setting):
+        super().__init__(setting.model, setting.gpu)
+
+
 class Inconsistent(Late):
     def decode_affine(self, decode_sequences):
         return 10**9, int(decode_sequences > 1)
@@ -179,6 +237,18 @@ def _line(text: str) -> int:
             ["        return super().choose(request)"],
         ),
         ("policy", "Policy", "victim", "KeyError", ["        raise KeyError"]),
+        ("policy", "Stops", "victim", "StopIteration", ["        return next(iter(()))"]),
+        ("policy", "StopsSplitting", "split", "StopIteration", ["        raise StopIteration"]),
+        ("policy", "RaisesOdd", "victim", "Odd: one", ['        raise Odd("one", "two")']),
+        ("policy", "Exits", "victim", "SystemExit", ["        raise SystemExit"]),
+        (
+            "routing",
+            "StopsRouting",
+            "choose",
+            "StopIteration",
+            ["        return next(replica for replica in replicas if replica is None)"],
+        ),
+        ("cost", "Exit", "step", "SystemExit: 0", ["        raise SystemExit(0)"]),
         (
             "cost",
             "Cost",
@@ -199,13 +269,14 @@ def test_what_a_users_class_raises_is_said_to_be_its_own(
     way: list[str],
 ) -> None:
     arguments = ["synthetic", "--num-requests", "60", "--num-blocks", "40", "--no-figures"]
+    arguments += ["--system-prompts", "3", "--system-prompt-tokens", "128"]
     if option == "routing":
         arguments += ["--num-replicas", "2"]
     assert main([*arguments, f"--{option}", f"theirs:{name}", "--out", str(tmp_path / "out")]) == 2
     first, *below = capsys.readouterr().err.splitlines()
     assert first == f"error: {option} (theirs:{name}) failed in {method}: {reason}"
     assert below[0] == "Traceback (most recent call last):"
-    assert below[-1] == reason
+    assert below[-1] in (reason, f"theirs.{reason}")
     frames = [line for line in below if line.startswith("  File ")]
     expected = [f'  File "{theirs}", line {_line(text)}, in ' for text in way]
     assert all(frame.startswith(start) for frame, start in zip(frames, expected, strict=True))
@@ -220,6 +291,8 @@ def test_what_a_users_class_raises_is_said_to_be_its_own(
             "Missing",
             "choose must take (request, replicas), as sim.cluster.routing.RoutingPolicy.choose",
         ),
+        ("policy", "Undone", "released (None) must be a method"),
+        ("cost", "Hides", "windows must be set in __init__, after RooflineCost's, which sets its own"),
         ("policy", "Unaware", "hit must take (extent), as allocator.eviction.policy.EvictionPolicy.hit does"),
         ("cost", "Short", "step must take (batch), as sim.cost.StepCost.step does"),
         ("cost", "Seconds", "step (0.5) must be an integer"),
@@ -257,6 +330,21 @@ def test_what_a_cost_answers_later_is_looked_at_too(
     arguments = ["synthetic", "--num-requests", "60", "--requests-per-s", "100", "--cost", f"theirs:{name}"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"error: cost (theirs:{name}): {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "failed"),
+    [
+        ("policy", "Looks", "released: KeyError: 'which'"),
+        ("cost", "Unknown", "windows: OSError: unknown"),
+    ],
+)
+def test_what_a_property_raises_is_the_users_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, name: str, failed: str
+) -> None:
+    arguments = ["synthetic", "--num-requests", "5", f"--{option}", f"theirs:{name}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} (theirs:{name}) failed in {failed}\n")
 
 
 def test_a_cost_without_what_its_base_made_is_the_users_fault(

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
     answer_interrupts()
 
-import os
 import sys
 from importlib.util import find_spec
 
@@ -32,7 +31,7 @@ from rich.console import Console
 
 from sim.command_line import run_command, when_ended
 from sim.compiled.build import compiled_packages
-from sim.compiled.packages import environment, sources
+from sim.compiled.packages import become, sources
 
 
 def main(arguments: list[str]) -> None:
@@ -49,8 +48,7 @@ def main(arguments: list[str]) -> None:
     if module is None:
         print(f"compiled in {target}: commands run it from now on, until the sources change")
         return
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", module, *rest], environment(target, root))
+    become(["-m", module, *rest], target, root)
 
 
 def _is_module(name: str) -> bool:

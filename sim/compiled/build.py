@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -55,9 +55,13 @@ def compiled_packages(root: Path, console: Console) -> Path:
     Raises ValueError where mypy, setuptools or a C compiler is missing, the modules do not compile, or the folder
     cannot be written.
     """
-    for name in ("mypyc", "setuptools"):
-        if find_spec(name) is None:
-            raise ValueError(f"{name} is not installed, and compiling needs it: pip install mypy setuptools")
+    for name in ("mypy", "setuptools"):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise ValueError(
+                f"{name} is not installed, and compiling needs it: pip install mypy setuptools"
+            ) from None
     target = find(root)
     if target is not None:
         return target

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
+from typing import NoReturn
 
 import allocator
 
@@ -93,14 +94,29 @@ def seal(target: Path) -> None:
 
 
 def environment(target: Path, root: Path) -> dict[str, str]:
-    """Return the environment in which a command, and all processes it starts, finds the compiled packages first."""
-    # Without PYTHONSAFEPATH, Python would look in the current folder before; users' own modules are there, too.
-    paths = [str(target), os.getcwd(), str(root), os.environ.get("PYTHONPATH", "")]
+    """Return the environment in which Python, called with -P, finds the compiled packages first.
+
+    Then the current folder, where users' own modules are, unless Python was told not to look there. Raises ValueError
+    where a folder cannot stand in PYTHONPATH, or the current one is no more.
+    """
+    try:
+        paths = [str(target), *([] if sys.flags.safe_path else [os.getcwd()]), str(root)]
+    except OSError as error:
+        raise ValueError(f"the current folder cannot be read: {error.strerror}") from None
+    for path in paths:
+        if os.pathsep in path:
+            raise ValueError(f"the name of the folder ({path}) must not contain {os.pathsep!r}")
+    paths.insert(-1, os.environ.get("PYTHONPATH", ""))
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONSAFEPATH": "1",
         SOURCES_VARIABLE: str(root),
     }
+
+
+def become(arguments: list[str], target: Path, root: Path) -> NoReturn:
+    """Run Python anew with these arguments and the compiled packages. Raises ValueError as `environment` does."""
+    found = environment(target, root)
+    os.execve(sys.executable, [sys.executable, "-P", *arguments], found)
 
 
 def prefer_compiled(command: ModuleSpec | None) -> None:
@@ -115,8 +131,8 @@ def prefer_compiled(command: ModuleSpec | None) -> None:
     root = sources()
     target = find(root)
     if target is not None:
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment(target, root))
+        with suppress(ValueError):
+            become(sys.orig_argv[1:], target, root)
 
 
 def _was_called(command: ModuleSpec | None) -> bool:
