@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "registered_under_the_wrong_parent",
         "prefix.py",
-        "            anchor = child\n            at += matched\n",
-        "            at += matched\n",
+        "                anchor = child\n                at += matched\n",
+        "                at += matched\n",
         "ReuseMachine",
     ),
     Mutant(
@@ -843,8 +843,9 @@ MUTANTS = [
     Mutant(
         "repeated_beside_what_has_grown",
         "prefix.py",
-        "            if child.grower is not None:\n                child.grower.catch_up()\n            is_ghost",
-        "            is_ghost",
+        "                if child.grower is not None:\n                    child.grower.catch_up()\n"
+        "                is_ghost",
+        "                is_ghost",
         "BatchMachine AllocatorMachine",
     ),
 ]
