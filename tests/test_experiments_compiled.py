@@ -134,7 +134,9 @@ def test_a_cache_that_cannot_be_written_is_named(
         compiled_packages(copy, QUIET)
 
 
-def test_a_machine_without_a_c_compiler_is_told(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_c_compiler_is_told(
+    cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CC", "no-compiler -O2")
     with pytest.raises(ValueError, match=r"^no-compiler is not installed, and compiling needs a C compiler"):
         compiled_packages(copy, QUIET)
