@@ -13,7 +13,8 @@ from sim.stored import ColumnFiles
 Table = NDArray[np.int64]
 """int64 [rows, columns]"""
 
-_ROWS = 8192
+_ROWS = 1024
+"""Rows that are kept until they are packed: so few that their numbers are still in the processor's caches then."""
 _FEWEST_ROWS = 256
 
 
