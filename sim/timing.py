@@ -136,7 +136,7 @@ class UsersCost:
         """Raise ValueError unless step says of sequences of so many keys each what decode_affine says."""
         seen = tuple(sequences * min(keys, window) for window in self.windows)
         step_ps = self.step(StepBatch(sequences, sequences * keys, window_keys=seen))
-        in_windows = sum(each * slope for each, slope in zip(seen, self.window_slopes, strict=True))
+        in_windows = sum(each * extra for each, extra in zip(seen, self.window_slopes, strict=True))
         expected = base + slope * sequences * keys + in_windows
         if step_ps != expected:
             raise ValueError(
