@@ -100,7 +100,7 @@ def _replicas(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     moved = summary["transfers"]
     roles = ("prefill", "decode")
     return [
-        ("replicas", f"{len(replicas)}, of which {apart} only compute prompts, {routing}"),
+        ("replicas", f"{len(replicas)}, {apart} of them for prompts alone, {routing}"),
         *((f"  {role}", _spans([each for each in replicas if each["role"] == role])) for role in roles),
         (
             "transfers",

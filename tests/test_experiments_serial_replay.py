@@ -96,8 +96,8 @@ def test_the_command_prints_shares(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(trace), "--num-blocks", "1", "2", "3", "--policies", *policies]) == 0
     printed = capsys.readouterr().out
     assert "6 requests, 6 blocks" in printed
-    rows = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
-    assert rows == [
+    rows = [line.split() for line in printed[printed.rindex("─") + 1 :].splitlines()]
+    assert [row for row in rows if row] == [
         ["lru", "0.0000", "0.0000", "0.5000"],
         ["belady", "0.0000", "0.3333", "0.5000"],
         ["weighted_belady", "0.0000", "0.3333", "0.5000"],  # all blocks lie equally deep

@@ -156,8 +156,8 @@ def test_the_policy_is_compared_from_a_folder_of_ones_own(policy_folder: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    table = [line.replace("│", " ").split() for line in done.stdout.splitlines() if line.startswith("│")]
-    hits = {" ".join(row[:-1]): float(row[-1]) for row in table}
+    table = done.stdout[done.stdout.rindex("─") + 1 :].strip().splitlines()
+    hits = {" ".join(row[:-1]): float(row[-1]) for row in map(str.split, table)}
     assert list(hits) == ["lru", "my_policy:MRU", "belady", "weighted_belady", "offline bound"]
     assert 0 < hits["my_policy:MRU"] <= hits["offline bound"]
     assert hits["lru"] < hits["my_policy:MRU"]  # prefixes that come round in a fixed order

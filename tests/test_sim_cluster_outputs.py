@@ -172,7 +172,7 @@ def test_the_report_has_a_line_for_each_role(tmp_path: Path, capsys: pytest.Capt
     flags = ["--num-replicas", "4", "--prefill-replicas", "2", "--no-figures"]
     summary = replay([*SHARED, *TIGHT, *flags], tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "replicas 4, of which 2 only compute prompts, round_robin prefill requests" in said
+    assert "replicas 4, 2 of them for prompts alone, round_robin prefill requests" in said
     for role in ("prefill", "decode"):
         own = [each for each in summary["replicas"] if each["role"] == role]
         numbers = [each["requests"] for each in own]

@@ -25,6 +25,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,7 @@ from allocator.config import CacheConfig
 from allocator.content import ChunkContent
 from allocator.eviction import Belady, EvictionPolicy, WeightedBelady, make_policy
 from allocator.manager import KVCacheManager, OutOfBlocks
+from experiments.tools._table import print_uncut
 from sim.command_line import parse_dataclass, run_command
 from sim.traces import Trace, read_trace
 from sim.user_code import blaming
@@ -152,7 +154,7 @@ def run(config: Config, console: Console) -> None:
         require_int("num_blocks", size, 1)
     requests = blocks_of(read_trace(config.trace, num_requests=config.num_requests))
     total = sum(map(len, requests))
-    table = Table("policy", *(f"{size:,} blocks" for size in config.num_blocks))
+    table = Table("policy", *(f"{size:,} blocks" for size in config.num_blocks), box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for name in config.policies:
@@ -164,7 +166,7 @@ def run(config: Config, console: Console) -> None:
         "offline bound", *(f"{offline_bound(requests, size) / total:.4f}" for size in config.num_blocks)
     )
     console.print(f"{len(requests):,} requests, {total:,} blocks; share of blocks hit", highlight=False)
-    console.print(table)
+    print_uncut(table, console)
 
 
 def main(arguments: list[str]) -> int:

@@ -36,13 +36,13 @@ import tyro
 from joblib import Parallel, cpu_count, delayed
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import track
 from rich.table import Table
 
 from allocator.checks import require_int
 from experiments.tools._intervals import interval
 from experiments.tools._sweep_figure import MOST_LINES, Found, Values, draw
+from experiments.tools._table import print_uncut
 from sim import style
 from sim.command_line import flags_of, parse_dataclass, run_command
 from sim.manifest import RunSpec
@@ -287,9 +287,7 @@ def show(
     for values, rows in found.items():
         last = [overloaded.get(values, "")] if overloaded else []
         table.add_row(*(value for _, value in values), *map(shown, rows), *last)
-    # A terminal that is too narrow wraps the lines; cut figures would be of no use.
-    needed = Measurement.get(console, console.options.update(width=1000), table).maximum
-    Console(file=console.file, width=max(needed, console.width)).print(table)
+    print_uncut(table, console)
 
 
 def sweep(config: Config, replay: Sequence[str], console: Console) -> None:
