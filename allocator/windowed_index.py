@@ -95,8 +95,6 @@ class WindowedIndex(PrefixIndex):
     def trim(self, extent: Extent, num_blocks: int) -> array[int]:
         """Take the block out of the index, leave a ghost, and return its id."""
         ids = self._empty(extent)
-        if extent.born is not None:
-            extent.born = None
         self._leave_ghost_of(extent)
         return ids
 
@@ -135,6 +133,7 @@ class WindowedIndex(PrefixIndex):
         node.parent.live_children -= 1
         self.version += 1
         ids, node.ids = node.ids, array("i")
+        node.born = None
         return ids
 
     def _prune(self, node: Extent) -> None:

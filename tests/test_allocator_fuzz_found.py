@@ -243,3 +243,21 @@ def test_found_wish_for_a_block_that_a_sequence_was_cut_within() -> None:
     kept = {extent.start: extent.retention for extent in sequence.anchor.path()}
     assert kept == {0: Retention(0, 5), 1: None}
     manager.check_invariants()
+
+
+def test_found_block_that_was_filled_twice() -> None:
+    """A node that is needed by those below it kept the date of the block that it had lost."""
+    state = AllocatorMachine()
+    state.start(5, 1, reuse=False, policy=0, ghosts=0, log=0, window=11)
+    assert state.manager.pool.lifetimes is not None
+    state.admit_halves(
+        prompt=PromptSpec(kind="chunks", symbols=[0, 0, 0, 0], cut=2, named=False, granularity=1),
+        salt="",
+        chunk=1,
+    )
+    state.fork(index=0, n=1)
+    state.extend(index=0, count=1)
+    state.slide(index=0, count=2, bits=0, in_batch=False)
+    state.extend(index=0, count=1)
+    state.check()
+    state.teardown()
