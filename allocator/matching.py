@@ -181,8 +181,10 @@ def find_match(
         misses["short_of_block"] = 1
     if live < full:
         reached = live
-        if len(salts) > (root is not None):
-            isolated = max(_live_blocks(index, other, keys) for other in salts.values() if other is not root)
+        # A list, as looking through one may settle an eviction, after which another is no more.
+        others = [other for other in salts.values() if other is not root]
+        if others:
+            isolated = max(_live_blocks(index, other, keys) for other in others)
             if isolated > reached:
                 misses["isolated"] = isolated - reached
                 reached = isolated

@@ -261,3 +261,17 @@ def test_found_block_that_was_filled_twice() -> None:
     state.extend(index=0, count=1)
     state.check()
     state.teardown()
+
+
+def test_found_salt_whose_last_block_went_while_others_were_looked_through() -> None:
+    """The eviction of its block was settled by the very look-up that went through the salts."""
+    state = AllocatorMachine()
+    state.start(2, 1, reuse=True, policy=21, ghosts=1, log=0, lag=True)
+    state.serve(symbols=[1], salt="other", chunk=1, count=1, in_batch=True)
+    state.preempt(index=0)
+    state.serve(symbols=[0, 0, 0, 0], salt="", chunk=1, count=0, in_batch=False)
+    state.preempt(index=0)
+    short_lived = RetentionConfig((TokenRange(0, 2, 0, 1), TokenRange(2, None, 0)), 0, 1)
+    state.race([1, 0, 0, 0, 0], (RetentionConfig((), 0), short_lived), count=0)
+    state.check()
+    state.teardown()
