@@ -19,26 +19,29 @@ def one_by_one(dates: array[int]) -> array[int]:
     return births
 
 
-def last(births: array[int], blocks: int) -> array[int]:
-    """Return the births of the last `blocks` blocks."""
+def _run_of_last(births: array[int], blocks: int) -> tuple[int, int]:
+    """Return where the run is with the first of the last `blocks` blocks, and how many of its blocks come before."""
     at, left = len(births), blocks
     while left > 0:
         at -= 2
         left -= births[at]
+    return at, -left
+
+
+def last(births: array[int], blocks: int) -> array[int]:
+    """Return the births of the last `blocks` blocks."""
+    at, before = _run_of_last(births, blocks)
     found = births[at:]
-    if left:
-        found[0] += left  # only some of that run
+    if before:
+        found[0] -= before  # only some of that run
     return found
 
 
 def drop_last(births: array[int], blocks: int) -> None:
     """Take the last `blocks` blocks out."""
-    at, left = len(births), blocks
-    while left > 0:
-        at -= 2
-        left -= births[at]
-    if left:
-        births[at] = -left
+    at, before = _run_of_last(births, blocks)
+    if before:
+        births[at] = before
         at += 2
     del births[at:]
 

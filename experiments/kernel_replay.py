@@ -32,7 +32,7 @@ from allocator.config import BuildConfig, CacheConfig, load_model
 from experiments._kernel_step import KernelStep, Tally, WrongOutputError
 from kernels.compile import resolve_backend
 from kernels.layout import CacheLayout
-from sim.command_line import first_told, parse_dataclass, run_command
+from sim.command_line import parse_dataclass, run_command
 from sim.cost import RooflineCost
 from sim.engine import simulate
 from sim.hardware import GPU_PRESETS
@@ -201,7 +201,7 @@ def run(config: Config) -> Outcome:
     except OSError as error:  # the only files are those of the kernels: sources and what they compile to
         variable = "XDG_CACHE_HOME" if backend == "cpu" else "CUPY_CACHE_DIR or XDG_CACHE_HOME"
         raise RuntimeError(
-            f"kernels cannot be compiled: {first_told(error)}: set {variable} to a folder that can be written"
+            f"kernels cannot be compiled: {error}: set {variable} to a folder that can be written"
         ) from None
     if not kernels.tally.outputs:
         raise ValueError(

@@ -93,7 +93,7 @@ def run_command(action: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except (ValueError, OSError) as error:
-        print(" ".join(f"error: {first_told(error)}".split()), file=sys.stderr)
+        print(" ".join(f"error: {error}".split()), file=sys.stderr)
         if isinstance(error, UserCodeError):
             print(error.trace, end="", file=sys.stderr)
         return BAD_INPUT
@@ -122,17 +122,6 @@ def require_writable(name: str, path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise ValueError(f"{name} ({path}) cannot be written: {error.strerror}") from None
-
-
-def first_told(error: Exception) -> Exception:
-    """Return the error as it was first raised, if this is an OSError that lost its file's name on the way.
-
-    SimPy raises a process's error anew from its args, of which the file's name is none.
-    """
-    cause = error.__cause__
-    if isinstance(error, OSError) and error.filename is None and isinstance(cause, OSError):
-        return first_told(cause)
-    return error
 
 
 def parse_dataclass(

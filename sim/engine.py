@@ -78,7 +78,7 @@ def simulate(
 def run_clock(process: Callable[[simpy.Environment], Generator[simpy.Event, Any, None]]) -> float:
     """Let a SimPy process run until nothing happens any more; return the real seconds that it took.
 
-    Raises ValueError if it goes on for longer than 64-bit integers can tell.
+    Raises ValueError if it goes on for longer than 64-bit integers can tell, and whatever the process raises.
     """
     environment = simpy.Environment()
     running = environment.process(process(environment))

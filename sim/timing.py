@@ -86,7 +86,10 @@ class UsersCost:
     """
 
     def __init__(self, name: str, made: StepCost) -> None:
-        """Take the name it was chosen by, and what was made from that."""
+        """Take the name it was chosen by, and what was made from that.
+
+        Raises ValueError for windows that cannot be, UserCodeError for what a property raises.
+        """
         self._name = name
         self._made = made
         self.needs_work = bool(attribute("cost", name, made, "needs_work", False))
@@ -103,7 +106,10 @@ class UsersCost:
             )
 
     def step(self, batch: StepBatch) -> int:
-        """Return the duration of a step, picoseconds."""
+        """Return the duration of a step, picoseconds.
+
+        Raises UserCodeError for what the user's raises, ValueError for an answer that is none.
+        """
         try:
             answer = self._made.step(batch)
         except (Exception, SystemExit) as error:
@@ -111,7 +117,10 @@ class UsersCost:
         return self._integer("step", answer, 0)
 
     def decode_affine(self, decode_sequences: int) -> tuple[int, int] | None:
-        """Return base and slope of a step of so many decoding sequences, or None if it has none."""
+        """Return base and slope of a step of so many decoding sequences, picoseconds, or None if it has none.
+
+        Raises UserCodeError for what the user's raises, ValueError for an answer that is none, or not what `step` says.
+        """
         try:
             answer = self._made.decode_affine(decode_sequences)
         except (Exception, SystemExit) as error:

@@ -99,7 +99,7 @@ def _fault(kind: type, error: BaseException) -> tuple[str, str, str, str] | None
     """Return which method of a class raised an error, the way there, its type and what it says; None if none did."""
     if not isinstance(kind, type):  # a function that makes objects: of which class, nobody knows
         return None
-    for each in _before(error):  # SimPy raises anew what a process raised, or fails to
+    for each in filter(None, (error, error.__cause__)):  # a generator makes a RuntimeError of a StopIteration
         at: TracebackType | None = each.__traceback__
         while at is not None:
             code = at.tb_frame.f_code
@@ -111,12 +111,3 @@ def _fault(kind: type, error: BaseException) -> tuple[str, str, str, str] | None
     if called and called[1] in [base.__qualname__ for base in kind.__mro__]:
         return called[2], "", type(error).__name__, str(error)
     return None
-
-
-def _before(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it, the first one last."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant(
         "part_of_a_run_lived_as_whole",
         "births.py",
-        "        found[0] += left  # only some of that run\n",
+        "        found[0] -= before  # only some of that run\n",
         "        pass\n",
         "ReuseMachine",
     ),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from user_classes import CLASSES
 
 from experiments.tools import compiled
 from sim.compiled import build
@@ -333,7 +334,7 @@ class Slower(RooflineCost):
 """Classes of a user, interpreted, of which the second is derived from a compiled one."""
 
 
-CLASSES = """
+REGISTERS = """
 from allocator.batch import Batch
 from allocator.content import Content, TokenContent, UniqueContent
 from allocator.content_base import History
@@ -349,7 +350,7 @@ def test_abstract_classes_know_their_own_instances_alone(tmp_path: Path) -> None
     """mypyc's would share one register of subclasses."""
     target = compiled_packages(sources(), QUIET)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CLASSES],
+        [sys.executable, "-P", "-c", REGISTERS],
         env=environment(target, sources()),
         capture_output=True,
         text=True,
@@ -388,90 +389,32 @@ def test_the_results_are_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytes
         assert not different, (options, different)
 
 
-WRONG = """
-import copy
-import pickle
-
-from allocator.eviction import LRU
-from sim.cluster.routing import LeastLoaded
-from sim.cost import RooflineCost
-
-
-class Stops(LRU):
-    def victim(self, wanted):
-        return next(iter(()))
-
-
-class StopsSplitting(LRU):
-    def split(self, head, tail):
-        raise StopIteration
-
-
-class Answers(LRU):
-    def victim(self, wanted):
-        extent, count = super().victim(wanted)
-        return extent, float(count)
-
-
-class Drains(LRU):
-    drains_victims = 1
-
-
-class Short:
-    def __init__(self, setting):
-        pass
-
-    def step(self):
-        return 1
-
-    def decode_affine(self, decode_sequences):
-        return None
-
-
-class Stepped(RooflineCost):
-    def __init__(self, setting):
-        pass
-
-
-class Copies(LeastLoaded):
-    def choose(self, request, replicas):
-        for other in (copy.deepcopy(request), pickle.loads(pickle.dumps(request))):
-            assert other.num_sequences == request.num_sequences and other is not request
-        return super().choose(request, replicas)
-"""
 ANSWERS = {
-    "policy wrong:Stops": "policy (wrong:Stops) failed in victim: StopIteration",
-    "policy wrong:StopsSplitting": "policy (wrong:StopsSplitting) failed in split: StopIteration",
-    "policy wrong:Answers": "policy Answers chose (",
-    "policy wrong:Drains": "",
-    "cost wrong:Short": "cost (wrong:Short): step must take (batch), as sim.cost.StepCost.step does",
-    "cost wrong:Stepped": "cost (wrong:Stepped) failed in step: AttributeError: ",
-    "routing wrong:Copies": "",
+    "--policy theirs:Stops": "policy (theirs:Stops) failed in victim: StopIteration",
+    "--policy theirs:StopsSplitting": "policy (theirs:StopsSplitting) failed in split: StopIteration",
+    "--policy theirs:Answers": "policy Answers chose (",
+    "--policy theirs:Drains": "",
+    "--cost theirs:Short": "cost (theirs:Short): step must take (batch), as sim.cost.StepCost.step does",
+    "--cost theirs:Unmade": "cost (theirs:Unmade) failed in step: AttributeError: ",
+    "--num-replicas 2 --policy theirs:Stops": "policy (theirs:Stops) failed in victim: StopIteration",
+    "--num-replicas 2 --routing theirs:StopsRouting": "routing (theirs:StopsRouting) failed in choose: Stop",
+    "--num-replicas 2 --routing theirs:Copies": "",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [[], ["experiments.tools.compiled"]], ids=["interpreted", "compiled"])
-@pytest.mark.parametrize("option", ANSWERS)
+@pytest.mark.parametrize("options", ANSWERS)
 def test_what_a_user_does_wrong_is_told_in_either_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, kind: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, kind: list[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(sources()))
-    (tmp_path / "wrong.py").write_text(WRONG)
-    arguments = [
-        "synthetic",
-        "--num-requests",
-        "60",
-        "--num-blocks",
-        "40",
-        "--no-figures",
-        "--num-replicas",
-        "2",
-    ]
-    arguments += ["--system-prompts", "3", "--system-prompt-tokens", "128", "--out", "out"]
-    command = [sys.executable, "-m", *kind, "sim.replay", *arguments, *f"--{option}".split()]
+    (tmp_path / "theirs.py").write_text(CLASSES)
+    replay = "sim.replay synthetic --num-requests 60 --num-blocks 40 --no-figures --out out"
+    replay += " --system-prompts 3 --system-prompt-tokens 128"
+    command = [sys.executable, "-m", *kind, *replay.split(), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    answer = ANSWERS[option]
+    answer = ANSWERS[options]
     if answer:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error: {answer}"), done.stderr

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import simpy
 from rich.console import Console
 
 from experiments import routing
@@ -98,20 +96,6 @@ def test_what_is_not_the_parsers_box_is_printed_as_it_is(capsys: pytest.CaptureF
     assert in_one_line("\x1b[31m│\x1b[0m It broke. │\n│ ── │\n│ For full helptext, see │", "program") == (
         "it broke (program --help explains)"
     )
-
-
-def test_an_error_that_simpy_raises_anew_keeps_its_files_name(capsys: pytest.CaptureFixture[str]) -> None:
-    def process() -> Iterator[simpy.Event]:
-        raise FileNotFoundError(2, "No such file or directory", "lost.cu")
-        yield
-
-    def action() -> None:
-        environment = simpy.Environment()
-        environment.process(process())
-        environment.run()
-
-    assert run_command(action) == 2
-    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'lost.cu'\n"
 
 
 def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

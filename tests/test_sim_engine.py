@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -485,3 +486,25 @@ def test_objects_that_every_step_asks_have_their_attributes_inline(monkeypatch: 
     Scenario(unlike((0, 4, 4)), _build(4, 16, tokens_per_block=4), num_blocks=10).run()
     assert len(asked) == 7
     assert max(asked.values()) <= 29, asked
+
+
+def test_an_error_in_a_run_is_the_one_that_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimPy raises another, made from its args: without a file's name, or not at all if there have to be more."""
+    raised = FileNotFoundError(2, "No such file or directory", "lost.cu")
+
+    def fail(replica: Replica, now_ps: int) -> None:
+        raise raised
+
+    monkeypatch.setattr(Replica, "take_arrivals", fail)
+    with pytest.raises(FileNotFoundError) as found:
+        Scenario(unlike((0, 4, 2)), BuildConfig(max_seq_len=16, tokens_per_block=2), 8).run()
+    assert found.value is raised
+
+
+def test_an_engine_that_ends_too_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(replica: Replica, timeout: Callable[[int], Any]) -> Iterator[Any]:
+        yield timeout(0)
+
+    monkeypatch.setattr(Replica, "run", end)
+    with pytest.raises(RuntimeError, match=r"^the run ended with 0 of 2 requests finished or rejected$"):
+        Scenario(unlike((0, 4, 2), (1, 4, 2)), BuildConfig(max_seq_len=16, tokens_per_block=2), 8).run()

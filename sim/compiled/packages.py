@@ -30,7 +30,10 @@ def sources() -> Path:
 
 
 def folder() -> Path:
-    """Return where compiled packages are kept: $XDG_CACHE_HOME (or ~/.cache)/paged-kv-lab/compiled."""
+    """Return where compiled packages are kept: $XDG_CACHE_HOME (or ~/.cache)/paged-kv-lab/compiled.
+
+    Compiled kernels are beside it, but neither package may know the other.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "paged-kv-lab" / "compiled"
 
