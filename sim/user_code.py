@@ -99,7 +99,8 @@ def _fault(kind: type, error: BaseException) -> tuple[str, str, str, str] | None
     """Return which method of a class raised an error, the way there, its type and what it says; None if none did."""
     if not isinstance(kind, type):  # a function that makes objects: of which class, nobody knows
         return None
-    for each in filter(None, (error, error.__cause__)):  # a generator makes a RuntimeError of a StopIteration
+    # A generator makes a RuntimeError of a StopIteration, which a compiled one has as its context alone.
+    for each in filter(None, (error, error.__cause__ or error.__context__)):
         at: TracebackType | None = each.__traceback__
         while at is not None:
             code = at.tb_frame.f_code
